@@ -1,0 +1,20 @@
+"""cet: consistent early exit for PyTorch classifiers."""
+
+from cet import ops
+from cet.early_exit import EarlyExit, ExitOutput, load
+from cet.heads import ExitHead, HeadSpec
+from cet.objective import ConsistentExitLoss
+from cet.policy import ExitPolicy
+from cet.stages import CutError
+
+__all__ = [
+    "ConsistentExitLoss",
+    "CutError",
+    "EarlyExit",
+    "ExitHead",
+    "ExitOutput",
+    "ExitPolicy",
+    "HeadSpec",
+    "load",
+    "ops",
+]
