@@ -5,7 +5,7 @@ from cet.early_exit import EarlyExit, ExitOutput, load
 from cet.heads import ExitHead, HeadSpec
 from cet.objective import ConsistentExitLoss
 from cet.policy import ExitPolicy
-from cet.stages import CutError
+from cet.stages import CutError, Stages
 
 __all__ = [
     "ConsistentExitLoss",
@@ -15,6 +15,7 @@ __all__ = [
     "ExitOutput",
     "ExitPolicy",
     "HeadSpec",
+    "Stages",
     "load",
     "ops",
 ]

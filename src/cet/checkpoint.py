@@ -48,9 +48,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file ({error}); save it again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(
-            f"{os.fspath(path)} is a safetensors file of another program; give one that EarlyExit.save wrote"
-        )
+        raise ValueError(f"{os.fspath(path)} was not written by EarlyExit.save; give a file that was")
     if header["version"] > FORMAT_VERSION:
         raise ValueError(
             f"{os.fspath(path)} has format version {header['version']}, this cet reads up to {FORMAT_VERSION}; update cet"

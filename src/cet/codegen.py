@@ -18,23 +18,23 @@ import torch
 from torch import fx
 
 # Operators whose Python binding takes the operator's own arguments in the same order.
-_TORCH = """
-    abs add addmm adaptive_avg_pool1d argmax avg_pool1d baddbmm batch_norm bmm cat clamp clone conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d cos cumsum div eq erf exp flatten ge group_norm gru gt index_select
-    layer_norm le log log_softmax lstm lt masked_fill matmul max_pool1d max_pool2d max_pool3d mean mul ne neg permute pow
-    reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze stack sub sum tanh tanh_
-    transpose unsqueeze where
-""".split()
-_NN = """
-    adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d avg_pool3d elu gelu hardsigmoid hardswish hardtanh hardtanh_
-    leaky_relu leaky_relu_ linear scaled_dot_product_attention silu silu_ softplus
-""".split()
-_METHODS = "add_ contiguous expand mul_ sub_ view".split()
+_IN_TORCH = (
+    "abs add addmm adaptive_avg_pool1d argmax avg_pool1d baddbmm batch_norm bmm cat clamp clone conv1d conv2d conv3d "
+    "conv_transpose1d conv_transpose2d conv_transpose3d cos cumsum div eq erf exp flatten ge group_norm gru gt "
+    "index_select layer_norm le log log_softmax lstm lt masked_fill matmul max_pool1d max_pool2d max_pool3d mean mul ne "
+    "neg permute pow reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze stack "
+    "sub sum tanh tanh_ transpose unsqueeze where"
+)
+_IN_NN = (
+    "adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d avg_pool3d elu gelu hardsigmoid hardswish hardtanh hardtanh_ "
+    "leaky_relu leaky_relu_ linear scaled_dot_product_attention silu silu_ softplus"
+)
+_IN_TENSOR = "add_ contiguous expand mul_ sub_ view"
 
 BINDINGS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(torch, name) for name in _TORCH},
-    **{name: getattr(torch._C._nn, name) for name in _NN},
-    **{name: getattr(torch.Tensor, name) for name in _METHODS},
+    name: getattr(owner, name)
+    for owner, names in ((torch, _IN_TORCH), (torch._C._nn, _IN_NN), (torch.Tensor, _IN_TENSOR))
+    for name in names.split()
 }
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from cet.checkpoint import read_checkpoint, write_checkpoint
 from cet.heads import ExitHead, HeadSpec
 from cet.inputs import Call, InputFormat, copies
 from cet.policy import ExitPolicy
 from cet.runner import run_batch
-from cet.stages import evaluating, logits_of
+from cet.stages import evaluating, first_tensor, logits_of
 from cet.staging import Staging
 
 FINAL = "final"
@@ -141,7 +140,7 @@ class EarlyExit(nn.Module):
 
         def classify(k: int, module_output: Any) -> None:
             # At once, before the backbone may change the features in place.
-            logits[k] = self.heads[k](_first_tensor(module_output))
+            logits[k] = self.heads[k](first_tensor(module_output))
 
         output = self._run_backbone(args, kwargs, classify)
         for path, value in zip(self.exit_names, logits, strict=False):
@@ -185,7 +184,7 @@ class EarlyExit(nn.Module):
         program = self._staging.program(leaves)
         if self._changes_inputs:
             leaves = copies(leaves)
-        return run_batch(program, self.heads, self._policy, leaves, batch_size, with_scores=with_scores)
+        return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
 
     def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
         """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
@@ -206,7 +205,7 @@ class EarlyExit(nn.Module):
         given = copies(leaves)
         args, kwargs = self._inputs.unflatten(given)
         with evaluating(self.backbone):
-            output = self._run_backbone(args, kwargs, lambda k, out: features.update({k: _first_tensor(out).clone()}))
+            output = self._run_backbone(args, kwargs, lambda k, out: features.update({k: first_tensor(out).clone()}))
         self._changes_inputs = any(
             isinstance(before, Tensor) and not torch.equal(before.nan_to_num(), after.nan_to_num())
             for before, after in zip(leaves, given, strict=True)
@@ -335,10 +334,3 @@ def _build_head(
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
     return head
-
-
-def _first_tensor(output: Any) -> Tensor:
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            return leaf
-    raise TypeError(f"an exit's submodule returned {type(output).__name__} without a tensor; name another submodule")

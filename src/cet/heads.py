@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 Layout = Literal["channels_first", "channels_last"]
@@ -100,15 +99,10 @@ class ExitHead(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = HeadSpec(layout=layout, pool=pool, hidden=hidden, norm=norm)
+        self.in_features = in_features
         self.norm = nn.LayerNorm(in_features) if norm else nn.Identity()
         self.hidden = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
         self.linear = nn.Linear(in_features if hidden is None else hidden, num_classes)
-
-    @property
-    def in_features(self) -> int:
-        """Number of feature channels that the head expects."""
-        width = self.linear.in_features if self.spec.hidden is None else self.hidden[0].in_features  # type: ignore[index,union-attr]
-        return int(width)
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments, in a form that JSON can hold."""

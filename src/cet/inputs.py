@@ -19,9 +19,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class InputFormat:
     """What the backbone is called with, learned from one example call.
 
-    A call is flattened to *leaves*: the tensors and constants in the order of the backbone's signature, whether they
-    were given by position or by name. Leaves that are tensors with as many rows as the batch hold one row per sample;
-    any other leaf is common to all rows.
+    A call is flattened to *leaves*: its tensors and constants in the order of the backbone's signature, whether they
+    were given by position or by name. Tensors with as many rows as the batch hold one row per sample; all other leaves
+    are common to all rows.
 
     Args:
         backbone: the module whose ``forward`` signature orders the inputs.
@@ -34,14 +34,16 @@ class InputFormat:
     def __init__(self, backbone: nn.Module, example_inputs: Any) -> None:
         self._signature = inspect.signature(backbone.forward)
         self._given = _as_call(example_inputs)
-        self.call = self._canonical(*self._given)
-        leaves, self._structure = pytree.tree_flatten(self.call)
+        arguments = self._arguments(*self._given)
+        leaves, self._structure = pytree.tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors or tensors[0].ndim == 0:
             raise TypeError("example_inputs holds no batch; its first tensor must have one row per sample")
         rows = tensors[0].shape[0]
         if rows < 2:
             raise ValueError(f"example_inputs has {rows} rows; give at least 2, so that the batch can be told apart")
+        paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+        self.names = [str(path[0].key) + pytree.keystr(path[1:]) for path in paths]
         self.is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows for leaf in leaves]
         self.batch_size = min(rows, EXAMPLE_ROWS)
         self.leaves = [
@@ -50,8 +52,9 @@ class InputFormat:
         ]
         weight = next(backbone.parameters(), None)
         self._weight_dtype = None if weight is None else weight.dtype
-        args, kwargs = self.call
-        self._num_plain_args = len(args) if not kwargs and all(isinstance(a, Tensor) for a in args) else None
+        # Most calls are a few positional tensors, one per leaf: those need no look at the signature.
+        args, kwargs = self.unflatten(leaves)
+        self._num_plain_args = -1 if kwargs or not all(isinstance(a, Tensor) for a in args) else len(args)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
         """The leaves of one call, checked for structure and for one common number of rows.
@@ -60,22 +63,33 @@ class InputFormat:
             TypeError: when the call has other inputs than the example had.
             ValueError: when a constant differs from the example's or tensors disagree on the number of rows.
         """
-        if len(args) != self._num_plain_args or kwargs or not all(isinstance(a, Tensor) for a in args):
-            call = self._canonical(args, kwargs)
-            leaves, structure = pytree.tree_flatten(call)
+        leaves: Sequence[Any] = args
+        if kwargs or len(args) != self._num_plain_args:
+            arguments = self._arguments(args, kwargs)
+            leaves, structure = pytree.tree_flatten(arguments)
             if structure != self._structure:
+                expected = pytree.tree_unflatten(self.leaves, self._structure)
                 raise TypeError(
-                    f"the model was called with {_describe(call)} but example_inputs had {_describe(self.call)}; "
+                    f"the model was called with {_describe(arguments)} but example_inputs had {_describe(expected)}; "
                     "give the same inputs"
                 )
-        else:
-            leaves = args
         self._check(leaves)
         return leaves
 
+    def unflatten(self, leaves: Sequence[Any]) -> Call:
+        """The call ``(args, kwargs)`` that has these leaves."""
+        bound = self._signature.bind_partial()
+        bound.arguments.update(pytree.tree_unflatten(list(leaves), self._structure))
+        return bound.args, bound.kwargs
+
+    def num_rows(self, leaves: Sequence[Any]) -> int:
+        """Rows of a call that :meth:`flatten` returned."""
+        rows: int = leaves[self.is_batched.index(True)].shape[0]
+        return rows
+
     def example_for(self, weight: Tensor | None) -> list[Any]:
-        """The example's leaves on the device of ``weight``; floating-point ones in its dtype if they had the dtype of
-        the weights when the example was given."""
+        """The example's leaves on the device of ``weight``; those that had the dtype of the weights when the example
+        was given are in the dtype of ``weight``."""
         if weight is None:
             return self.leaves
         return [
@@ -91,91 +105,42 @@ class InputFormat:
         return {"args": [_to_json(a) for a in args], "kwargs": {k: _to_json(v) for k, v in kwargs.items()}}
 
     @staticmethod
-    def example_from(description: dict[str, Any]) -> Any:
+    def example_from(description: Mapping[str, Any]) -> Any:
         """Inputs of the structure, shapes and dtypes that :meth:`to_dict` described: noise, and ones for integers."""
-        args = tuple(_from_json(a) for a in description["args"])
         kwargs = {k: _from_json(v) for k, v in description["kwargs"].items()}
-        return kwargs or args
+        return kwargs or tuple(_from_json(a) for a in description["args"])
 
-    def names(self) -> list[str]:
-        """A readable name per leaf."""
-        (args, kwargs) = self.call
-        parameters = [*self._signature.parameters.values()]
-        names = []
-        for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-            position, key, *rest = path
-            label = str(getattr(key, "key", getattr(key, "idx", key)))
-            if getattr(position, "idx", 0) == 0:
-                index = int(label)
-                kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-                known = index < len(parameters) and parameters[index].kind in kinds
-                label = parameters[index].name if known else f"input {index}"
-            names.append(label + "".join(str(r) for r in rest))
-        return names
-
-    def unflatten(self, leaves: Sequence[Any]) -> Call:
-        """The call ``(args, kwargs)`` that has these leaves."""
-        call: Call = pytree.tree_unflatten(list(leaves), self._structure)
-        return call
-
-    def num_rows(self, leaves: Sequence[Any]) -> int:
-        """Rows of a call that :meth:`flatten` returned."""
-        rows: int = next(leaf for leaf, batched in zip(leaves, self.is_batched, strict=True) if batched).shape[0]
-        return rows
-
-    def _canonical(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs by parameter name, in the order of the signature, without those that equal their default."""
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"the inputs do not fit the backbone's forward{self._signature}: {error}") from None
-        for name, parameter in self._signature.parameters.items():
-            if name in bound.arguments and bound.arguments[name] is parameter.default:
-                del bound.arguments[name]
-        return bound.args, bound.kwargs
+        parameters = self._signature.parameters
+        return {name: value for name, value in bound.arguments.items() if value is not parameters[name].default}
 
     def _check(self, leaves: Sequence[Any]) -> None:
         rows = None
         for index, (leaf, example, batched) in enumerate(zip(leaves, self.leaves, self.is_batched, strict=True)):
             if isinstance(example, Tensor):
                 if not isinstance(leaf, Tensor) or leaf.ndim != example.ndim:
-                    got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                    got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"type {type(leaf).__name__}"
                     raise TypeError(
-                        f"{self.names()[index]} has {got} but the example had shape {tuple(example.shape)}; "
+                        f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; "
                         "give a tensor with as many dimensions"
                     )
                 if batched:
                     rows = leaf.shape[0] if rows is None else rows
                     if leaf.shape[0] != rows:
                         raise ValueError(
-                            f"{self.names()[index]} has {leaf.shape[0]} rows where other inputs have {rows}; "
+                            f"{self.names[index]} has {leaf.shape[0]} rows where other inputs have {rows}; "
                             "give every input one row per sample"
                         )
             elif isinstance(leaf, Tensor) or leaf != example:
                 raise ValueError(
-                    f"{self.names()[index]} is {leaf!r} but was {example!r} in example_inputs, where the stages "
-                    "were cut with it as a constant; make another cet.EarlyExit for other constants"
+                    f"{self.names[index]} is {leaf!r} but was {example!r} in example_inputs, where the stages were cut "
+                    "with it as a constant; make another cet.EarlyExit for other constants"
                 )
-
-
-def _as_call(inputs: Any) -> Call:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise TypeError(
-        f"example_inputs is {type(inputs).__name__}; give a tuple of positional inputs or a dict of keyword inputs"
-    )
-
-
-def _describe(call: Call) -> str:
-    def kind(value: Any) -> str:
-        return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-    args, kwargs = call
-    inputs = [kind(a) for a in args] + [f"{name}={kind(value)}" for name, value in kwargs.items()]
-    return ", ".join(inputs) or "no inputs"
 
 
 def copies(leaves: Sequence[Any]) -> list[Any]:
@@ -183,17 +148,36 @@ def copies(leaves: Sequence[Any]) -> list[Any]:
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
+def _as_call(inputs: Any) -> Call:
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    raise TypeError(
+        f"example_inputs is {type(inputs).__name__}; give a tuple of positional inputs or a dict of keyword inputs"
+    )
+
+
+def _describe(arguments: Mapping[str, Any]) -> str:
+    def kind(value: Any) -> str:
+        return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join(f"{name}={kind(value)}" for name, value in arguments.items()) or "no inputs"
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple | list):
         return {type(value).__name__: [_to_json(v) for v in value]}
     if isinstance(value, dict):
         return {"dict": {key: _to_json(v) for key, v in value.items()}}
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
-        f"example_inputs holds a {type(value).__name__}, which no checkpoint can describe; pass plain values"
+        f"example_inputs holds a {type(value).__name__}, which no checkpoint can describe; use plain values"
     )
 
 

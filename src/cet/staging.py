@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cet.cut import cut
 from cet.inputs import EXAMPLE_ROWS, InputFormat, copies
-from cet.stages import CutError, StagedProgram, cut, evaluating, logits_of
+from cet.stages import CutError, StagedProgram, Stages, evaluating, logits_of
 
 _MAX_PROGRAMS = 8
 
@@ -37,8 +39,16 @@ class Staging:
         for program in self._programs:
             if program.fits(leaves):
                 return program
-        program = self._cut(self._example_rows(leaves))
-        self._programs = [program, *self._programs][:_MAX_PROGRAMS]
+        example = self._example_rows(leaves)
+        program = self._cut(example)
+        self._verify(program, example)
+        if len(self._programs) == _MAX_PROGRAMS:
+            warnings.warn(
+                f"the backbone was cut again, for inputs of the {_MAX_PROGRAMS + 1}th kind, and each cut takes seconds; "
+                "pad inputs to few sizes",
+                stacklevel=5,
+            )
+        self._programs = [program, *self._programs[: _MAX_PROGRAMS - 1]]
         return program
 
     def _example_rows(self, leaves: Sequence[Any]) -> list[Any]:
@@ -50,15 +60,16 @@ class Staging:
         ]
 
     def _cut(self, leaves: list[Any]) -> StagedProgram:
+        if isinstance(self.backbone, Stages):
+            with evaluating(self.backbone), torch.no_grad():
+                return self.backbone.program(self.exits, copies(leaves), EXAMPLE_ROWS)
         varying = self._sizes_that_changed(leaves)
         try:
-            program = cut(self.backbone, self.exits, self.inputs, leaves, varying)
+            return cut(self.backbone, self.exits, self.inputs, leaves, varying)
         except CutError:
             if not varying:
                 raise
-            program = cut(self.backbone, self.exits, self.inputs, leaves)
-        self._verify(program, leaves)
-        return program
+            return cut(self.backbone, self.exits, self.inputs, leaves)
 
     def _sizes_that_changed(self, leaves: Sequence[Any]) -> frozenset[tuple[int, int]]:
         changed: set[tuple[int, int]] = set()
@@ -94,14 +105,11 @@ class Staging:
         self, program: StagedProgram, k: int, values: Sequence[Any], sizes: list[int], expected: Tensor
     ) -> None:
         last_row = EXAMPLE_ROWS - 1
+        dims = program.stages[k].row_dims
         values = [
-            value.clone()
-            if dim is None and isinstance(value, Tensor)
-            else value
-            if dim is None
-            else value.narrow(dim, last_row, 1).clone()
-            for value, dim in zip(values, program.stages[k].row_dims, strict=True)
+            value if dim is None else value.narrow(dim, last_row, 1) for value, dim in zip(values, dims, strict=True)
         ]
+        values = copies(values)  # later stages may write to them
         try:
             for stage in program.stages[k + 1 : -1]:
                 _, *values = stage.run(1, *sizes, *values)

@@ -26,7 +26,8 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
     probabilities = torch.softmax(logits.float() / temperature, dim=1)
     if score == "entropy":
         # entr(0) is 0, so a class ruled out by a logit of -Inf adds nothing.
-        return torch.special.entr(probabilities).sum(dim=1)
+        entropies: Tensor = torch.special.entr(probabilities).sum(dim=1)
+        return entropies
     if score == "confidence":
         return probabilities.amax(dim=1)
     top = probabilities.topk(2, dim=1).values

@@ -1,0 +1,41 @@
+# Each target does all the set-up that it needs, in .venv. PYTHON is any Python from 3.11 on.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+TORCH  := torch==2.13.0
+
+.PHONY: help setup test lint demo benchmark clean
+
+help:
+	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
+	@echo "make test       linters, type checker and tests"
+	@echo "make benchmark  the figures of the README, into benchmarks/results/"
+
+# torch comes first and pinned: whatever asks for a torch later finds this one. The stamp is younger than the
+# files that decide what is installed, or the set-up runs again.
+$(VENV)/.ready: pyproject.toml setup.py requirements/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "cet needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; run make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/cet demo --output runs/demo $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+benchmark: setup
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/recipe.py
+
+clean:
+	rm -rf $(VENV) build dist runs src/*.egg-info

@@ -1,0 +1,201 @@
+"""What this machine can do: backends, energy counters, installed extras. Nothing is assumed and nothing is measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pynvml
+import torch
+from torch import nn
+
+import cet
+
+POWERCAP = Path("/sys/class/powercap")
+
+_NVML_MENDS = {
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "install the NVIDIA driver, whose libnvidia-ml.so.1 was not found",
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the NVIDIA kernel module, or start the container with --gpus all",
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "restart the machine: library and loaded driver differ in version",
+    pynvml.NVML_ERROR_NO_PERMISSION: "run as a user who may open /dev/nvidiactl",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for.
+
+    Attributes:
+        name: what it is.
+        available: whether it can be used here.
+        detail: what was found, or why it cannot be used.
+        mend: what would make it available; ``None`` when it is, or when nothing would.
+    """
+
+    name: str
+    available: bool
+    detail: str
+    mend: str | None = None
+
+
+def host() -> dict[str, str | int]:
+    """Platform, processor, usable cores and torch threads: where a measurement was made."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def backends() -> list[Finding]:
+    """What can run the exit step."""
+    return [_reference(), _compiled_extension(), _triton(), _cuda()]
+
+
+def counters(powercap: Path = POWERCAP) -> list[Finding]:
+    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain below ``powercap``."""
+    return [*_nvml(), *_rapl(powercap)]
+
+
+def extras() -> list[Finding]:
+    """The optional dependencies of cet, by the name under which pip installs them."""
+    findings = []
+    for extra, packages in _extra_packages().items():
+        versions = {package: installed_version(package) for package in packages}
+        missing = [package for package, version in versions.items() if version is None]
+        if missing:
+            findings.append(
+                Finding(extra, False, f"{' and '.join(missing)} not installed", f"pip install 'cet[{extra}]'")
+            )
+        else:
+            findings.append(Finding(extra, True, ", ".join(f"{p} {v}" for p, v in versions.items())))
+    return findings
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, ``None`` when it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _reference() -> Finding:
+    where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    try:
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        model = cet.EarlyExit(net, ["0"], (torch.zeros(2, 4),)).eval()
+        model.policy = cet.ExitPolicy(thresholds=(float("inf"),))
+        left = model.predict(torch.zeros(3, 4)).exit_index.tolist()
+    except Exception as error:  # whatever fails, a diagnosis must come out
+        return Finding("reference", False, f"{where}: {type(error).__name__}: {error}", "install a supported PyTorch")
+    if left != [0, 0, 0]:
+        return Finding("reference", False, f"{where}: a batch of 3 left at exits {left}", "install a supported PyTorch")
+    return Finding("reference", True, f"{where}; a small net ran")
+
+
+def _compiled_extension() -> Finding:
+    if importlib.util.find_spec("cet._C") is None:
+        return Finding("cpp", False, f"cet {metadata.version('cet')} has no compiled extension; the reference serves")
+    return Finding("cpp", True, "cet._C is built")
+
+
+def _triton() -> Finding:
+    version = installed_version("triton")
+    installed = f"triton {version} is installed" if version else "triton is not installed"
+    return Finding("triton", False, f"cet {metadata.version('cet')} has no Triton kernels; {installed}")
+
+
+def _cuda() -> Finding:
+    none = f"cet {metadata.version('cet')} has no CUDA kernels"
+    if torch.version.cuda is None:
+        return Finding("cuda", False, f"{none}; this PyTorch is built without CUDA")
+    if not torch.cuda.is_available():
+        return Finding("cuda", False, f"{none}; PyTorch, built for CUDA {torch.version.cuda}, finds no usable device")
+    devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Finding("cuda", False, f"{none}; the reference runs on {devices}")
+
+
+def _nvml() -> list[Finding]:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        if count == 0:
+            return [Finding("nvml", False, "the NVIDIA driver is loaded but shows no GPU", "give this process a GPU")]
+        return [_nvml_device(index) for index in range(count)]
+    except pynvml.NVMLError as error:
+        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _nvml_device(index: int) -> Finding:
+    name = f"nvml:{index}"
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        device = pynvml.nvmlDeviceGetName(handle)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError_NotSupported:
+        return Finding(name, False, f"{device} has no total-energy counter; Volta and later GPUs have one")
+    except pynvml.NVMLError as error:
+        return Finding(name, False, str(error), _NVML_MENDS.get(error.value))
+    return Finding(name, True, f"{device}: total-energy counter, in mJ since the driver was loaded")
+
+
+def _rapl(powercap: Path) -> list[Finding]:
+    if platform.system() != "Linux":
+        return [Finding("rapl", False, f"RAPL is read through Linux's {powercap}; this is {platform.system()}")]
+    domains = sorted(powercap.glob("intel-rapl:*"))
+    if not domains:
+        return [
+            Finding(
+                "rapl",
+                False,
+                f"no intel-rapl domain in {powercap}; virtual machines and containers hide it",
+                "run on bare metal, with the kernel module intel_rapl_msr loaded",
+            )
+        ]
+    return [_rapl_domain(domain) for domain in domains]
+
+
+def _rapl_domain(domain: Path) -> Finding:
+    name = f"rapl:{domain.name.removeprefix('intel-rapl:')}"
+    counter = domain / "energy_uj"
+    try:
+        label = (domain / "name").read_text().strip()
+        int(counter.read_text())
+    except PermissionError:
+        return Finding(name, False, f"{counter} is readable by root only", f"sudo chmod a+r {counter}")
+    except (OSError, ValueError) as error:
+        return Finding(name, False, f"{counter} cannot be read: {error}")
+    return Finding(name, True, f"{label}: energy counter in uJ, which wraps")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _extra_packages() -> dict[str, list[str]]:
+    """Distribution names per extra, read off cet's own metadata, with extras of cet resolved."""
+    packages: dict[str, list[str]] = {}
+    for requirement in metadata.requires("cet") or ():
+        match = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?[^;]*;\s*extra == ['\"](\w+)['\"]", requirement)
+        if match is None:
+            continue
+        package, of_package, extra = match.groups()
+        packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
+    return packages
