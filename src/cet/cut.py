@@ -21,8 +21,8 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils._sympy.printers import PythonPrinter
 
 from cet.codegen import StageWriter
-from cet.inputs import InputFormat
-from cet.stages import CutError, Stage, StagedProgram, evaluating, logits_of
+from cet.inputs import InputFormat, copies
+from cet.stages import CutError, Stage, StagedProgram, logits_of
 
 
 def cut(
@@ -35,7 +35,7 @@ def cut(
     """Export ``backbone`` and cut it behind each of ``exits``.
 
     Args:
-        backbone: any module that ``torch.export`` takes; its parameters stay its own.
+        backbone: any module that ``torch.export`` takes, in eval mode; its parameters stay its own.
         exits: submodule paths in the order of execution.
         inputs: the format of the backbone's inputs.
         leaves: inputs as :meth:`InputFormat.flatten` gives them, with at least two rows.
@@ -70,17 +70,16 @@ def _export(
     leaves: Sequence[Any],
     varying: frozenset[tuple[int, int]],
 ) -> ExportedProgram:
-    # Each leaf is a tensor of its own, since the shapes below are kept by identity.
-    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    leaves = copies(leaves)  # each a tensor of its own, since shapes are collected by identity
     args, kwargs = inputs.unflatten(leaves)
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for index, (leaf, batched) in enumerate(zip(leaves, inputs.is_batched, strict=True)):
         if isinstance(leaf, Tensor):
             dims = {dim: Dim.AUTO for i, dim in varying if i == index}
             shapes[leaf] = {**dims, 0: Dim.AUTO} if batched else dims
-    wrapped = _WithLogits(backbone)
+    wrapped = _WithLogits(backbone).eval()
     try:
-        with evaluating(backbone), torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(
                 wrapped,
@@ -137,13 +136,14 @@ class _Cutter:
         stage_of = self._assign_stages(cuts, [*features, logits])
         crossing = self._crossing(stage_of, len(cuts))
         stages = self._write(stage_of, crossing, [*features, logits])
-        weight = next(self.backbone.parameters(), None)
+        weight_now = _first_weight(self.backbone)
+        weight = weight_now()
         return StagedProgram(
             stages=tuple(stages),
             entry=tuple(self.leaf_of[node] for node in crossing[0]),
             sizes=tuple(self.sizes.values()),
             shapes=self._shapes(),
-            weight=_first_weight(self.backbone),
+            weight=weight_now,
             dtype=None if weight is None else weight.dtype,
             device=None if weight is None else weight.device,
         )
@@ -251,7 +251,7 @@ class _Cutter:
 
     def _logits(self) -> fx.Node:
         (output,) = (node for node in self.order if node.op == "output")
-        (logits,) = output.args[0]  # type: ignore[misc]
+        (logits,) = output.args[0]
         assert isinstance(logits, fx.Node)
         return logits
 

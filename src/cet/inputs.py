@@ -42,8 +42,8 @@ class InputFormat:
         rows = tensors[0].shape[0]
         if rows < 2:
             raise ValueError(f"example_inputs has {rows} rows; give at least 2, so that the batch can be told apart")
-        paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
-        self.names = [str(path[0].key) + pytree.keystr(path[1:]) for path in paths]
+        paths: list[Any] = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+        self.names = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
         self.is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows for leaf in leaves]
         self.batch_size = min(rows, EXAMPLE_ROWS)
         self.leaves = [

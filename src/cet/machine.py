@@ -1,4 +1,4 @@
-"""What this machine can do: backends, energy counters, installed extras. Nothing is assumed and nothing is measured."""
+"""What this machine offers: backends, energy counters, installed extras; and for what it lacks, why and the mend."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def extras() -> list[Finding]:
         missing = [package for package, version in versions.items() if version is None]
         if missing:
             findings.append(
-                Finding(extra, False, f"{' and '.join(missing)} not installed", f"pip install 'cet[{extra}]'")
+                Finding(extra, False, f"not installed: {', '.join(missing)}", f"pip install 'cet[{extra}]'")
             )
         else:
             findings.append(Finding(extra, True, ", ".join(f"{p} {v}" for p, v in versions.items())))
@@ -190,12 +190,11 @@ def _processor() -> str:
 
 
 def _extra_packages() -> dict[str, list[str]]:
-    """Distribution names per extra, read off cet's own metadata, with extras of cet resolved."""
+    """Distribution names per extra, read off cet's own metadata; an extra may include an extra declared before it."""
     packages: dict[str, list[str]] = {}
     for requirement in metadata.requires("cet") or ():
         match = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?[^;]*;\s*extra == ['\"](\w+)['\"]", requirement)
-        if match is None:
-            continue
-        package, of_package, extra = match.groups()
-        packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
+        if match is not None:
+            package, of_package, extra = match.groups()
+            packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
     return packages

@@ -20,8 +20,8 @@ class Staging:
     """The staged programs of one backbone.
 
     A program holds for the dtypes and sizes of inputs, and the dtype and device of weights, that it was cut for. A
-    call that none fits has the backbone cut again, with every input size that was seen to change allowed to vary, and
-    checked against the backbone itself.
+    call that none fits has the backbone cut again, with every input size that was seen to change allowed to vary; each
+    cut is checked against the backbone itself.
     """
 
     def __init__(self, backbone: nn.Module, exits: Sequence[str], inputs: InputFormat) -> None:
@@ -39,13 +39,21 @@ class Staging:
         for program in self._programs:
             if program.fits(leaves):
                 return program
-        example = self._example_rows(leaves)
-        program = self._cut(example)
-        self._verify(program, example)
+        # Whatever the caller has switched on is no part of the backbone.
+        device = leaves[self.inputs.is_batched.index(True)].device
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+            evaluating(self.backbone),
+        ):
+            example = self._example_rows(leaves)
+            program = self._cut(example)
+            self._verify(program, example)
         if len(self._programs) == _MAX_PROGRAMS:
             warnings.warn(
-                f"the backbone was cut again, for inputs of the {_MAX_PROGRAMS + 1}th kind, and each cut takes seconds; "
-                "pad inputs to few sizes",
+                f"more than {_MAX_PROGRAMS} kinds of inputs were seen and the backbone is cut again for each, which takes "
+                "seconds; pad inputs to few sizes",
                 stacklevel=5,
             )
         self._programs = [program, *self._programs[: _MAX_PROGRAMS - 1]]
@@ -61,8 +69,7 @@ class Staging:
 
     def _cut(self, leaves: list[Any]) -> StagedProgram:
         if isinstance(self.backbone, Stages):
-            with evaluating(self.backbone), torch.no_grad():
-                return self.backbone.program(self.exits, copies(leaves), EXAMPLE_ROWS)
+            return self.backbone.program(self.exits, copies(leaves), EXAMPLE_ROWS)
         varying = self._sizes_that_changed(leaves)
         try:
             return cut(self.backbone, self.exits, self.inputs, leaves, varying)
@@ -81,7 +88,6 @@ class Staging:
                     changed.update((index, dim) for dim, (size, old) in sizes if old is not None and size != old)
         return frozenset(changed)
 
-    @torch.no_grad()
     def _verify(self, program: StagedProgram, leaves: list[Any]) -> None:
         """Run the stages beside the backbone: all rows, and a single row from each cut on.
 
@@ -89,9 +95,8 @@ class Staging:
             CutError: when they disagree, which they do when the backbone mixes the rows of a batch or writes to values
                 that cross an exit.
         """
-        with evaluating(self.backbone):
-            args, kwargs = self.inputs.unflatten(copies(leaves))
-            expected = logits_of(self.backbone(*args, **kwargs))
+        args, kwargs = self.inputs.unflatten(copies(leaves))
+        expected = logits_of(self.backbone(*args, **kwargs))
         leaves = copies(leaves)
         sizes = program.input_sizes(leaves)
         values: Sequence[Any] = [leaves[index] for index in program.entry]
@@ -128,6 +133,7 @@ class Staging:
             got.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True
         ):
             raise CutError(
-                f"the stages of {type(self.backbone).__name__} answer otherwise than the backbone {when}, as they do where "
-                "rows of a batch are mixed or values are changed in place across an exit; compute each row on its own"
+                f"the stages of {type(self.backbone).__name__} answer otherwise than the backbone {when}, as they do "
+                "where rows of a batch are mixed or values are changed in place across an exit; compute each row on its "
+                "own"
             )
