@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise ValueError(f"{os.fspath(path)} was not written by EarlyExit.save; give a file that was")
     if header["version"] > FORMAT_VERSION:
         raise ValueError(
-            f"{os.fspath(path)} has format version {header['version']}, this cet reads up to {FORMAT_VERSION}; update cet"
+            f"{os.fspath(path)} has format {header['version']}, and this cet reads up to {FORMAT_VERSION}; update cet"
         )
     return tensors, header
 

@@ -32,8 +32,8 @@ class ConsistentExitLoss:
         min_confidence: rows whose teacher is less sure than this add no consistency term.
         exit_weights: one weight per exit, shallow first, the final one included; ``1 / E`` each when not given.
 
-    Calling it with ``(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
-    then see both, as they will at inference, and wrappers such as DistributedDataParallel see one forward pass.
+    Calling it with ``(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch
+    statistics then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass.
     ``x`` is a tensor, a tuple of positional inputs or a dict of keyword inputs; ``y`` is ``(B,)`` int64, -100 for rows
     without a label. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
 

@@ -52,8 +52,8 @@ class Staging:
             self._verify(program, example)
         if len(self._programs) == _MAX_PROGRAMS:
             warnings.warn(
-                f"more than {_MAX_PROGRAMS} kinds of inputs were seen and the backbone is cut again for each, which takes "
-                "seconds; pad inputs to few sizes",
+                f"more than {_MAX_PROGRAMS} kinds of inputs were seen, and cutting the backbone for each takes seconds; "
+                "pad inputs to few sizes",
                 stacklevel=5,
             )
         self._programs = [program, *self._programs[: _MAX_PROGRAMS - 1]]
@@ -134,6 +134,5 @@ class Staging:
         ):
             raise CutError(
                 f"the stages of {type(self.backbone).__name__} answer otherwise than the backbone {when}, as they do "
-                "where rows of a batch are mixed or values are changed in place across an exit; compute each row on its "
-                "own"
+                "where rows are mixed or values are changed in place across an exit; compute each row on its own"
             )
