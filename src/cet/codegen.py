@@ -23,8 +23,8 @@ _IN_TORCH = (
     "abs add addmm adaptive_avg_pool1d argmax avg_pool1d baddbmm batch_norm bmm cat clamp clone conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d cos cumsum div eq erf exp flatten ge group_norm gru gt "
     "index_select layer_norm le log log_softmax lstm lt masked_fill matmul max_pool1d max_pool2d max_pool3d mean mul "
-    "ne neg permute pow reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze stack "
-    "sub sum tanh tanh_ transpose unsqueeze where"
+    "ne neg permute pow reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze "
+    "stack sub sum tanh tanh_ transpose unsqueeze where"
 )
 _IN_NN = (
     "adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d avg_pool3d elu gelu hardsigmoid hardswish hardtanh hardtanh_ "

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +87,17 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def require(what: str, packages: Sequence[str], *, extra: str) -> None:
+    """Refuse to go on without packages of an extra.
+
+    Raises:
+        ModuleNotFoundError: when one is not installed, with the command that installs it.
+    """
+    missing = [package for package in packages if installed_version(package) is None]
+    if missing:
+        raise ModuleNotFoundError(f"{what} needs {' and '.join(missing)}; pip install 'cet[{extra}]'")
+
+
 def _reference() -> Finding:
     where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads"
     try:
@@ -102,18 +114,18 @@ def _reference() -> Finding:
 
 def _compiled_extension() -> Finding:
     if importlib.util.find_spec("cet._C") is None:
-        return Finding("cpp", False, f"cet {metadata.version('cet')} has no compiled extension; the reference serves")
+        return Finding("cpp", False, f"cet {cet.__version__} has no compiled extension; the reference serves")
     return Finding("cpp", True, "cet._C is built")
 
 
 def _triton() -> Finding:
     version = installed_version("triton")
     installed = f"triton {version} is installed" if version else "triton is not installed"
-    return Finding("triton", False, f"cet {metadata.version('cet')} has no Triton kernels; {installed}")
+    return Finding("triton", False, f"cet {cet.__version__} has no Triton kernels; {installed}")
 
 
 def _cuda() -> Finding:
-    none = f"cet {metadata.version('cet')} has no CUDA kernels"
+    none = f"cet {cet.__version__} has no CUDA kernels"
     if torch.version.cuda is None:
         return Finding("cuda", False, f"{none}; this PyTorch is built without CUDA")
     if not torch.cuda.is_available():

@@ -83,10 +83,10 @@ def run_batch(
         rows = staying if rows is None else rows[staying]
         values = _compact_values(staying, values, stage.row_dims)
     logits = program.stages[final].run(n, *sizes, *values)
-    scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
+    final_scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
     if answers is None or rows is None:
-        return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, scores
-    answers.put(rows, logits, final, scores)
+        return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, final_scores
+    answers.put(rows, logits, final, final_scores)
     return answers.logits, answers.exit_index, answers.scores
 
 

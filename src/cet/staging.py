@@ -52,7 +52,7 @@ class Staging:
             self._verify(program, example)
         if len(self._programs) == _MAX_PROGRAMS:
             warnings.warn(
-                f"more than {_MAX_PROGRAMS} kinds of inputs were seen, and cutting the backbone for each takes seconds; "
+                f"more than {_MAX_PROGRAMS} kinds of inputs were seen, and cutting the backbone for each takes long; "
                 "pad inputs to few sizes",
                 stacklevel=5,
             )
