@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from cet.checkpoint import read_checkpoint, write_checkpoint
 from cet.heads import ExitHead, HeadSpec
@@ -142,6 +143,8 @@ class EarlyExit(nn.Module):
             # At once, before the backbone may change the features in place.
             logits[k] = self.heads[k](first_tensor(module_output))
 
+        if self._changes_inputs:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         output = self._run_backbone(args, kwargs, classify)
         for path, value in zip(self.exit_names, logits, strict=False):
             if value is None:
