@@ -59,9 +59,9 @@ def backends() -> list[Finding]:
     return [_reference(), _compiled_extension(), _triton(), _cuda()]
 
 
-def counters(powercap: Path = POWERCAP) -> list[Finding]:
-    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain below ``powercap``."""
-    return [*_nvml(), *_rapl(powercap)]
+def counters() -> list[Finding]:
+    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain of Linux's powercap."""
+    return [*_nvml(), *_rapl()]
 
 
 def extras() -> list[Finding]:
@@ -99,7 +99,7 @@ def require(what: str, packages: Sequence[str], *, extra: str) -> None:
 
 
 def _reference() -> Finding:
-    where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)"
     try:
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         model = cet.EarlyExit(net, ["0"], (torch.zeros(2, 4),)).eval()
@@ -155,24 +155,25 @@ def _nvml_device(index: int) -> Finding:
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         device = pynvml.nvmlDeviceGetName(handle)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError_NotSupported:
-        return Finding(name, False, f"{device} has no total-energy counter; Volta and later GPUs have one")
+        try:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except pynvml.NVMLError_NotSupported:
+            return Finding(name, False, f"{device} has no total-energy counter; GPUs have one from Volta on")
     except pynvml.NVMLError as error:
         return Finding(name, False, str(error), _NVML_MENDS.get(error.value))
     return Finding(name, True, f"{device}: total-energy counter, in mJ since the driver was loaded")
 
 
-def _rapl(powercap: Path) -> list[Finding]:
+def _rapl() -> list[Finding]:
     if platform.system() != "Linux":
-        return [Finding("rapl", False, f"RAPL is read through Linux's {powercap}; this is {platform.system()}")]
-    domains = sorted(powercap.glob("intel-rapl:*"))
+        return [Finding("rapl", False, f"RAPL is read through Linux's {POWERCAP}; this is {platform.system()}")]
+    domains = sorted(POWERCAP.glob("intel-rapl:*"))
     if not domains:
         return [
             Finding(
                 "rapl",
                 False,
-                f"no intel-rapl domain in {powercap}; virtual machines and containers hide it",
+                f"no intel-rapl domain in {POWERCAP}; virtual machines and containers hide it",
                 "run on bare metal, with the kernel module intel_rapl_msr loaded",
             )
         ]

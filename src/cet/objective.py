@@ -72,7 +72,9 @@ class ConsistentExitLoss:
         self.exit_weights = None if exit_weights is None else tuple(exit_weights)
 
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
-        batch = check_batch(x, y, getattr(getattr(model, "module", model), "num_classes", None))
+        multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
+        batch = check_batch(x, y, getattr(multi_exit, "num_classes", None))
+        self._check_exit_weights(getattr(multi_exit, "num_exits", None))
         if not model.training:
             raise ValueError("model is in eval mode, where it gives one answer per row; call model.train() first")
         if self.consistency_weight == 0:
@@ -82,11 +84,7 @@ class ConsistentExitLoss:
             outputs = _check_outputs(call(model, _stack(x, self.perturb(x))))
             clean = tuple(logits[:batch] for logits in outputs)
             perturbed = tuple(logits[batch:] for logits in outputs)
-        if self.exit_weights is not None and len(self.exit_weights) != len(clean):
-            raise ValueError(
-                f"exit_weights has {len(self.exit_weights)} entries but the model has {len(clean)} exits; "
-                "give one per exit, the final one included"
-            )
+        self._check_exit_weights(len(clean))
         parts = consistent_exit_loss(
             clean,
             perturbed,
@@ -98,6 +96,13 @@ class ConsistentExitLoss:
             exit_weights=self.exit_weights,
         )
         return parts.loss, parts
+
+    def _check_exit_weights(self, num_exits: int | None) -> None:
+        if self.exit_weights is not None and num_exits is not None and len(self.exit_weights) != num_exits:
+            raise ValueError(
+                f"exit_weights has {len(self.exit_weights)} entries but the model has {num_exits} exits; "
+                "give one per exit, the final one included"
+            )
 
 
 def _check_outputs(outputs: Any) -> tuple[Tensor, ...]:
