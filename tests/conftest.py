@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES, Family
 
 import cet
+from families import FAMILIES, Family
 
 Built = tuple[Family, cet.EarlyExit]
 

@@ -52,9 +52,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file ({error}); save it again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)} was not written by EarlyExit.save; give a file that was")
-    if not isinstance(header.get("version"), int) or header["version"] > FORMAT_VERSION:
+    version = header.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"{os.fspath(path)} has format {header.get('version')}, and this cet reads up to {FORMAT_VERSION}; update it"
+            f"{os.fspath(path)} has format {version}, and this cet reads up to {FORMAT_VERSION}; update it"
         )
     return tensors, header
 
