@@ -110,7 +110,7 @@ def test_the_batch_in_another_dimension_is_compacted_there(rows, steps):
     spec = cet.HeadSpec(layout="channels_last")
     model = cet.EarlyExit(Net(time_first_across), {"b": spec}, (R(rows, steps, 4),))
     assert_rows_answer_as_alone(model, R(12, steps, 4))
-    assert 1 in model._staging.program(model.backbone, [R(12, steps, 4)]).stages[0].row_dims
+    assert 1 in model.stages_for(R(12, steps, 4)).stages[0].row_dims
 
 
 def merged(m, x):

@@ -156,7 +156,7 @@ def test_channels_last_images_stay_channels_last():
     x = R(9, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     assert_right(model, x)
     seen = []
-    program = model._staging.program(model.backbone, [x])
+    program = model.stages_for(x)
     stage = program.stages[1]
     object.__setattr__(stage, "run", lambda *v, run=stage.run: (seen.append(v[-1]), run(*v))[1])
     model.policy = cet.ExitPolicy(thresholds=(cet.ops.exit_score(model.exit_logits(x)[0]).median().item(), None))

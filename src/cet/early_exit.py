@@ -18,8 +18,8 @@ from cet.heads import ExitHead, HeadSpec
 from cet.inputs import Call, InputFormat, copies
 from cet.policy import ExitPolicy
 from cet.runner import run_batch
-from cet.stages import evaluating, first_tensor, logits_of
-from cet.staging import Staging
+from cet.stages import StagedProgram, evaluating, first_tensor, logits_of
+from cet.staging import TRACE_LOCK, Staging
 
 FINAL = "final"
 
@@ -156,6 +156,10 @@ class EarlyExit(nn.Module):
                 )
         return (*(value for value in logits if value is not None), logits_of(output))
 
+    def stages_for(self, *args: Any, **kwargs: Any) -> StagedProgram:
+        """The stages that a call with such inputs runs, at least one row; for those who time or export them."""
+        return self._staging.program(self.backbone, self._inputs.flatten(args, kwargs))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, heads, policy and input format to one safetensors file, atomically.
 
@@ -190,11 +194,12 @@ class EarlyExit(nn.Module):
         program = self._staging.program(self.backbone, leaves)
         if self._changes_inputs:
             leaves = copies(leaves)
-        return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
+        with TRACE_LOCK:
+            return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
 
     def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
         """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
-        with ExitStack() as hooks:
+        with TRACE_LOCK, ExitStack() as hooks:
             for k, path in enumerate(self.exit_names[:-1]):
 
                 def hook(_module: nn.Module, _inputs: Any, output: Any, k: int = k) -> None:

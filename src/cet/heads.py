@@ -99,8 +99,8 @@ class ExitHead(nn.Module):
         super().__init__()
         self.spec = HeadSpec(layout=layout, pool=pool, hidden=hidden, norm=norm)
         self.in_features = in_features
-        self.norm = nn.LayerNorm(in_features) if norm else nn.Identity()
-        self.hidden = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
+        self.norm = nn.LayerNorm(in_features) if norm else None
+        self.hidden = None if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
         self.linear = nn.Linear(in_features if hidden is None else hidden, num_classes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,10 +112,14 @@ class ExitHead(nn.Module):
             if self.spec.pool == "first":
                 feature = feature[:, 0]
             elif self.spec.layout == "channels_first":
-                feature = feature.flatten(2).mean(2)
+                feature = feature.mean(2) if feature.ndim == 3 else feature.flatten(2).mean(2)
             else:
-                feature = feature.flatten(1, -2).mean(1)
-        logits: Tensor = self.linear(self.hidden(self.norm(feature)))
+                feature = feature.mean(1) if feature.ndim == 3 else feature.flatten(1, -2).mean(1)
+        if self.norm is not None:
+            feature = self.norm(feature)
+        if self.hidden is not None:
+            feature = self.hidden(feature)
+        logits: Tensor = self.linear(feature)
         return logits
 
 

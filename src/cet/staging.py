@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,40 @@ from cet.inputs import EXAMPLE_ROWS, InputFormat, copies
 from cet.stages import CutError, StagedProgram, Stages, children_of, evaluating, logits_of
 
 _MAX_PROGRAMS = 8
-_CUTTING = threading.Lock()
+
+
+class _TraceLock:
+    """Many threads may run models at once, but none while one of them traces a backbone.
+
+    ``torch.export`` patches torch, and the backbone's parameters, for all threads while it traces: so there is one lock
+    for the process. It is entered by those who run.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running = 0
+        self._here = threading.local()
+
+    def __enter__(self) -> None:
+        with self._condition:
+            self._running += 1
+            self._here.running = getattr(self._here, "running", 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._condition:
+            self._running -= 1
+            self._here.running -= 1
+            self._condition.notify_all()
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Wait until no other thread runs, and keep them from starting."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._running == getattr(self._here, "running", 0))
+            yield
+
+
+TRACE_LOCK = _TraceLock()
 
 
 class Staging:
@@ -45,11 +79,14 @@ class Staging:
         program = self._fitting(leaves)
         if program is not None:
             return program
-        with _CUTTING:  # torch.export patches torch for all threads while it traces
+        with TRACE_LOCK.tracing():
             return self._fitting(leaves) or self._new_program(leaves)
 
     def _fitting(self, leaves: Sequence[Any]) -> StagedProgram | None:
-        return next((program for program in self._programs if program.fits(leaves)), None)
+        for program in self._programs:
+            if program.fits(leaves):
+                return program
+        return None
 
     def _new_program(self, leaves: Sequence[Any]) -> StagedProgram:
         # Whatever the caller has switched on is no part of the backbone.

@@ -23,7 +23,8 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
     Returns:
         ``(B,)`` float32.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=1)
+    logits = logits.float()
+    probabilities = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=1)
     if score == "entropy":
         # entr(0) is 0, so a class ruled out by a logit of -Inf adds nothing.
         entropies: Tensor = torch.special.entr(probabilities).sum(dim=1)
