@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class MultiExitTraining(LightningModule):
         seed: with the numbers of epoch and batch, the source of all randomness.
         learning_rate: the peak of the one-cycle schedule (Smith & Topin 2018, arXiv 1708.07120).
         weight_decay: decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+        augment: changes the input of every training step, before the loss sees it.
         identity: plain values that say what is trained; a checkpoint with other ones is refused.
     """
 
@@ -47,6 +48,7 @@ class MultiExitTraining(LightningModule):
         seed: int = 0,
         learning_rate: float = 3e-3,
         weight_decay: float = 1e-2,
+        augment: Callable[[Any], Any] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -55,12 +57,13 @@ class MultiExitTraining(LightningModule):
         self.seed = seed
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+        self.augment = augment
         self.identity = dict(identity or {})
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx))
-        loss, _ = self.loss(self.model, x, y)
+        loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
         return loss
 

@@ -31,7 +31,8 @@ CHECKPOINT = "last"
 class Recipe:
     """How a model is trained.
 
-    ``severity`` is that of the perturbation in training; the other switches of the objective are those of
+    ``severity`` is that of the perturbation in training, and ``augment`` puts perturbed input in the place of clean
+    input; the other switches of the objective are those of
     :class:`cet.ConsistentExitLoss`, and the rest is for AdamW with a one-cycle schedule.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     min_confidence: float = 0.0
     exit_weights: tuple[float, ...] | None = None
     severity: float = 1.0
+    augment: bool = False
     epochs: int = 12
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -120,6 +122,7 @@ def train(
         seed=seed,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        augment=perturbation(recipe.severity) if recipe.augment else None,
         identity={
             "persons": sorted(set(split.train.person.tolist())),
             "seed": seed,
