@@ -109,15 +109,29 @@ class ExitHead(nn.Module):
         return {"in_features": self.in_features, "num_classes": self.linear.out_features, **asdict(self.spec)}
 
     def forward(self, feature: Tensor) -> Tensor:
-        if feature.ndim > 2:
-            if self.spec.pool == "first":
-                feature = feature[:, 0]
-            elif self.spec.layout == "channels_first":
-                feature = feature.flatten(2).mean(2)
-            else:
-                feature = feature.flatten(1, -2).mean(1)
-        logits: Tensor = self.linear(self.hidden(self.norm(feature)))
+        assert self.spec.layout is not None
+        pooled = pool_features(feature, self.spec.layout, self.spec.pool)
+        logits: Tensor = self.linear(self.hidden(self.norm(pooled)))
         return logits
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the head is pooling and a linear layer, with nothing hooked in between."""
+        return (
+            self.spec.hidden is None
+            and not self.spec.norm
+            and type(self.linear) is nn.Linear
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.linear))
+        )
+
+
+def pool_features(feature: Tensor, layout: Layout, pool: Pool) -> Tensor:
+    """Features ``(B, C, ...)`` or ``(B, ..., C)`` to ``(B, C)``; those of shape ``(B, C)`` are returned as they are."""
+    if feature.ndim == 2:
+        return feature
+    if pool == "first":
+        return feature[:, 0]
+    return feature.flatten(2).mean(2) if layout == "channels_first" else feature.flatten(1, -2).mean(1)
 
 
 def _output_widths(module: nn.Module) -> set[int]:

@@ -1,19 +1,35 @@
-"""The gate: a score per row, and whether the row leaves.
+"""The gate: logits of an exit, a score per row, and whether the row leaves.
 
-All arithmetic is in float32, whatever the dtype of the logits, so that a policy means the same for a model in half
-precision. A row whose logits hold a NaN or +Inf has a NaN score, every comparison with NaN is false, and so it stays.
+Sums, softmax and scores are in float32, whatever the dtype of the features or logits, so that a policy means the same
+for a model in half precision. A row whose logits hold a NaN or +Inf has a NaN score, every comparison with NaN is
+false, and so it stays.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cet.policy import ScoreName
+from cet.heads import Layout, Pool, pool_features
+from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
+from cet.policy import SCORE_NAMES, ScoreName
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels compute with, and the number by which they know it."""
+
+_SCORES = {name: number for number, name in enumerate(SCORE_NAMES)}
+_MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
+
+# From here on torch's own matrix product, which blocks for the caches, beats dot products on the way (measured).
+_GEMM_ROWS, _GEMM_WEIGHTS = 16, 1 << 14
 
 
 def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
-    """Score every row of ``logits``.
+    """Score every row of ``logits``, differentiably.
 
     Args:
         logits: ``(B, K)``, any floating dtype, ``K >= 2``.
@@ -34,20 +50,285 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
     return top[:, 0] - top[:, 1]
 
 
-def exit_gate(
+def gate_reference(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """The definition of :func:`gate`."""
+    scores = exit_score(logits.detach(), score, temperature)
+    return scores, scores <= threshold if score == "entropy" else scores >= threshold
+
+
+def _gate_cpp(
+    kernels: Any, logits: Tensor, score: ScoreName, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    scores = logits.new_empty((logits.shape[0],), dtype=torch.float32)
+    leaves = logits.new_empty((logits.shape[0],), dtype=torch.bool)
+    kernels.gate(
+        logits.data_ptr(),
+        DTYPES[logits.dtype],
+        logits.shape,
+        logits.stride(),
+        _SCORES[score],
+        threshold,
+        temperature,
+        scores.data_ptr(),
+        leaves.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores, leaves
+
+
+def _gate(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    kernels = kernels_for("gate", (logits,), DTYPES)
+    if kernels is None:
+        return gate_reference(logits, score, threshold, temperature)
+    return _gate_cpp(kernels, logits, score, threshold, temperature)
+
+
+@torch.library.custom_op("cet::gate", mutates_args=())
+def _gate_op(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    return _gate(logits, cast(ScoreName, score), threshold, temperature)
+
+
+@_gate_op.register_fake
+def _(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows,), dtype=torch.bool)
+
+
+def gate(
     logits: Tensor, *, score: ScoreName = "entropy", threshold: float, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Decide which rows leave.
 
     Args:
-        logits: ``(B, K)``, any floating dtype.
+        logits: ``(B, K)``, any floating dtype and strides, ``K >= 2``.
         score: which score, see :func:`exit_score`.
         threshold: rows leave when ``entropy <= threshold``, or ``confidence >= threshold``, or
             ``margin >= threshold``; compared in float32.
         temperature: divides the logits.
 
     Returns:
-        The scores ``(B,)`` float32 and the flags ``(B,)`` bool, true where the row leaves.
+        The scores ``(B,)`` float32, through which no gradient flows (:func:`exit_score` has one), and the flags
+        ``(B,)`` bool, true where the row leaves.
+
+    Raises:
+        ValueError: for another shape, an unknown score, a NaN threshold or a temperature that is not positive and
+            finite.
+        TypeError: for logits that are not of a floating dtype.
     """
-    scores = exit_score(logits, score, temperature)
-    return scores, scores <= threshold if score == "entropy" else scores >= threshold
+    if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > _MAX_ROWS:
+        raise ValueError(
+            f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"gate: logits are {logits.dtype}; give a floating dtype")
+    _check_decision("gate", score, threshold, temperature)
+    if not is_tracing():
+        return _gate(logits, score, threshold, temperature)
+    if traced_backend() == "reference":
+        return gate_reference(logits, score, threshold, temperature)
+    decided: tuple[Tensor, Tensor] = _gate_op(logits.detach(), score, threshold, temperature)
+    return decided
+
+
+def exit_gate_reference(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of :func:`exit_gate`."""
+    logits = F.linear(pool_features(features, layout, pool), weight, bias)
+    return logits, *gate_reference(logits, score, threshold, temperature)
+
+
+def _exit_gate_cpp(
+    kernels: Any,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = features.shape[0]
+    classes, channels = weight.shape
+    dtype = DTYPES[features.dtype]
+    where = (features.data_ptr(), dtype, features.shape, features.stride(), layout == "channels_last", pool == "mean")
+    threads = torch.get_num_threads()
+    if rows >= _GEMM_ROWS and classes * channels >= _GEMM_WEIGHTS:
+        pooled = features
+        if features.ndim > 2:
+            pooled = features.new_empty((rows, channels))
+            kernels.pool(*where, pooled.data_ptr(), threads)
+        logits = F.linear(pooled, weight, bias)
+        return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+    weight = weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    logits = features.new_empty((rows, classes))
+    scores = features.new_empty((rows,), dtype=torch.float32)
+    leaves = features.new_empty((rows,), dtype=torch.bool)
+    kernels.exit_gate(
+        *where,
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        classes,
+        logits.data_ptr(),
+        _SCORES[score],
+        threshold,
+        temperature,
+        scores.data_ptr(),
+        leaves.data_ptr(),
+        threads,
+    )
+    return logits, scores, leaves
+
+
+def _exit_gate(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (features, weight) if bias is None else (features, weight, bias)
+    kernels = kernels_for("exit_gate", tensors, DTYPES)
+    if kernels is None:
+        return exit_gate_reference(features, weight, bias, layout, pool, score, threshold, temperature)
+    if needs_grad(tensors) or torch.is_autocast_enabled("cpu"):
+        logits = F.linear(pool_features(features, layout, pool), weight, bias)
+        return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+    return _exit_gate_cpp(kernels, features, weight, bias, layout, pool, score, threshold, temperature)
+
+
+@torch.library.custom_op("cet::exit_gate", mutates_args=())
+def _exit_gate_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    pool: str,
+    score: str,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    switches = cast(Layout, layout), cast(Pool, pool), cast(ScoreName, score)
+    return _exit_gate(features, weight, bias, *switches, threshold, temperature)
+
+
+@_exit_gate_op.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    pool: str,
+    score: str,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = features.shape[0]
+    return (
+        features.new_empty((rows, weight.shape[0])),
+        features.new_empty((rows,), dtype=torch.float32),
+        features.new_empty((rows,), dtype=torch.bool),
+    )
+
+
+def exit_gate(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout = "channels_first",
+    pool: Pool = "mean",
+    score: ScoreName = "entropy",
+    threshold: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool the features of an exit, classify them, and decide which rows leave.
+
+    Where a gradient is needed the logits are computed by PyTorch's operations, on every backend; so they are under
+    autocast.
+
+    Args:
+        features: ``(B, C, ...)`` or ``(B, ..., C)``, any floating dtype and strides; ``(B, C)`` is not pooled.
+        weight: ``(K, C)``, ``K >= 2``, in the dtype of the features.
+        bias: ``(K,)`` in that dtype, or None.
+        layout: ``"channels_first"`` or ``"channels_last"``.
+        pool: ``"mean"`` over all positions, or ``"first"``, the first position of features ``(B, T, C)``.
+        score: which score, see :func:`exit_score`.
+        threshold: see :func:`gate`.
+        temperature: divides the logits for the score; those returned are as they are.
+
+    Returns:
+        Logits ``(B, K)`` in the dtype of the features, and the scores and flags of :func:`gate` for them.
+
+    Raises:
+        ValueError: for shapes, devices or switches that do not fit, a NaN threshold or a temperature that is not
+            positive and finite.
+        TypeError: for dtypes that differ or are not floating.
+    """
+    _check_head(features, weight, bias, layout, pool)
+    _check_decision("exit_gate", score, threshold, temperature)
+    if is_tracing():
+        if traced_backend() == "cpp" and not needs_grad((features, weight, bias)):
+            answer: tuple[Tensor, Tensor, Tensor] = _exit_gate_op(
+                features, weight, bias, layout, pool, score, threshold, temperature
+            )
+            return answer
+        return exit_gate_reference(features, weight, bias, layout, pool, score, threshold, temperature)
+    return _exit_gate(features, weight, bias, layout, pool, score, threshold, temperature)
+
+
+def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool) -> None:
+    shape = features.shape
+    if layout not in ("channels_first", "channels_last"):
+        raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
+    if pool not in ("mean", "first"):
+        raise ValueError(f"exit_gate: pool {pool!r} is unknown; choose mean or first")
+    if len(shape) < 2 or shape[0] > _MAX_ROWS:
+        raise ValueError(
+            f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^31 - 1 rows"
+        )
+    if pool == "first" and len(shape) > 2 and (len(shape) != 3 or layout != "channels_last" or shape[1] == 0):
+        raise ValueError(
+            f"exit_gate: pool 'first' takes the first token of (B, T, C) features in layout channels_last, got shape "
+            f"{tuple(shape)} in layout {layout}; use pool='mean'"
+        )
+    channels = shape[-1 if layout == "channels_last" else 1]
+    if weight.ndim != 2 or weight.shape[0] < 2 or weight.shape[1] != channels:
+        raise ValueError(
+            f"exit_gate: weight has shape {tuple(weight.shape)} for features of {channels} channels; "
+            f"give (K, {channels}) with at least 2 classes"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"exit_gate: features are {features.dtype}; give a floating dtype")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
+            raise TypeError(f"exit_gate: {name} is {tensor.dtype} but features are {features.dtype}; cast one of them")
+        if tensor.device != features.device:
+            raise ValueError(f"exit_gate: {name} is on {tensor.device} but features on {features.device}; move one")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"exit_gate: bias has shape {tuple(bias.shape)} for {weight.shape[0]} classes; give ({weight.shape[0]},)"
+        )
+
+
+def _check_decision(op: str, score: ScoreName, threshold: float, temperature: float) -> None:
+    if score not in _SCORES:
+        raise ValueError(f"{op}: score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
+    if math.isnan(threshold):
+        raise ValueError(f"{op}: threshold is NaN; give a number, infinite to let all rows leave or stay")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {temperature}; give a positive, finite number")
