@@ -48,7 +48,7 @@ if wanted not in ("", "0", "1"):
 extension = Pybind11Extension(
     "cet._C",
     ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"],
-    depends=[str(path) for path in sorted(Path("csrc").rglob("*.h"))],
+    depends=[*KERNELS, *(str(path) for path in sorted(Path("csrc").rglob("*.h")))],
     extra_compile_args=FLAGS,
     cxx_std=17,
     optional=wanted != "1",

@@ -116,14 +116,16 @@ struct Pooling {
   }
 };
 
-void exit_gate(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,
+int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,
                bool channels_last, bool mean, Pointer weight, Pointer bias, int64_t classes, Pointer logits, int score,
-               float threshold, float temperature, Pointer scores, Pointer leaves, int threads) {
+               float threshold, float temperature, Pointer scores, Pointer leaves, Pointer survivors, Pointer order,
+               int threads) {
   const Pooling pooling(features, dtype, shape, strides, channels_last, mean);
   const cet::Head head = {at<void>(weight), at<void>(bias), at<void>(logits), classes};
   const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores), at<bool>(leaves)};
   const py::gil_scoped_release release;
-  kernels.exit_gate(pooling.features, head, decision, threads);
+  const cet::Survivors moved = {at<char>(survivors), at<int64_t>(order)};
+  return kernels.exit_gate(pooling.features, head, decision, survivors ? &moved : nullptr, threads);
 }
 
 void pool(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,

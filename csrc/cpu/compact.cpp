@@ -1,58 +1,11 @@
 // Stable compaction: which rows stay, and the move of their bytes.
-#include <unistd.h>
-
+#include "copy.h"
 #include "kernels_of_capability.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace cet::CET_CAPABILITY {
 
 namespace {
-
-constexpr int64_t kLine = 64;
-
-int64_t cache_bytes() {
-  const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return size > 0 ? size : int64_t{32} << 20;
-}
-
-// Past the caches: the lines of the destination are not read before they are written.
-void stream(char* to, const char* from, int64_t bytes) {
-#if defined(__SSE2__)
-  const int64_t head = -reinterpret_cast<intptr_t>(to) & (kLine - 1);
-  if (bytes < head + kLine) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
-  std::memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + kLine <= bytes; i += kLine) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX2__)
-    for (int j = 0; j < kLine; j += 32) {
-      const auto* source = reinterpret_cast<const __m256i*>(from + i + j);
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + j), _mm256_loadu_si256(source));
-    }
-#else
-    for (int j = 0; j < kLine; j += 16) {
-      const auto* source = reinterpret_cast<const __m128i*>(from + i + j);
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j), _mm_loadu_si128(source));
-    }
-#endif
-  }
-  std::memcpy(to + i, from + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-// Streaming stores are not ordered with the stores by which another thread learns that the rows are there.
-void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 template <class Copy>
 void copy_range(const RowTensor& t, const int64_t* index, int dim, const char* from, char* to, int64_t begin, int64_t end,
@@ -113,12 +66,12 @@ int64_t partition(const bool* leaves, int64_t rows, int64_t* order) {
 void take_rows(const RowTensor* tensors, int64_t count, const int64_t* index, int threads) {
   int64_t bytes = 0, tasks = 0;
   for (const RowTensor* t = tensors; t != tensors + count; ++t) {
-    bytes += t->size[0] * slice_bytes(*t);
+    const int64_t size = t->size[0] * slice_bytes(*t);
+    advise_huge_pages(t->to, size);
+    bytes += size;
     tasks += tasks_of(*t);
   }
-  // What fits into the cache is left there: the next stage reads it.
-  static const int64_t cache = cache_bytes();
-  const bool streaming = bytes > cache / 2;
+  const bool streaming = exceeds_cache(bytes);
   for_each_task(workers_for(bytes, threads), tasks, [&](int, int64_t task) {
     const RowTensor* t = tensors;
     for (; task >= tasks_of(*t); ++t) task -= tasks_of(*t);

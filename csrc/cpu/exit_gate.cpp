@@ -1,6 +1,7 @@
 // Pool, linear layer, softmax statistics, score and flag, row by row while the row's features are in registers and cache.
 #include <cmath>
 
+#include "copy.h"
 #include "kernels_of_capability.h"
 #include "parallel.h"
 #include "vec.h"
@@ -209,7 +210,7 @@ void linear(const float* pooled, int64_t padded, const Head& head, int64_t chann
 
 int64_t row_bytes(const Features& f) { return f.channels * num_positions(f) * size_of(f.dtype); }
 
-// Calls f(worker, begin, end) for ranges of rows, multiples of kRows, that hold about kTaskBytes.
+// Calls f(worker, task, begin, end) for ranges of rows, multiples of kRows, that hold about kTaskBytes.
 template <class F>
 void for_row_ranges(int64_t rows, int64_t bytes_per_row, int workers, const F& f) {
   const int64_t wanted = kTaskBytes / (bytes_per_row > 0 ? bytes_per_row : 1);
@@ -217,7 +218,7 @@ void for_row_ranges(int64_t rows, int64_t bytes_per_row, int workers, const F& f
   const int64_t range = ceil_div(wanted < share ? (wanted > 0 ? wanted : 1) : share, kRows) * kRows;
   for_each_task(workers, ceil_div(rows, range), [&](int worker, int64_t task) {
     const int64_t begin = task * range;
-    f(worker, begin, begin + range < rows ? begin + range : rows);
+    f(worker, task, begin, begin + range < rows ? begin + range : rows);
   });
 }
 
@@ -225,15 +226,31 @@ template <class T>
 void gate_rows(const Logits& x, const Decision& decision, int threads) {
   const auto* data = static_cast<const T*>(x.data);
   const int64_t bytes = x.classes * int64_t{sizeof(T)} * 4;  // an exponential costs more than a byte read
-  for_row_ranges(x.rows, bytes, workers_for(x.rows * bytes, threads), [&](int, int64_t begin, int64_t end) {
+  for_row_ranges(x.rows, bytes, workers_for(x.rows * bytes, threads), [&](int, int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       gate_row(data + row * x.row_stride, x.class_stride, x.classes, decision, row);
     }
   });
 }
 
+// Moves the rows of a task that stay behind those of the tasks before it.
+void move_survivors(const char* from, int64_t row_stride, int64_t row_bytes, const bool* leaves, int64_t begin, int64_t end,
+                    char* to, bool streaming) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (leaves[row]) continue;
+    if (streaming) {
+      stream(to, from + row * row_stride, row_bytes);
+    } else {
+      std::memcpy(to, from + row * row_stride, row_bytes);
+    }
+    to += row_bytes;
+  }
+  if (streaming) finish_streams();
+}
+
 template <class T>
-void exit_gate_rows(const Features& f, const Head& head, const Decision& decision, int threads) {
+int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& decision, const Survivors* survivors,
+                       int threads) {
   const auto* data = static_cast<const T*>(f.data);
   auto* logits = static_cast<T*>(head.logits);
   const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
@@ -241,7 +258,10 @@ void exit_gate_rows(const Features& f, const Head& head, const Decision& decisio
   const int64_t work = bytes + f.channels * head.classes / 4;
   const int workers = workers_for(f.rows * work, threads);
   const Buffer<float> scratch(workers * kRows * padded);
-  for_row_ranges(f.rows, work, workers, [&](int worker, int64_t begin, int64_t end) {
+  const bool streaming = exceeds_cache(f.rows * bytes);
+  if (survivors) advise_huge_pages(survivors->to, f.rows * bytes);
+  Chain survived;
+  for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
     float* pooled = scratch.get() + worker * kRows * padded;
     for (int64_t row = begin; row < end; row += kRows) {
       const int n = end - row < kRows ? static_cast<int>(end - row) : kRows;
@@ -255,7 +275,15 @@ void exit_gate_rows(const Features& f, const Head& head, const Decision& decisio
       }
       for (int r = 0; r < n; ++r) gate_row(logits + (row + r) * head.classes, 1, head.classes, decision, row + r);
     }
+    if (survivors) {
+      int64_t staying = 0;
+      for (int64_t row = begin; row < end; ++row) staying += !decision.leaves[row];
+      char* to = survivors->to + survived.add(task, staying) * bytes;
+      const auto* from = static_cast<const char*>(f.data);
+      move_survivors(from, f.row_stride * int64_t{sizeof(T)}, bytes, decision.leaves, begin, end, to, streaming);
+    }
   });
+  return survivors ? partition(decision.leaves, f.rows, survivors->order) : 0;
 }
 
 template <class T>
@@ -265,7 +293,7 @@ void pool_rows(const Features& f, T* pooled, int threads) {
   const int64_t bytes = row_bytes(f);
   const int workers = workers_for(f.rows * bytes, threads);
   const Buffer<float> scratch(workers * padded);
-  for_row_ranges(f.rows, bytes, workers, [&](int worker, int64_t begin, int64_t end) {
+  for_row_ranges(f.rows, bytes, workers, [&](int worker, int64_t, int64_t begin, int64_t end) {
     float* means = scratch.get() + worker * padded;
     for (int64_t row = begin; row < end; ++row) {
       pool_row(f, data + row * f.row_stride, means);
@@ -284,12 +312,14 @@ void gate(const Logits& logits, const Decision& decision, int threads) {
   }
 }
 
-void exit_gate(const Features& features, const Head& head, const Decision& decision, int threads) {
+int64_t exit_gate(const Features& features, const Head& head, const Decision& decision, const Survivors* survivors,
+                  int threads) {
   switch (features.dtype) {
-    case DType::float32: return exit_gate_rows<float>(features, head, decision, threads);
-    case DType::bfloat16: return exit_gate_rows<bfloat16>(features, head, decision, threads);
-    case DType::float16: return exit_gate_rows<float16>(features, head, decision, threads);
+    case DType::float32: return exit_gate_rows<float>(features, head, decision, survivors, threads);
+    case DType::bfloat16: return exit_gate_rows<bfloat16>(features, head, decision, survivors, threads);
+    case DType::float16: return exit_gate_rows<float16>(features, head, decision, survivors, threads);
   }
+  return 0;
 }
 
 void pool(const Features& features, void* pooled, int threads) {

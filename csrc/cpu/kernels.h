@@ -45,6 +45,13 @@ struct Head {
   int64_t classes;
 };
 
+// Where the features of the rows that stay go while they are in cache: the rows of the features must each be one piece of
+// memory, and are so in the destination, (rows, ...), of which the first are filled.
+struct Survivors {
+  char* to;
+  int64_t* order;  // (rows,), as partition() writes it
+};
+
 // One tensor whose rows move. Dimensions in descending order of destination stride.
 struct RowTensor {
   const char* from;
@@ -81,7 +88,8 @@ struct ExitTerms {
 struct Kernels {
   const char* name;
   void (*gate)(const Logits&, const Decision&, int threads);
-  void (*exit_gate)(const Features&, const Head&, const Decision&, int threads);
+  // `survivors` may be null. Returns how many rows stay where it is not.
+  int64_t (*exit_gate)(const Features&, const Head&, const Decision&, const Survivors* survivors, int threads);
   void (*pool)(const Features&, void* pooled, int threads);  // pooled: (rows, channels) in the dtype of the features
   // Writes the indices of the rows that stay to the front of order (rows,), those that leave behind; returns how many stay.
   int64_t (*partition)(const bool* leaves, int64_t rows, int64_t* order);

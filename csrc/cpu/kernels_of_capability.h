@@ -6,7 +6,7 @@
 namespace cet::CET_CAPABILITY {
 
 void gate(const Logits&, const Decision&, int threads);
-void exit_gate(const Features&, const Head&, const Decision&, int threads);
+int64_t exit_gate(const Features&, const Head&, const Decision&, const Survivors* survivors, int threads);
 void pool(const Features&, void* pooled, int threads);
 int64_t partition(const bool* leaves, int64_t rows, int64_t* order);
 void take_rows(const RowTensor* tensors, int64_t count, const int64_t* index, int threads);

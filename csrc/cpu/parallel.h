@@ -1,6 +1,8 @@
 // Threads for the kernels.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -37,6 +39,23 @@ static inline void for_each_task(int workers, int64_t tasks, const F& f) {
     for (int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.tasks;) c.f(worker, task);
   });
 }
+
+// A running total over tasks: each adds its part behind the tasks before it, which for_each_task has handed out earlier.
+class Chain {
+ public:
+  // Waits until all tasks before `task` have added theirs; returns their total.
+  int64_t add(int64_t task, int64_t part) {
+    while (turn_.load(std::memory_order_acquire) != task) sched_yield();
+    const int64_t before = total_;
+    total_ += part;
+    turn_.store(task + 1, std::memory_order_release);
+    return before;
+  }
+
+ private:
+  std::atomic<int64_t> turn_{0};
+  int64_t total_ = 0;  // written by the task whose turn it is
+};
 
 void* allocate(int64_t bytes);  // aligned to a cache line
 void release(void* memory);

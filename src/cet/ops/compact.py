@@ -65,12 +65,26 @@ def _compact_cpp(
     rows = leaves.shape[0]
     order = leaves.new_empty((rows,), dtype=torch.int64)
     count = kernels.partition(leaves.contiguous().data_ptr(), rows, order.data_ptr())
-    staying, leaving = order[:count], order[count:]
+    staying, leaving = split(order, count)
     if count == rows and may_alias:
         return Compaction(staying, leaving, list(tensors))
+    return Compaction(staying, leaving, move(kernels, tensors, dims, staying))
+
+
+def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` entries and the others."""
+    rows = order.shape[0]
+    if count == rows:
+        return order, order.new_empty((0,))
+    return order.narrow(0, 0, count), order.narrow(0, count, rows - count)
+
+
+def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: Tensor) -> list[Tensor]:
+    """The rows ``staying`` of each tensor, in new memory."""
+    count = staying.shape[0]
     moved, moves = [], []
     for tensor, dim in zip(tensors, dims, strict=True):
-        if needs_grad((tensor,)) or (tensor.stride(dim) == 0 and rows > 0):
+        if needs_grad((tensor,)) or (tensor.stride(dim) == 0 and not tensor.is_contiguous()):
             moved.append(_take(tensor, dim, staying))
             continue
         shape = tensor.shape
@@ -85,8 +99,9 @@ def _compact_cpp(
         moved.append(result)
         strides = source.stride(), target.stride()
         moves.append((source.data_ptr(), target.data_ptr(), tensor.element_size(), target.shape, *strides, dim))
-    kernels.take_rows(moves, order.data_ptr(), torch.get_num_threads())
-    return Compaction(staying, leaving, moved)
+    if count > 0 and moves:
+        kernels.take_rows(moves, staying.data_ptr(), torch.get_num_threads())
+    return moved
 
 
 def _compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int], *, may_alias: bool) -> Compaction:
@@ -130,26 +145,35 @@ def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | Non
     """
     if dims is None:
         dims = (0,) * len(tensors)
-    if leaves.dtype is not torch.bool:
-        raise TypeError(f"compact: leaves are {leaves.dtype}; give bool flags")
-    if leaves.ndim != 1 or leaves.shape[0] > _MAX_ROWS:
-        raise ValueError(f"compact: leaves have shape {tuple(leaves.shape)}; give (B,), at most 2^31 - 1 rows")
-    if len(dims) != len(tensors):
-        raise ValueError(f"compact: {len(dims)} dims for {len(tensors)} tensors; give one per tensor")
-    for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
-        if not 0 <= dim < tensor.ndim or tensor.shape[dim] != leaves.shape[0]:
-            raise ValueError(
-                f"compact: tensors[{index}] has shape {tuple(tensor.shape)}, whose dimension {dim} does not hold the "
-                f"{leaves.shape[0]} rows of leaves; give tensors with as many rows, and in dims where they are"
-            )
-        if tensor.device != leaves.device:
-            raise ValueError(f"compact: tensors[{index}] is on {tensor.device}, leaves on {leaves.device}; move one")
+    _check_leaves(leaves)
+    check_rows("compact", leaves.shape[0], leaves.device, tensors, dims)
     if not is_tracing():
         return _compact(leaves, tensors, dims, may_alias=True)
     if traced_backend() == "cpp" and not needs_grad(tensors):
         staying, leaving, *moved = _compact_op(leaves, list(tensors), list(dims))
         return Compaction(staying, leaving, moved)
     return compact_reference(leaves, tensors, dims)
+
+
+def _check_leaves(leaves: Tensor) -> None:
+    if leaves.dtype is not torch.bool:
+        raise TypeError(f"compact: leaves are {leaves.dtype}; give bool flags")
+    if leaves.ndim != 1 or leaves.shape[0] > _MAX_ROWS:
+        raise ValueError(f"compact: leaves have shape {tuple(leaves.shape)}; give (B,), at most 2^31 - 1 rows")
+
+
+def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Refuse tensors that do not hold so many rows where ``dims`` says."""
+    if len(dims) != len(tensors):
+        raise ValueError(f"{op}: {len(dims)} dims for {len(tensors)} tensors; give one per tensor")
+    for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+        if not 0 <= dim < tensor.ndim or tensor.shape[dim] != rows:
+            raise ValueError(
+                f"{op}: tensors[{index}] has shape {tuple(tensor.shape)}, whose dimension {dim} does not hold {rows} "
+                "rows; give tensors with one row per flag, and in dims where they are"
+            )
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors[{index}] is on {tensor.device}, the flags on {device}; move one")
 
 
 def put_rows_reference(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:

@@ -24,9 +24,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCORES = {name: number for number, name in enumerate(SCORE_NAMES)}
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
-# From here on torch's own matrix product, which blocks for the caches, beats dot products on the way (measured).
-_GEMM_ROWS, _GEMM_WEIGHTS = 16, 1 << 14
-
 
 def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
     """Score every row of ``logits``, differentiably.
@@ -121,7 +118,7 @@ def gate(
         )
     if not logits.is_floating_point():
         raise TypeError(f"gate: logits are {logits.dtype}; give a floating dtype")
-    _check_decision("gate", score, threshold, temperature)
+    check_decision("gate", score, threshold, temperature)
     if not is_tracing():
         return _gate(logits, score, threshold, temperature)
     if traced_backend() == "reference":
@@ -157,24 +154,48 @@ def _exit_gate_cpp(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = features.shape[0]
-    classes, channels = weight.shape
-    dtype = DTYPES[features.dtype]
-    where = (features.data_ptr(), dtype, features.shape, features.stride(), layout == "channels_last", pool == "mean")
-    threads = torch.get_num_threads()
-    if rows >= _GEMM_ROWS and classes * channels >= _GEMM_WEIGHTS:
-        pooled = features
-        if features.ndim > 2:
-            pooled = features.new_empty((rows, channels))
-            kernels.pool(*where, pooled.data_ptr(), threads)
-        logits = F.linear(pooled, weight, bias)
-        return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+    if not prefers_gemm(rows, weight):
+        return fused_cpp(kernels, features, weight, bias, layout, pool, score, threshold, temperature)[:3]
+    pooled = features
+    if features.ndim > 2:
+        pooled = features.new_empty((rows, weight.shape[1]))
+        kernels.pool(*_located(features, layout, pool), pooled.data_ptr(), torch.get_num_threads())
+    logits = F.linear(pooled, weight, bias)
+    return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+
+
+def prefers_gemm(rows: int, weight: Tensor) -> bool:
+    """Whether torch's matrix product, which blocks for the caches, beats dot products on the way (measured)."""
+    return rows >= 16 and weight.numel() >= 1 << 14
+
+
+def fused_cpp(
+    kernels: Any,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+    survivors: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Logits, scores and flags in one pass over the features.
+
+    With ``survivors``, in the shape and strides of the features, and ``order``, ``(B,)`` int64, the rows that stay are
+    moved into the first while they are in cache, and their indices, then those of the others, are written to the second;
+    the last result is how many stay.
+    """
+    rows, classes = features.shape[0], weight.shape[0]
     weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     logits = features.new_empty((rows, classes))
     scores = features.new_empty((rows,), dtype=torch.float32)
     leaves = features.new_empty((rows,), dtype=torch.bool)
-    kernels.exit_gate(
-        *where,
+    count = kernels.exit_gate(
+        *_located(features, layout, pool),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         classes,
@@ -184,9 +205,17 @@ def _exit_gate_cpp(
         temperature,
         scores.data_ptr(),
         leaves.data_ptr(),
-        threads,
+        0 if survivors is None else survivors.data_ptr(),
+        0 if order is None else order.data_ptr(),
+        torch.get_num_threads(),
     )
-    return logits, scores, leaves
+    return logits, scores, leaves, count
+
+
+def _located(features: Tensor, layout: Layout, pool: Pool) -> tuple[Any, ...]:
+    """What the kernels take to find the features."""
+    dtype = DTYPES[features.dtype]
+    return features.data_ptr(), dtype, features.shape, features.stride(), layout == "channels_last", pool == "mean"
 
 
 def _exit_gate(
@@ -277,8 +306,8 @@ def exit_gate(
             positive and finite.
         TypeError: for dtypes that differ or are not floating.
     """
-    _check_head(features, weight, bias, layout, pool)
-    _check_decision("exit_gate", score, threshold, temperature)
+    check_head(features, weight, bias, layout, pool)
+    check_decision("exit_gate", score, threshold, temperature)
     if is_tracing():
         if traced_backend() == "cpp" and not needs_grad((features, weight, bias)):
             answer: tuple[Tensor, Tensor, Tensor] = _exit_gate_op(
@@ -289,7 +318,8 @@ def exit_gate(
     return _exit_gate(features, weight, bias, layout, pool, score, threshold, temperature)
 
 
-def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool) -> None:
+def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool) -> None:
+    """Refuse features and a head that do not fit each other."""
     shape = features.shape
     if layout not in ("channels_first", "channels_last"):
         raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
@@ -325,7 +355,8 @@ def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: L
         )
 
 
-def _check_decision(op: str, score: ScoreName, threshold: float, temperature: float) -> None:
+def check_decision(op: str, score: ScoreName, threshold: float, temperature: float) -> None:
+    """Refuse a decision that has no meaning."""
     if score not in _SCORES:
         raise ValueError(f"{op}: score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
     if math.isnan(threshold):
