@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -53,30 +52,32 @@ const Kernels* kernels_of(const std::string& capability) {
   throw py::value_error("this build and processor have no CPU capability '" + capability + "'");
 }
 
-// Dimensions that neighbour each other in memory become one; `keep` stays alone. The order is that of `stride`,
-// descending, and both tensors must agree on which dimensions can be joined.
+// The dimensions of a pair of tensors of one shape, in descending order of the first one's strides. Those that neighbour
+// each other in the memory of both become one; dimension `kept` stays alone.
 struct Dims {
   Sizes size, stride, other;
   int keep = -1;
 
   Dims(const Sizes& sizes, const Sizes& strides, const Sizes& others, int kept) {
-    std::vector<int> order(sizes.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] > strides[b]; });
-    for (const int d : order) {
+    for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
       if (sizes[d] == 1 && d != kept) continue;
-      const bool joins = !size.empty() && d != kept && keep != static_cast<int>(size.size()) - 1 &&
-                         stride.back() == sizes[d] * strides[d] && other.back() == sizes[d] * others[d];
-      if (joins) {
-        size.back() *= sizes[d];
-        stride.back() = strides[d];
-        other.back() = others[d];
-        continue;
-      }
-      if (d == kept) keep = static_cast<int>(size.size());
-      size.push_back(sizes[d]);
-      stride.push_back(strides[d]);
-      other.push_back(others[d]);
+      size_t at = size.size();
+      while (at > 0 && stride[at - 1] < strides[d]) --at;
+      if (keep >= static_cast<int>(at)) ++keep;
+      if (d == kept) keep = static_cast<int>(at);
+      size.insert(size.begin() + at, sizes[d]);
+      stride.insert(stride.begin() + at, strides[d]);
+      other.insert(other.begin() + at, others[d]);
+    }
+    for (size_t d = size.size(); d-- > 1;) {
+      const bool joins = keep != static_cast<int>(d) && keep != static_cast<int>(d) - 1 &&
+                         stride[d - 1] == size[d] * stride[d] && other[d - 1] == size[d] * other[d];
+      if (!joins) continue;
+      size[d - 1] *= size[d];
+      stride[d - 1] = stride[d];
+      other[d - 1] = other[d];
+      for (Sizes* list : {&size, &stride, &other}) list->erase(list->begin() + d);
+      if (keep > static_cast<int>(d)) --keep;
     }
   }
 };
@@ -89,15 +90,18 @@ void gate(const Kernels& kernels, Pointer logits, int dtype, const Sizes& shape,
   kernels.gate(x, decision, threads);
 }
 
-// What a row is pooled over: all dimensions between batch and channels, or none.
+// The features, and what a row of them is pooled over: all dimensions between batch and channels, or none.
 struct Pooling {
-  Dims positions;
+  Dims positions = {{}, {}, {}, -1};
   cet::Features features;
 
-  Pooling(Pointer data, int dtype, const Sizes& shape, const Sizes& strides, bool channels_last, bool mean)
-      : positions(over(shape, channels_last, mean), over(strides, channels_last, mean),
-                  over(strides, channels_last, mean), -1) {
+  Pooling(Pointer data, int dtype, const Sizes& shape, const Sizes& strides, bool channels_last, bool mean) {
     const size_t channel = channels_last ? shape.size() - 1 : 1;
+    if (mean && shape.size() > 2) {
+      const size_t first = channels_last ? 1 : 2, last = channels_last ? shape.size() - 1 : shape.size();
+      const Sizes stride(strides.begin() + first, strides.begin() + last);
+      positions = Dims(Sizes(shape.begin() + first, shape.begin() + last), stride, stride, -1);
+    }
     features = {at<void>(data),
                 cet::DType(dtype),
                 shape[0],
@@ -107,12 +111,6 @@ struct Pooling {
                 static_cast<int>(positions.size.size()),
                 positions.size.data(),
                 positions.stride.data()};
-  }
-
- private:
-  static Sizes over(const Sizes& dims, bool channels_last, bool mean) {
-    if (!mean || dims.size() == 2) return {};
-    return channels_last ? Sizes(dims.begin() + 1, dims.end() - 1) : Sizes(dims.begin() + 2, dims.end());
   }
 };
 
@@ -125,7 +123,7 @@ int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Siz
   const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores), at<bool>(leaves)};
   const py::gil_scoped_release release;
   const cet::Survivors moved = {at<char>(survivors), at<int64_t>(order)};
-  return kernels.exit_gate(pooling.features, head, decision, survivors ? &moved : nullptr, threads);
+  return kernels.exit_gate(pooling.features, head, decision, order ? &moved : nullptr, threads);
 }
 
 void pool(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,

@@ -89,7 +89,11 @@ float sum_contiguous(const T* from, int64_t n) {
   Vec acc[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) acc[j] += load(from + i + j * kLanes);
+    for (int j = 0; j < 4; ++j) {
+      // Over the end of the page, which the processor's own prefetchers do not cross.
+      __builtin_prefetch(reinterpret_cast<const char*>(from + i + j * kLanes) + 4096);
+      acc[j] += load(from + i + j * kLanes);
+    }
   }
   for (; i + kLanes <= n; i += kLanes) acc[0] += load(from + i);
   if (i < n) acc[1] += load_partial(from + i, n - i);
@@ -213,6 +217,7 @@ int64_t row_bytes(const Features& f) { return f.channels * num_positions(f) * si
 // Calls f(worker, task, begin, end) for ranges of rows, multiples of kRows, that hold about kTaskBytes.
 template <class F>
 void for_row_ranges(int64_t rows, int64_t bytes_per_row, int workers, const F& f) {
+  if (rows == 0) return;
   const int64_t wanted = kTaskBytes / (bytes_per_row > 0 ? bytes_per_row : 1);
   const int64_t share = ceil_div(rows, workers);
   const int64_t range = ceil_div(wanted < share ? (wanted > 0 ? wanted : 1) : share, kRows) * kRows;
@@ -259,7 +264,8 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
   const int workers = workers_for(f.rows * work, threads);
   const Buffer<float> scratch(workers * kRows * padded);
   const bool streaming = exceeds_cache(f.rows * bytes);
-  if (survivors) advise_huge_pages(survivors->to, f.rows * bytes);
+  const bool moving = survivors && survivors->to;
+  if (moving) advise_huge_pages(survivors->to, f.rows * bytes);
   Chain survived;
   for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
     float* pooled = scratch.get() + worker * kRows * padded;
@@ -275,7 +281,7 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
       }
       for (int r = 0; r < n; ++r) gate_row(logits + (row + r) * head.classes, 1, head.classes, decision, row + r);
     }
-    if (survivors) {
+    if (moving) {
       int64_t staying = 0;
       for (int64_t row = begin; row < end; ++row) staying += !decision.leaves[row];
       char* to = survivors->to + survived.add(task, staying) * bytes;

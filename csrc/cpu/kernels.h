@@ -45,8 +45,8 @@ struct Head {
   int64_t classes;
 };
 
-// Where the features of the rows that stay go while they are in cache: the rows of the features must each be one piece of
-// memory, and are so in the destination, (rows, ...), of which the first are filled.
+// Where the features of the rows that stay go while they are in cache, or null. The rows of the features must each be one
+// piece of memory, and are so in the destination, (rows, ...), of which the first are filled.
 struct Survivors {
   char* to;
   int64_t* order;  // (rows,), as partition() writes it

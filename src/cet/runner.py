@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cet.heads import ExitHead
-from cet.ops.compact import compact, put_rows
-from cet.ops.exit_gate import exit_gate, exit_score, gate
+from cet.ops.compact import Compaction, compact, put_rows
+from cet.ops.exit_gate import exit_score, gate
+from cet.ops.exit_step import exit_step
 from cet.policy import ExitPolicy
 from cet.stages import StagedProgram
 
@@ -60,10 +61,11 @@ def run_batch(
         feature, *values = stage.run(n, *sizes, *values)
         if threshold is None:
             continue
-        logits, gate_scores, leaves_now = _classify(head, feature, policy, k, threshold)
         held = [index for index, dim in enumerate(stage.row_dims) if dim is not None]
         row_dims = [dim for dim in stage.row_dims if dim is not None]
-        staying, leaving, moved = compact(leaves_now, [values[index] for index in held], row_dims)
+        logits, gate_scores, (staying, leaving, moved) = _exit_step(
+            head, feature, [values[index] for index in held], row_dims, policy, k, threshold
+        )
         if leaving.shape[0] == 0:
             continue
         if leaving.shape[0] == batch_size:
@@ -87,19 +89,26 @@ def run_batch(
     return answers.logits, answers.exit_index, answers.scores
 
 
-def _classify(
-    head: nn.Module, feature: Tensor, policy: ExitPolicy, exit_index: int, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, scores and flags of the rows at an exit, in one pass over the features where the head allows it."""
+def _exit_step(
+    head: nn.Module,
+    feature: Tensor,
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    policy: ExitPolicy,
+    exit_index: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Compaction]:
+    """Logits and scores of the rows at an exit, and the tensors of those that stay; fused where the head allows it."""
     temperature = policy.temperature(exit_index)
     if type(head) is ExitHead and head.is_plain:
         layout, pool = head.spec.layout, head.spec.pool
         assert layout is not None
-        weight, bias = head.linear.weight, head.linear.bias
-        return exit_gate(
+        return exit_step(
             feature,
-            weight,
-            bias,
+            head.linear.weight,
+            head.linear.bias,
+            tensors,
+            dims,
             layout=layout,
             pool=pool,
             score=policy.score,
@@ -107,4 +116,5 @@ def _classify(
             temperature=temperature,
         )
     logits = head(feature)
-    return logits, *gate(logits, score=policy.score, threshold=threshold, temperature=temperature)
+    scores, leaves = gate(logits, score=policy.score, threshold=threshold, temperature=temperature)
+    return logits, scores, compact(leaves, tensors, dims)

@@ -100,7 +100,15 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
     if available is None:
         return None
     for tensor in tensors:
-        if not _is_plain(tensor) or (dtypes is not None and tensor.dtype not in dtypes):
+        # What can be read at an address as its shape and strides say.
+        plain = (
+            tensor.is_cpu
+            and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+            and (tensor.dtype in dtypes if dtypes is not None else not tensor.is_conj())
+        )
+        if not plain:
             if chosen == "cpp":
                 raise ValueError(
                     f"{op}: backend 'cpp' cannot take a {tensor.dtype} {type(tensor).__name__} on {tensor.device} with "
@@ -111,17 +119,10 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
     return available
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the memory of the tensor holds what its shape and strides say."""
-    return (
-        tensor.is_cpu
-        and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and tensor.layout is torch.strided
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
-
-
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd would record an operation on them."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

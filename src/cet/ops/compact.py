@@ -63,7 +63,7 @@ def _compact_cpp(
     kernels: Any, leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int], *, may_alias: bool
 ) -> Compaction:
     rows = leaves.shape[0]
-    order = leaves.new_empty((rows,), dtype=torch.int64)
+    order = leaves.new_empty(rows, dtype=torch.int64)
     count = kernels.partition(leaves.contiguous().data_ptr(), rows, order.data_ptr())
     staying, leaving = split(order, count)
     if count == rows and may_alias:
@@ -74,8 +74,10 @@ def _compact_cpp(
 def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first ``count`` entries and the others."""
     rows = order.shape[0]
+    if count == 0:
+        return order.new_empty(0), order
     if count == rows:
-        return order, order.new_empty((0,))
+        return order, order.new_empty(0)
     return order.narrow(0, 0, count), order.narrow(0, count, rows - count)
 
 
@@ -87,19 +89,20 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
         if needs_grad((tensor,)) or (tensor.stride(dim) == 0 and not tensor.is_contiguous()):
             moved.append(_take(tensor, dim, staying))
             continue
-        shape = tensor.shape
+        source = tensor
+        shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
         if tensor.is_contiguous():
-            source = tensor
-            target = result = tensor.new_empty((*shape[:dim], count, *shape[dim + 1 :]))
+            target = result = tensor.new_empty(*shape)
         else:
             source = _without_repeats(tensor)
             sizes = (*source.shape[:dim], count, *source.shape[dim + 1 :])
             target = torch.empty_permuted(sizes, _memory_order(source), dtype=tensor.dtype, device=tensor.device)
-            result = target.expand(*shape[:dim], count, *shape[dim + 1 :])
+            result = target.expand(*shape)
         moved.append(result)
-        strides = source.stride(), target.stride()
-        moves.append((source.data_ptr(), target.data_ptr(), tensor.element_size(), target.shape, *strides, dim))
-    if count > 0 and moves:
+        if count > 0:
+            strides = source.stride(), target.stride()
+            moves.append((source.data_ptr(), target.data_ptr(), tensor.element_size(), target.shape, *strides, dim))
+    if moves:
         kernels.take_rows(moves, staying.data_ptr(), torch.get_num_threads())
     return moved
 

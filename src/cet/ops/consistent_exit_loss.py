@@ -208,7 +208,8 @@ def consistent_exit_loss(
         ``m = 1``. Gradients flow from the loss alone, and to the logits alone: not through the teacher, and not twice.
 
     Raises:
-        ValueError: for shapes or devices that do not fit, switches out of range, and on the kernels labels out of range.
+        ValueError: for shapes or devices that do not fit, switches out of range, and for labels
+            out of range on the kernels.
         TypeError: for logits of different or not floating dtypes, or labels that are not int64.
     """
     check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)

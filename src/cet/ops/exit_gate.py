@@ -56,8 +56,8 @@ def gate_reference(logits: Tensor, score: ScoreName, threshold: float, temperatu
 def _gate_cpp(
     kernels: Any, logits: Tensor, score: ScoreName, threshold: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    scores = logits.new_empty((logits.shape[0],), dtype=torch.float32)
-    leaves = logits.new_empty((logits.shape[0],), dtype=torch.bool)
+    scores = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    leaves = logits.new_empty(logits.shape[0], dtype=torch.bool)
     kernels.gate(
         logits.data_ptr(),
         DTYPES[logits.dtype],
@@ -184,16 +184,16 @@ def fused_cpp(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Logits, scores and flags in one pass over the features.
 
-    With ``survivors``, in the shape and strides of the features, and ``order``, ``(B,)`` int64, the rows that stay are
-    moved into the first while they are in cache, and their indices, then those of the others, are written to the second;
-    the last result is how many stay.
+    With ``order``, ``(B,)`` int64, the indices of the rows that stay, then those of the others, are written to it, and the
+    last result is how many stay. With ``survivors`` too, in the shape and strides of the features, the rows that stay are
+    moved there while they are in cache.
     """
     rows, classes = features.shape[0], weight.shape[0]
     weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    logits = features.new_empty((rows, classes))
-    scores = features.new_empty((rows,), dtype=torch.float32)
-    leaves = features.new_empty((rows,), dtype=torch.bool)
+    logits = features.new_empty(rows, classes)  # sizes as numbers: a tuple takes longer to parse
+    scores = features.new_empty(rows, dtype=torch.float32)
+    leaves = features.new_empty(rows, dtype=torch.bool)
     count = kernels.exit_gate(
         *_located(features, layout, pool),
         weight.data_ptr(),
@@ -320,11 +320,11 @@ def exit_gate(
 
 def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool) -> None:
     """Refuse features and a head that do not fit each other."""
-    shape = features.shape
-    if layout not in ("channels_first", "channels_last"):
+    if layout != "channels_first" and layout != "channels_last":
         raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
-    if pool not in ("mean", "first"):
+    if pool != "mean" and pool != "first":
         raise ValueError(f"exit_gate: pool {pool!r} is unknown; choose mean or first")
+    shape = features.shape
     if len(shape) < 2 or shape[0] > _MAX_ROWS:
         raise ValueError(
             f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^31 - 1 rows"
@@ -335,24 +335,26 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: La
             f"{tuple(shape)} in layout {layout}; use pool='mean'"
         )
     channels = shape[-1 if layout == "channels_last" else 1]
-    if weight.ndim != 2 or weight.shape[0] < 2 or weight.shape[1] != channels:
+    weight_shape = weight.shape
+    if len(weight_shape) != 2 or weight_shape[0] < 2 or weight_shape[1] != channels:
         raise ValueError(
-            f"exit_gate: weight has shape {tuple(weight.shape)} for features of {channels} channels; "
+            f"exit_gate: weight has shape {tuple(weight_shape)} for features of {channels} channels; "
             f"give (K, {channels}) with at least 2 classes"
         )
-    if not features.is_floating_point():
-        raise TypeError(f"exit_gate: features are {features.dtype}; give a floating dtype")
+    if bias is not None and bias.shape != weight_shape[:1]:
+        raise ValueError(
+            f"exit_gate: bias has shape {tuple(bias.shape)} for {weight_shape[0]} classes; give ({weight_shape[0]},)"
+        )
+    dtype, device = features.dtype, features.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"exit_gate: features are {dtype}; give a floating dtype")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != features.dtype and not torch.is_autocast_enabled(features.device.type):
-            raise TypeError(f"exit_gate: {name} is {tensor.dtype} but features are {features.dtype}; cast one of them")
-        if tensor.device != features.device:
-            raise ValueError(f"exit_gate: {name} is on {tensor.device} but features on {features.device}; move one")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"exit_gate: bias has shape {tuple(bias.shape)} for {weight.shape[0]} classes; give ({weight.shape[0]},)"
-        )
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"exit_gate: {name} is {tensor.dtype} but features are {dtype}; cast one of them")
+        if tensor.device != device:
+            raise ValueError(f"exit_gate: {name} is on {tensor.device} but features on {device}; move one")
 
 
 def check_decision(op: str, score: ScoreName, threshold: float, temperature: float) -> None:

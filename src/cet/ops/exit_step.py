@@ -13,8 +13,11 @@ from cet.ops.compact import Compaction, check_rows, compact, move, split
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
 from cet.policy import ScoreName
 
-# Below, the features are still in cache when they are compacted, and rows that all stay need not be copied.
-_FUSED_BYTES = 1 << 20
+# Smaller features are still in cache when they are compacted, and need no copy where all rows stay.
+_MOVED_ON_THE_WAY = 1 << 20
+# glibc keeps freed memory up to this size and maps larger allocations afresh, which costs more than a second reading.
+# Moving on the way allocates for all rows what afterwards may need less.
+_KEPT_MEMORY = 32 << 20
 
 
 def exit_step(
@@ -32,8 +35,8 @@ def exit_step(
 ) -> tuple[Tensor, Tensor, Compaction]:
     """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
 
-    Where the features themselves are one of ``tensors`` and larger than a cache, each row is moved right after its gate,
-    and is not read again; their new tensor then has the capacity of the old one.
+    Where the features themselves are one of ``tensors`` and larger than a cache, each row is moved right after its
+    gate, and is not read again; their new tensor then has the capacity of the old one.
 
     Returns:
         Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
@@ -41,42 +44,56 @@ def exit_step(
     Raises:
         ValueError, TypeError: as these two do.
     """
+    check_head(features, weight, bias, layout, pool)
+    check_decision("exit_step", score, threshold, temperature)
     if dims is None:
         dims = (0,) * len(tensors)
-    own = next((i for i, tensor in enumerate(tensors) if tensor is features and dims[i] == 0), None)
-    if own is not None and not is_tracing() and _fits_fused(features, weight, bias):
-        check_head(features, weight, bias, layout, pool)
-        check_decision("exit_step", score, threshold, temperature)
-        check_rows("exit_step", features.shape[0], features.device, tensors, dims)
-        given = (features, weight, *tensors) if bias is None else (features, weight, bias, *tensors)
-        kernels = kernels_for("exit_step", given)
-        if kernels is not None and not needs_grad(given):
-            survivors = torch.empty_like(features)
-            order = features.new_empty((features.shape[0],), dtype=torch.int64)
-            logits, scores, _, count = fused_cpp(
-                kernels, features, weight, bias, layout, pool, score, threshold, temperature, survivors, order
-            )
-            staying, leaving = split(order, count)
-            others = [i for i in range(len(tensors)) if i != own]
-            moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying)
-            moved.insert(own, survivors.narrow(0, 0, count))
-            return logits, scores, Compaction(staying, leaving, moved)
-    logits, scores, leaves = exit_gate(
-        features, weight, bias, layout=layout, pool=pool, score=score, threshold=threshold, temperature=temperature
-    )
-    return logits, scores, compact(leaves, tensors, dims)
-
-
-def _fits_fused(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel that moves rows on the way serves: rows in one piece of memory, and worth it."""
-    return (
-        features.numel() * features.element_size() >= _FUSED_BYTES
-        and features.dtype in DTYPES
-        and weight.ndim == 2
-        and not prefers_gemm(features.shape[0], weight)
-        and not torch.is_autocast_enabled("cpu")
-        and (
-            features.is_contiguous()
-            or (features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last))
+    rows = features.shape[0]
+    check_rows("exit_step", rows, features.device, tensors, dims)
+    own = _index_of(features, tensors)
+    kernels = None
+    if not is_tracing() and not prefers_gemm(rows, weight) and not torch.is_autocast_enabled("cpu"):
+        head = (weight,) if bias is None else (weight, bias)
+        if own is None:
+            head = (features, *head)
+        if features.dtype in DTYPES and not needs_grad((features, *head)):
+            kernels = kernels_for("exit_step", (*head, *tensors))
+    if kernels is None:
+        logits, scores, leaves = exit_gate(
+            features, weight, bias, layout=layout, pool=pool, score=score, threshold=threshold, temperature=temperature
         )
+        return logits, scores, compact(leaves, tensors, dims)
+
+    if own is not None and (dims[own] != 0 or not _moves_on_the_way(features)):
+        own = None
+    survivors = None if own is None else torch.empty_like(features)
+    order = features.new_empty(rows, dtype=torch.int64)
+    logits, scores, _, count = fused_cpp(
+        kernels, features, weight, bias, layout, pool, score, threshold, temperature, survivors, order
+    )
+    staying, leaving = split(order, count)
+    if count == rows:
+        return logits, scores, Compaction(staying, leaving, list(tensors))
+    if own is None or survivors is None:
+        return logits, scores, Compaction(staying, leaving, move(kernels, tensors, dims, staying))
+    others = [i for i in range(len(tensors)) if i != own]
+    moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying)
+    moved.insert(own, survivors.narrow(0, 0, count))
+    return logits, scores, Compaction(staying, leaving, moved)
+
+
+def _index_of(features: Tensor, tensors: Sequence[Tensor]) -> int | None:
+    for index, tensor in enumerate(tensors):
+        if tensor is features:
+            return index
+    return None
+
+
+def _moves_on_the_way(features: Tensor) -> bool:
+    """Whether each row of the features is one piece of memory, and moving it right after its gate pays."""
+    size = features.numel() * features.element_size()
+    if size < _MOVED_ON_THE_WAY or _KEPT_MEMORY < size <= 2 * _KEPT_MEMORY:
+        return False
+    return features.is_contiguous() or (
+        features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
     )
