@@ -5,13 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, Family
+from hypothesis import HealthCheck, settings
 
 import cet
 from cet.ops import backend as backends
+from families import FAMILIES, Family
+
+# Fuzzing: 20 examples each in a test run, as many as time allows with --hypothesis-profile=fuzz.
+_FUZZ: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("test", max_examples=20, derandomize=True, **_FUZZ)
+settings.register_profile("fuzz", max_examples=2000, **_FUZZ)
+settings.load_profile("test")
 
 Built = tuple[Family, cet.EarlyExit]
 
@@ -45,6 +53,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield backend
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads_before)
+
+
+kernels_only = pytest.mark.parametrize(
+    "backend", _ways_to_run()[1:], ids=lambda way: f"{way[0]}-{way[1]}", indirect=True
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cet import ops
 from cet.ops.backend import kernels
 from cet.policy import SCORE_NAMES, ScoreName
+from conftest import kernels_only
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 inf, nan = math.inf, math.nan
 
 
@@ -69,7 +67,9 @@ def test_scores_of_known_logits(
     backend: str, logits: list[float], entropy: float, confidence: float, margin: float, score: ScoreName
 ) -> None:
     expected = {"entropy": entropy, "confidence": confidence, "margin": margin}[score]
-    scores, leaves = ops.gate(torch.tensor([logits, logits]), score=score, threshold=inf if score == "entropy" else -inf)
+    scores, leaves = ops.gate(
+        torch.tensor([logits, logits]), score=score, threshold=inf if score == "entropy" else -inf
+    )
     torch.testing.assert_close(scores, torch.tensor([expected] * 2), rtol=1e-6, atol=1e-6, equal_nan=True)
     assert leaves.tolist() == [not math.isnan(expected)] * 2
 
@@ -101,6 +101,7 @@ def test_gate_is_as_exact_as_the_reference(backend: str, dtype: torch.dtype, cla
             assert_as_good_as_reference(got, reference, true_score(logits, score, temperature), 2e-6)
 
 
+@kernels_only
 @pytest.mark.parametrize("bits", [torch.bfloat16, torch.float16])
 def test_every_half_value_is_read_and_written_exactly(backend: str, bits: torch.dtype) -> None:
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(bits)
@@ -146,13 +147,14 @@ def test_exit_gate_reads_every_layout(backend: str, dtype: torch.dtype, name: st
     for rows, channels, positions, classes in [(1, 5, (7,), 2), (6, 33, (4, 9), 7), (19, 130, (65,), 12)]:
         features, layout = LAYOUTS[name](rows, channels, positions)
         moved = features.to(dtype)
-        strided = torch.empty_strided(features.shape, features.stride(), dtype=dtype) if 0 not in features.stride() else moved
+        strided = (
+            torch.empty_strided(features.shape, features.stride(), dtype=dtype) if 0 not in features.stride() else moved
+        )
         features = strided.copy_(moved) if strided is not moved else moved
         assert_exit_gate_right(features, classes, layout, "mean", bias=True)
 
 
 @given(data=st.data())
-@FUZZ
 def test_exit_gate_on_any_shape(backend: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     rows = data.draw(st.integers(1, 40), label="rows")
@@ -197,9 +199,8 @@ def test_no_rows(backend: str) -> None:
     assert ops.gate(torch.randn(0, 3), threshold=0.0)[0].shape == (0,)
 
 
+@kernels_only
 def test_only_the_outputs_are_written(backend: str) -> None:
-    if backend == "reference":
-        return
     guard, logits = 7, torch.randn(5, 4)
     scores = torch.full((5 + guard,), -1.0)
     leaves = torch.zeros(5 + guard, dtype=torch.bool)

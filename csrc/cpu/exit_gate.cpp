@@ -38,21 +38,21 @@ SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool 
     first = max(x, first);
   }
   const float largest = max(first);
+  const float offset = largest == -INFINITY ? 0.0f : largest;
   Vec exps = {}, weighted = {};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const Vec shifted = (load(block + i) - largest) / temperature;
+    const Vec shifted = (load(block + i) - offset) / temperature;
     const Vec e = exp(shifted);
     exps += e;
     weighted += e * (shifted < kExpUnderflow ? splat(kExpUnderflow) : shifted);
   }
-  SoftmaxStats stats = {largest / temperature, -INFINITY, sum(exps), sum(weighted)};
+  SoftmaxStats stats = {largest, -INFINITY, sum(exps), sum(weighted)};
   if (margin) {
-    float top = -INFINITY, next = -INFINITY;
+    float top = -INFINITY;
     for (int lane = 0; lane < kLanes; ++lane) {
-      next = larger(larger(next, second[lane]), smaller(top, first[lane]));
+      stats.second = larger(larger(stats.second, second[lane]), smaller(top, first[lane]));
       top = larger(top, first[lane]);
     }
-    stats.second = stats.max + (next - largest) / temperature;
   }
   return stats;
 }
@@ -66,9 +66,9 @@ void gate_row(const T* logits, int64_t stride, int64_t classes, const Decision& 
     const int64_t n = classes - k < kBlock ? classes - k : kBlock;
     widen_block(logits + k * stride, stride, n, block);
     const SoftmaxStats part = block_stats(block, n, decision.temperature, margin);
-    stats = k == 0 ? part : merge(stats, part);
+    stats = k == 0 ? part : merge(stats, part, decision.temperature);
   }
-  const float score = score_of(stats, decision.score);
+  const float score = score_of(stats, decision.temperature, decision.score);
   decision.scores[row] = score;
   decision.leaves[row] = leaves(score, decision.score, decision.threshold);
 }

@@ -138,13 +138,13 @@ def _loss_op(
         consistency_weight, cast(Target, target), cast(Teacher, teacher), min_confidence, tuple(exit_weights)
     )
     kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
-    if kernels is not None:
-        losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted=(True,) * len(logits))
-        return [*losses, *(g for g in gradients if g is not None)]
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in logits]
-        losses = consistent_exit_loss_reference(leaves, labels, switches)
-        return [losses.loss.detach(), *losses[1:], *torch.autograd.grad(losses.loss, leaves, materialize_grads=True)]
+    if kernels is None:
+        raise RuntimeError(
+            "cet::consistent_exit_loss was recorded for the kernels, which are not there or not chosen now; "
+            "record it under use_backend('reference')"
+        )
+    losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted=(True,) * len(logits))
+    return [*losses, *(g for g in gradients if g is not None)]
 
 
 @_loss_op.register_fake
@@ -213,12 +213,12 @@ def consistent_exit_loss(
         TypeError: for logits of different or not floating dtypes, or labels that are not int64.
     """
     check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
-    weights = (1.0 / len(clean),) * len(clean) if exit_weights is None else tuple(exit_weights)
+    weights = (1.0 / max(1, len(clean)),) * len(clean) if exit_weights is None else tuple(exit_weights)
     logits = [*clean, *perturbed]
     _check(logits, labels, num_clean=len(clean), num_weights=len(weights))
     switches = _Switches(consistency_weight, target, teacher, min_confidence, weights)
     if is_tracing():
-        if traced_backend() == "cpp":
+        if traced_backend() == "cpp" and logits[0].is_cpu and logits[0].dtype in DTYPES:
             losses = _loss_op(logits, labels, consistency_weight, target, teacher, min_confidence, list(weights))[:4]
             return ExitLosses(losses[0], *(part.detach() for part in losses[1:]))
         return consistent_exit_loss_reference(logits, labels, switches)

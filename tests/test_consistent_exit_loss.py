@@ -1,0 +1,193 @@
+"""The loss and its gradients, against double precision and autograd, on every backend."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import kernels_only
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cet import ops
+from cet.ops.consistent_exit_loss import ExitLosses
+
+
+def true_losses(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **switches: Any) -> ExitLosses:
+    """By the formula, on the dtype of the logits."""
+    exits = len(clean)
+    weights = switches.get("exit_weights") or [1 / exits] * exits
+    labelled = [row for row, label in enumerate(labels.tolist()) if label != -100]
+    loss, parts = torch.zeros((), dtype=clean[0].dtype), []
+    for k in range(exits):
+        teacher = (clean[-1] if switches.get("teacher") == "final" else clean[k]).detach().log_softmax(1)
+        student = perturbed[k].log_softmax(1)
+        if switches.get("target") == "hard":
+            divergence = -student[range(len(student)), teacher.argmax(1)]
+        else:
+            divergence = (teacher.exp() * (teacher - student)).sum(1)
+        mask = (teacher.amax(1).exp() >= switches.get("min_confidence", 0.0)).to(divergence.dtype)
+        supervised = -clean[k].log_softmax(1)[labelled, labels[labelled]].sum() / max(1, len(labelled))
+        consistency = (mask * divergence).mean()
+        loss = loss + weights[k] * (supervised + switches.get("consistency_weight", 1.0) * consistency)
+        parts.append((supervised.detach(), consistency.detach(), mask.mean()))
+    return ExitLosses(loss, *(torch.stack(part) for part in zip(*parts, strict=True)))
+
+
+def assert_loss_right(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **switches: Any) -> None:
+    given_logits = [x.detach().requires_grad_() for x in (*clean, *perturbed)]
+    losses = ops.consistent_exit_loss(given_logits[: len(clean)], given_logits[len(clean) :], labels, **switches)
+    (3 * losses.loss).backward()
+    doubles = [x.detach().double().requires_grad_() for x in (*clean, *perturbed)]
+    truth = true_losses(doubles[: len(clean)], doubles[len(clean) :], labels, **switches)
+    (3 * truth.loss).backward()
+    assert losses.loss.dtype == torch.float32
+    for name, got, expected in zip(ExitLosses._fields, losses, truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert got.requires_grad == (name == "loss")
+    rounding = torch.finfo(clean[0].dtype).eps
+    for x, double in zip(given_logits, doubles, strict=True):
+        assert x.grad is not None
+        expected_grad = torch.zeros_like(double) if double.grad is None else double.grad
+        largest = float(expected_grad.abs().max())
+        error = (x.grad.double() - expected_grad).abs()
+        assert bool((error <= 2 * rounding * expected_grad.abs() + 4e-6 * largest + 2e-8).all()), float(error.max())
+
+
+SWITCHES = [
+    {"target": target, "teacher": teacher, "min_confidence": confidence, "exit_weights": weights}
+    for target, teacher, confidence, weights in itertools.product(
+        ("soft", "hard"), ("self", "final"), (0.0, 0.4), (None, (0.5, 2.0, 0.0))
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_loss_and_gradients(backend: str, dtype: torch.dtype, switches: dict[str, Any]) -> None:
+    labels = torch.randint(0, 7, (33,))
+    labels[::3] = -100
+    clean, perturbed = ([(2 * torch.randn(33, 7)).to(dtype) for _ in range(3)] for _ in range(2))
+    assert_loss_right(clean, perturbed, labels, consistency_weight=0.7, **switches)
+
+
+@given(data=st.data())
+def test_any_size(backend: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
+    rows, classes = data.draw(st.integers(1, 70), label="rows"), data.draw(st.integers(2, 300), label="classes")
+    exits = data.draw(st.integers(1, 4), label="exits")
+    switches = {**data.draw(st.sampled_from(SWITCHES), label="switches"), "exit_weights": None}
+    stacked = [torch.randn(2 * rows, classes) for _ in range(exits)]
+    if data.draw(st.booleans(), label="transposed"):
+        stacked = [torch.randn(classes, 2 * rows).T for _ in range(exits)]
+    labels = torch.randint(0, classes, (rows,))
+    labels[torch.rand(rows) < data.draw(st.sampled_from([0.0, 0.5, 1.0]), label="unlabelled")] = -100
+    assert_loss_right([x[:rows] for x in stacked], [x[rows:] for x in stacked], labels, **switches)
+
+
+def test_known_values(backend: str) -> None:
+    clean, perturbed = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, 0.0]])
+    losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([1]), consistency_weight=2.0)
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    torch.testing.assert_close(losses.supervised, torch.tensor([math.log(4)]))
+    torch.testing.assert_close(losses.consistency, torch.tensor([divergence]))
+    torch.testing.assert_close(losses.loss, torch.tensor(math.log(4) + 2 * divergence))
+    hard = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard", min_confidence=0.75)
+    torch.testing.assert_close(hard.loss, torch.tensor(math.log(2)))
+    assert hard.confident.tolist() == [1.0]
+    assert ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), min_confidence=0.76).loss == 0
+
+
+def test_ties_teach_their_first_class(backend: str) -> None:
+    clean, perturbed = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0]])
+    losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard")
+    torch.testing.assert_close(losses.loss, F.cross_entropy(perturbed, torch.tensor([0])))
+
+
+def test_large_logits_do_not_overflow(backend: str) -> None:
+    clean, perturbed = torch.tensor([[1e4, 0.0], [-1e4, 1e4]]), torch.tensor([[1e4, 9e3], [-1e4, 1e4]])
+    assert_loss_right([clean - 1e4], [perturbed - 1e4], torch.tensor([0, 1]))
+    assert ops.consistent_exit_loss([clean], [perturbed], torch.tensor([0, 1])).loss == 0
+
+
+def test_thread_counts_give_the_same_bits(backend: str) -> None:
+    logits = [torch.randn(500, 100, requires_grad=True) for _ in range(4)]
+    labels = torch.randint(0, 100, (500,))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        losses = ops.consistent_exit_loss(logits[:2], logits[2:], labels)
+        results.append((losses.loss.detach(), *torch.autograd.grad(losses.loss, logits)))
+    if backend == "cpp":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(*results)
+
+
+def test_only_wanted_gradients_are_given(backend: str) -> None:
+    clean, perturbed = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, -100])
+    loss = ops.consistent_exit_loss([clean], [perturbed], labels).loss
+    for _ in range(2):
+        perturbed.grad = None
+        loss.backward(retain_graph=True)
+        assert perturbed.grad is not None
+        torch.testing.assert_close(perturbed.grad, (perturbed.softmax(1) - clean.softmax(1)).detach() / 4)
+    with torch.no_grad():
+        assert not ops.consistent_exit_loss([clean], [perturbed], labels).loss.requires_grad
+
+
+Z = torch.zeros(3, 4)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number"),
+    ({"target": "warm"}, ValueError, "target 'warm' is unknown"),
+    ({"teacher": "other"}, ValueError, "teacher 'other' is unknown"),
+    ({"min_confidence": 1.5}, ValueError, "min_confidence is 1.5"),
+    ({"exit_weights": [math.nan]}, ValueError, r"exit_weights\[0\] is nan"),
+    ({"exit_weights": [1.0, 1.0]}, ValueError, "2 exit_weights for 1 exits"),
+    ({"clean": []}, ValueError, "0 clean and 1 perturbed logits"),
+    ({"perturbed": [Z[:2]]}, ValueError, r"logits are \(3, 4\) .* at one exit, \(2, 4\)"),
+    ({"perturbed": [Z.half()]}, ValueError, "torch.float16 on cpu at another"),
+    ({"clean": [Z[:, :1]], "perturbed": [Z[:, :1]]}, ValueError, r"logits have shape \(3, 1\)"),
+    ({"clean": [Z.long()], "perturbed": [Z.long()]}, TypeError, "logits are torch.int64"),
+    ({"labels": torch.zeros(3)}, TypeError, "labels are torch.float32; give class indices"),
+    ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels are \(2,\) on cpu; give \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_bad_input_is_refused(backend: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.consistent_exit_loss(**{"clean": [Z], "perturbed": [Z], "labels": torch.zeros(3).long(), **wrong})
+
+
+@pytest.mark.parametrize("label", [4, -1, -101, 2**40])
+def test_labels_out_of_range_are_refused(backend: str, label: int) -> None:
+    with pytest.raises((ValueError, IndexError), match=f"{label}"):
+        ops.consistent_exit_loss([Z], [Z], torch.tensor([0, label, 0]))
+
+
+@kernels_only
+def test_the_custom_operator_keeps_its_promises(backend: str) -> None:
+    logits = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
+    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(torch.ops.cet.consistent_exit_loss.default, arguments, test_utils=tests)
+
+
+def test_a_compiled_call_gives_the_same_loss_and_gradients(backend: str) -> None:
+    def loss(clean: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
+        return ops.consistent_exit_loss([clean], [perturbed], labels, min_confidence=0.4).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits = [torch.randn(6, 4, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([0, 1, 2, 3, -100, 0])
+    results = [
+        (value.detach(), *torch.autograd.grad(value, logits))
+        for value in (compiled(*logits, labels), loss(*logits, labels))
+    ]
+    torch.testing.assert_close(*results)
