@@ -45,10 +45,10 @@ sanitize: setup
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
-	  $(BIN)/python -m pytest $(OP_TESTS) -k "not compiled and not promises" $(ARGS)
+	  $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k "not compiled and not promises" $(ARGS)
 
 fuzz: setup
-	$(BIN)/python -m pytest $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
+	$(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
 benchmark: setup
 	$(BIN)/python benchmarks/end_to_end.py
