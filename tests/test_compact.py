@@ -101,6 +101,8 @@ LAYOUTS: dict[str, tuple[Tensor, int]] = {
     "every second column": (torch.randn(30, 12)[:, ::2], 0),
     "every second row": (torch.randn(60, 4)[::2], 0),
     "expanded columns": (torch.randn(30, 1, 3).expand(30, 4, 3), 0),
+    "expanded columns, permuted": (torch.randn(3, 30, 1).expand(3, 30, 4).permute(1, 2, 0), 0),
+    "expanded twice": (torch.randn(30, 1, 1).expand(30, 6, 4), 0),
     "expanded rows": (torch.randn(1, 4).expand(30, 4), 0),
     "sequence first, expanded": (torch.randn(7, 1, 30).expand(7, 6, 30), 2),
 }
@@ -114,6 +116,12 @@ def test_any_layout_stays_what_it_is(backend: str, name: str) -> None:
     moved = ops.compact(leaves, [tensor], [dim]).tensors[0]
     with ops.use_backend("reference"):
         assert moved.stride() == ops.compact(leaves, [tensor], [dim]).tensors[0].stride()
+
+
+def test_what_could_be_viewed_can_still_be_viewed(backend: str) -> None:
+    tensor = torch.randn(4, 5, 6).permute(0, 2, 1)  # (B, C, T) as a view of (B, T, C)
+    kept = ops.compact(torch.tensor([True, False, True, False]), [tensor]).tensors[0]
+    assert torch.equal(kept.permute(0, 2, 1).view(10, 6), tensor[[1, 3]].permute(0, 2, 1).reshape(10, 6))
 
 
 @given(data=st.data())

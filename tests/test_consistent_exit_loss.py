@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import kernels_only
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cet import ops
 from cet.ops.consistent_exit_loss import ExitLosses
+from conftest import kernels_only
 
 
 def true_losses(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **switches: Any) -> ExitLosses:

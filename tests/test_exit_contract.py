@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Built
-from families import Inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cet
 from cet.policy import SCORE_NAMES, ScoreName
+from conftest import Built
+from families import Inputs
 
 CONTRACT = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cet import ops, perturb
+    from cet.calibration import Calibration, CalibrationReport, calibrate
+    from cet.cost import ExitCosts, exit_costs
     from cet.early_exit import EarlyExit, ExitOutput, load
     from cet.heads import ExitHead, HeadSpec
     from cet.objective import ConsistentExitLoss
@@ -17,28 +19,38 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "CalibrationReport",
     "ConsistentExitLoss",
     "CutError",
     "EarlyExit",
+    "ExitCosts",
     "ExitHead",
     "ExitOutput",
     "ExitPolicy",
     "HeadSpec",
     "Stages",
+    "calibrate",
+    "exit_costs",
     "load",
     "ops",
     "perturb",
 ]
 
 _MODULE_OF = {
+    "Calibration": "calibration",
+    "CalibrationReport": "calibration",
     "ConsistentExitLoss": "objective",
     "CutError": "stages",
     "EarlyExit": "early_exit",
+    "ExitCosts": "cost",
     "ExitHead": "heads",
     "ExitOutput": "early_exit",
     "ExitPolicy": "policy",
     "HeadSpec": "heads",
     "Stages": "stages",
+    "calibrate": "calibration",
+    "exit_costs": "cost",
     "load": "early_exit",
 }
 

@@ -27,6 +27,9 @@ def write_checkpoint(
         OSError: when it cannot be written.
     """
     header = {"format": FORMAT, "version": FORMAT_VERSION, "torch": torch.__version__, **description}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}, and a checkpoint holds tensors only; leave it out")
     # Tied weights share storage, which safetensors refuses, so each tensor is written as a copy.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, to_bytes(plain, metadata={"cet": json.dumps(header)}))
@@ -49,27 +52,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file ({error}); save it again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)} was not written by EarlyExit.save; give a file that was")
-    if header["version"] > FORMAT_VERSION:
+    version = header.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"{os.fspath(path)} has format version {header['version']}, this cet reads up to {FORMAT_VERSION}; update cet"
+            f"{os.fspath(path)} has format {version}, and this cet reads up to {FORMAT_VERSION}; update it"
         )
     return tensors, header
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write ``content`` beside ``path``, then rename it into place."""
-    target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    """Write ``content`` beside ``path``, then rename it into place; links are followed.
+
+    Raises:
+        OSError: naming ``path``, whatever step failed.
+    """
+    target = Path(os.path.realpath(path))
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _umask() -> int:

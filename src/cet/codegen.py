@@ -11,6 +11,7 @@ from __future__ import annotations
 import linecache
 import math
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import fx
 _IN_TORCH = (
     "abs add addmm adaptive_avg_pool1d argmax avg_pool1d baddbmm batch_norm bmm cat clamp clone conv1d conv2d conv3d "
     "conv_transpose1d conv_transpose2d conv_transpose3d cos cumsum div eq erf exp flatten ge group_norm gru gt "
-    "index_select layer_norm le log log_softmax lstm lt masked_fill matmul max_pool1d max_pool2d max_pool3d mean mul ne "
-    "neg permute pow reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze stack "
-    "sub sum tanh tanh_ transpose unsqueeze where"
+    "index_select layer_norm le log log_softmax lstm lt masked_fill matmul max_pool1d max_pool2d max_pool3d mean mul "
+    "ne neg permute pow reciprocal relu relu_ reshape rsqrt select sigmoid sigmoid_ sin softmax split sqrt squeeze "
+    "stack sub sum tanh tanh_ transpose unsqueeze where"
 )
 _IN_NN = (
     "adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d avg_pool3d elu gelu hardsigmoid hardswish hardtanh hardtanh_ "
@@ -76,7 +77,9 @@ class StageWriter:
         filename = f"<cet {self.name} {id(self):x}>"
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
         exec(compile(source, filename, "exec"), self._globals)
-        return self._globals[self.name], source
+        function = self._globals[self.name]
+        weakref.finalize(function, linecache.cache.pop, filename, None)
+        return function, source
 
     def _callee(self, node: fx.Node) -> str:
         target = node.target

@@ -16,13 +16,13 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils._sympy.printers import PythonPrinter
 
 from cet.codegen import StageWriter
 from cet.inputs import InputFormat
-from cet.stages import CutError, Stage, StagedProgram, evaluating, logits_of
+from cet.stages import CutError, Stage, StagedProgram, logits_of
 
 
 def cut(
@@ -35,7 +35,7 @@ def cut(
     """Export ``backbone`` and cut it behind each of ``exits``.
 
     Args:
-        backbone: any module that ``torch.export`` takes; its parameters stay its own.
+        backbone: any module that ``torch.export`` takes, in eval mode; its parameters stay its own.
         exits: submodule paths in the order of execution.
         inputs: the format of the backbone's inputs.
         leaves: inputs as :meth:`InputFormat.flatten` gives them, with at least two rows.
@@ -48,14 +48,20 @@ def cut(
     return _Cutter(backbone, exits, inputs, leaves, program).cut()
 
 
-class _WithLogits(nn.Module):
-    """Reduces the output of the backbone to its logits, so that nothing else is computed."""
+class _Logits(nn.Module):
+    """The logits of the backbone as a function of the tensors among its inputs, so that nothing else is computed."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, inputs: InputFormat, leaves: Sequence[Any]) -> None:
         super().__init__()
         self.backbone = backbone
+        self._inputs = inputs
+        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        leaves = [next(given) if t else c for t, c in zip(self._is_tensor, self._constants, strict=True)]
+        args, kwargs = self._inputs.unflatten(leaves)
         return logits_of(self.backbone(*args, **kwargs))
 
 
@@ -70,23 +76,19 @@ def _export(
     leaves: Sequence[Any],
     varying: frozenset[tuple[int, int]],
 ) -> ExportedProgram:
-    # Each leaf is a tensor of its own, since the shapes below are kept by identity.
-    leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    args, kwargs = inputs.unflatten(leaves)
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    tensors, shapes = [], []
     for index, (leaf, batched) in enumerate(zip(leaves, inputs.is_batched, strict=True)):
         if isinstance(leaf, Tensor):
             dims = {dim: Dim.AUTO for i, dim in varying if i == index}
-            shapes[leaf] = {**dims, 0: Dim.AUTO} if batched else dims
-    wrapped = _WithLogits(backbone)
+            tensors.append(leaf.clone())
+            shapes.append({**dims, 0: Dim.AUTO} if batched else dims)
     try:
-        with evaluating(backbone), torch.no_grad(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(
-                wrapped,
-                args,
-                kwargs,
-                dynamic_shapes=shapes.dynamic_shapes(wrapped, args, kwargs),  # type: ignore[no-untyped-call]
+                _Logits(backbone, inputs, leaves).eval(),
+                tuple(tensors),
+                dynamic_shapes=(tuple(shapes),),
                 preserve_module_call_signature=tuple(_PREFIX + path for path in exits),
                 strict=False,
             )
@@ -135,15 +137,22 @@ class _Cutter:
         features = [self._feature(path) for path in self.exits]
         logits = self._logits()
         stage_of = self._assign_stages(cuts, [*features, logits])
+        if stage_of.get(logits) != len(cuts):
+            raise CutError(
+                f"nothing is computed behind exit {self.exits[-1]!r}, which gives the logits themselves; name an exit "
+                "before it"
+            )
         crossing = self._crossing(stage_of, len(cuts))
+        self._refuse_shared_writes(stage_of, crossing)
         stages = self._write(stage_of, crossing, [*features, logits])
-        weight = next(self.backbone.parameters(), None)
+        weight_now = _first_weight(self.backbone)
+        weight = weight_now()
         return StagedProgram(
             stages=tuple(stages),
             entry=tuple(self.leaf_of[node] for node in crossing[0]),
             sizes=tuple(self.sizes.values()),
             shapes=self._shapes(),
-            weight=_first_weight(self.backbone),
+            weight=weight_now,
             dtype=None if weight is None else weight.dtype,
             device=None if weight is None else weight.device,
         )
@@ -151,7 +160,7 @@ class _Cutter:
     def _bind_placeholders(self) -> None:
         """Inputs become arguments; weights become look-ups in the dictionaries of the submodules that own them."""
         owners: dict[tuple[str, str], str] = {}
-        leaves = iter(range(len(self.leaves)))
+        leaves = (index for index, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor))
         for spec in self.program.graph_signature.input_specs:
             node = self.nodes.get(spec.arg.name)
             if spec.kind is InputKind.USER_INPUT:
@@ -251,7 +260,7 @@ class _Cutter:
 
     def _logits(self) -> fx.Node:
         (output,) = (node for node in self.order if node.op == "output")
-        (logits,) = output.args[0]  # type: ignore[misc]
+        (logits,) = output.args[0]
         assert isinstance(logits, fx.Node)
         return logits
 
@@ -304,6 +313,26 @@ class _Cutter:
             [node for node, made in stage_of.items() if made < stage <= last_use.get(node, -1)]
             for stage in range(num_cuts + 1)
         ]
+
+    def _refuse_shared_writes(self, stage_of: dict[fx.Node, int], crossing: list[list[fx.Node]]) -> None:
+        """Compaction copies what crosses a cut: two views of one tensor are two tensors behind it."""
+        for index, taken in enumerate(crossing[1:], start=1):
+            written = {
+                root
+                for node, stage in stage_of.items()
+                if stage >= index and _writes(node)
+                for argument in node.all_input_nodes
+                for root in _views(argument)
+            }
+            seen: dict[fx.Node, fx.Node] = {}
+            for node in taken:
+                for root in _views(node):
+                    other = seen.setdefault(root, node)
+                    if other is not node and root in written:
+                        raise CutError(
+                            f"{_origin(other)} and {_origin(node)} share memory across exit "
+                            f"{self.exits[index - 1]!r} and are changed in place behind it; change a copy instead"
+                        )
 
     def _write(
         self, stage_of: dict[fx.Node, int], crossing: list[list[fx.Node]], results: list[fx.Node]

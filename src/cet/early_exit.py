@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from cet.checkpoint import read_checkpoint, write_checkpoint
 from cet.heads import ExitHead, HeadSpec
 from cet.inputs import Call, InputFormat, copies
 from cet.policy import ExitPolicy
 from cet.runner import run_batch
-from cet.stages import evaluating, first_tensor, logits_of
-from cet.staging import Staging
+from cet.stages import StagedProgram, evaluating, first_tensor, logits_of
+from cet.staging import TRACE_LOCK, Staging
 
 FINAL = "final"
 
@@ -91,7 +92,7 @@ class EarlyExit(nn.Module):
         )
         self.policy = policy or ExitPolicy.closed(self.num_exits)
         self._staging = Staging(backbone, tuple(requested), self._inputs)
-        self._staging.program(self._inputs.leaves)
+        self._staging.program(backbone, self._inputs.example_for(next(backbone.parameters(), None)))
 
     @property
     def num_exits(self) -> int:
@@ -105,6 +106,8 @@ class EarlyExit(nn.Module):
 
     @policy.setter
     def policy(self, policy: ExitPolicy) -> None:
+        if not isinstance(policy, ExitPolicy):
+            raise TypeError(f"policy is {policy!r}; give a cet.ExitPolicy")
         policy.check_num_exits(self.num_exits)
         self._policy = policy
 
@@ -140,8 +143,11 @@ class EarlyExit(nn.Module):
 
         def classify(k: int, module_output: Any) -> None:
             # At once, before the backbone may change the features in place.
-            logits[k] = self.heads[k](first_tensor(module_output))
+            feature = first_tensor(module_output)
+            logits[k] = self.heads[k](feature.clone() if k in self._rewritten else feature)
 
+        if self._changes_inputs:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         output = self._run_backbone(args, kwargs, classify)
         for path, value in zip(self.exit_names, logits, strict=False):
             if value is None:
@@ -149,6 +155,10 @@ class EarlyExit(nn.Module):
                     f"exit {path!r} was not reached in this forward pass; name a submodule that every pass calls"
                 )
         return (*(value for value in logits if value is not None), logits_of(output))
+
+    def stages_for(self, *args: Any, **kwargs: Any) -> StagedProgram:
+        """The stages that a call with such inputs runs, at least one row; for those who time or export them."""
+        return self._staging.program(self.backbone, self._inputs.flatten(args, kwargs))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, heads, policy and input format to one safetensors file, atomically.
@@ -181,14 +191,15 @@ class EarlyExit(nn.Module):
             weight = next(self.heads.parameters(), leaves[0])
             empty = weight.new_empty((0, self.num_classes))
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
-        program = self._staging.program(leaves)
+        program = self._staging.program(self.backbone, leaves)
         if self._changes_inputs:
             leaves = copies(leaves)
-        return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
+        with TRACE_LOCK:
+            return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
 
     def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
         """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
-        with ExitStack() as hooks:
+        with TRACE_LOCK, ExitStack() as hooks:
             for k, path in enumerate(self.exit_names[:-1]):
 
                 def hook(_module: nn.Module, _inputs: Any, output: Any, k: int = k) -> None:
@@ -197,19 +208,35 @@ class EarlyExit(nn.Module):
                 hooks.callback(self.backbone.get_submodule(path).register_forward_hook(hook).remove)
             return self.backbone(*args, **kwargs)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _run_example(self) -> tuple[list[Tensor], Tensor]:
         """Features of the early exits and logits for the example inputs; notes whether the backbone changes them."""
         features: dict[int, Tensor] = {}
-        leaves = copies(self._inputs.example_for(next(self.backbone.parameters(), None)))
-        given = copies(leaves)
+        written: dict[int, tuple[Tensor, int]] = {}
+
+        def keep(k: int, module_output: Any) -> None:
+            feature = first_tensor(module_output)
+            features[k] = feature.clone()
+            written[k] = feature, feature._version
+
+        given = copies(self._inputs.example_for(next(self.backbone.parameters(), None)))
+        versions = [leaf._version if isinstance(leaf, Tensor) else None for leaf in given]
         args, kwargs = self._inputs.unflatten(given)
         with evaluating(self.backbone):
-            output = self._run_backbone(args, kwargs, lambda k, out: features.update({k: first_tensor(out).clone()}))
+            try:
+                output = self._run_backbone(args, kwargs, keep)
+            except (RuntimeError, IndexError) as error:
+                batched = zip(self._inputs.names, self._inputs.is_batched, strict=True)
+                raise ValueError(
+                    f"the backbone fails on {self._inputs.batch_size} rows of example_inputs ({error}), where "
+                    f"{', '.join(name for name, held in batched if held)} were taken to hold one row per sample; "
+                    "give an example that the backbone takes"
+                ) from error
         self._changes_inputs = any(
-            isinstance(before, Tensor) and not torch.equal(before.nan_to_num(), after.nan_to_num())
-            for before, after in zip(leaves, given, strict=True)
+            isinstance(leaf, Tensor) and leaf._version != version for leaf, version in zip(given, versions, strict=True)
         )
+        self._rewritten = {k for k, (feature, version) in written.items() if feature._version != version}
         logits = logits_of(output)
         if logits.ndim != 2 or logits.shape[0] != self._inputs.batch_size or logits.shape[1] < 2:
             raise ValueError(
@@ -247,27 +274,43 @@ def load(
         OSError: when the file cannot be read.
     """
     tensors, description = read_checkpoint(path)
-    exits: dict[str, nn.Module] = {}
-    for name, head in description["heads"].items():
-        if head is not None:
-            exits[name] = ExitHead(**head)
-        elif heads is not None and name in heads:
-            exits[name] = heads[name]
-        else:
-            raise ValueError(
-                f"{path}: the head of exit {name!r} was a module of your own; pass it as heads={{{name!r}: ...}}"
-            )
+    weight = next(backbone.parameters(), None)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            saved_heads = {name: head and ExitHead(**head) for name, head in description["heads"].items()}
+            example = InputFormat.example_from(description["inputs"], weight)
+        policy = ExitPolicy(**description["policy"])
+        policy.check_num_exits(len(saved_heads) + 1)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: its header cannot be read ({error}); save it again") from error
+    exits = _with_own_heads(path, saved_heads, heads or {})
     wanted = {"backbone." + name: value for name, value in backbone.state_dict().items()}
     for index, head in enumerate(exits.values()):
         wanted |= {f"heads.{index}.{name}": value for name, value in head.state_dict().items()}
     _check_same_tensors(path, wanted, tensors)
-    weight = next(backbone.parameters(), None)
-    for head in exits.values():
-        head.to(device=weight.device if weight is not None else None)
-    model = EarlyExit(backbone, exits, InputFormat.example_from(description["inputs"]))
+    if weight is not None:
+        for head in exits.values():
+            head.to(device=weight.device, dtype=weight.dtype)
+    model = EarlyExit(backbone, exits, example)
     model.load_state_dict(tensors)
-    model.policy = ExitPolicy(**description["policy"])
+    model.policy = policy
     return model.eval()
+
+
+def _with_own_heads(
+    path: str | os.PathLike[str], saved: Mapping[str, nn.Module | None], own: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """The heads of all exits: those that the file describes, and the user's own for the others."""
+    wanted = [name for name, head in saved.items() if head is None]
+    for name in wanted:
+        if name not in own:
+            raise ValueError(
+                f"{path}: the head of exit {name!r} was a module of your own; pass it as heads={{{name!r}: ...}}"
+            )
+    for name in own:
+        if name not in wanted:
+            raise ValueError(f"{path} asks for no head of exit {name!r}; leave it out of heads")
+    return {name: own[name] if head is None else head for name, head in saved.items()}
 
 
 def _check_same_tensors(path: Any, wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -308,13 +351,16 @@ def _requested_heads(
 
 
 def _submodule(backbone: nn.Module, path: str) -> nn.Module:
+    try:
+        if path:
+            return backbone.get_submodule(path)
+    except AttributeError:
+        pass
     known = [name for name, _ in backbone.named_modules() if name]
-    if path not in known:
-        close = difflib.get_close_matches(path, known, n=3) or known[:3]
-        raise ValueError(
-            f"exit {path!r} is no submodule of {type(backbone).__name__}; did you mean {' or '.join(map(repr, close))}?"
-        )
-    return backbone.get_submodule(path)
+    close = difflib.get_close_matches(path, known, n=3) or known[:3]
+    raise ValueError(
+        f"exit {path!r} is no submodule of {type(backbone).__name__}; did you mean {' or '.join(map(repr, close))}?"
+    )
 
 
 def _build_head(
@@ -325,7 +371,7 @@ def _build_head(
     with evaluating(head):
         try:
             logits = head(feature)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the head of exit {path!r} fails on its features of shape {tuple(feature.shape)}: {error}"
             ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -18,8 +17,9 @@ class HeadSpec:
 
     Args:
         layout: ``"channels_first"`` for features ``(B, C, ...)``, as of convolutions, or ``"channels_last"`` for
-            ``(B, ..., C)``, as of transformers and recurrent layers. ``None`` compares the feature's shape with the
-            widths of the layers in the exit's submodule; 3-D features for which that leaves both are refused.
+            ``(B, ..., C)``, as of transformers and recurrent layers. ``None`` reads it off the layers in the exit's
+            submodule whose width is that of the features: convolutions put channels first, linear and recurrent layers
+            last. Where that decides nothing, images and volumes are channels-first and 3-D features are refused.
         pool: ``"mean"`` over all positions, or ``"first"``, the first position (the CLS token) of features
             ``(B, T, C)``.
         hidden: width of an optional hidden layer with GELU.
@@ -69,11 +69,10 @@ class HeadSpec:
             return "channels_last"
         if feature.ndim == 2:
             return "channels_first"
-        widths = _output_widths(module)
-        first, last = shape[1] in widths, shape[-1] in widths
+        first, last = shape[1] in _widths(module, _CHANNELS_FIRST), shape[-1] in _widths(module, _CHANNELS_LAST)
         if first != last:
             return "channels_first" if first else "channels_last"
-        if feature.ndim > 3:  # images and volumes are channels first unless only the last dimension fits
+        if feature.ndim > 3:
             return "channels_first"
         raise ValueError(
             f"exit {path!r} gives features of shape {shape}, which may be (B, C, L) or (B, T, C); say which with "
@@ -100,8 +99,8 @@ class ExitHead(nn.Module):
         super().__init__()
         self.spec = HeadSpec(layout=layout, pool=pool, hidden=hidden, norm=norm)
         self.in_features = in_features
-        self.norm = nn.LayerNorm(in_features) if norm else nn.Identity()
-        self.hidden = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
+        self.norm = nn.LayerNorm(in_features) if norm else None
+        self.hidden = None if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
         self.linear = nn.Linear(in_features if hidden is None else hidden, num_classes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,16 +109,20 @@ class ExitHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         assert self.spec.layout is not None
-        pooled = pool_features(feature, self.spec.layout, self.spec.pool)
-        logits: Tensor = self.linear(self.hidden(self.norm(pooled)))
+        feature = pool_features(feature, self.spec.layout, self.spec.pool)
+        if self.norm is not None:
+            feature = self.norm(feature)
+        if self.hidden is not None:
+            feature = self.hidden(feature)
+        logits: Tensor = self.linear(feature)
         return logits
 
     @property
     def is_plain(self) -> bool:
         """Whether the head is pooling and a linear layer, with nothing hooked in between."""
         return (
-            self.spec.hidden is None
-            and not self.spec.norm
+            self.norm is None
+            and self.hidden is None
             and type(self.linear) is nn.Linear
             and not any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.linear))
         )
@@ -131,26 +134,35 @@ def pool_features(feature: Tensor, layout: Layout, pool: Pool) -> Tensor:
         return feature
     if pool == "first":
         return feature[:, 0]
-    return feature.flatten(2).mean(2) if layout == "channels_first" else feature.flatten(1, -2).mean(1)
+    if layout == "channels_first":
+        return feature.mean(2) if feature.ndim == 3 else feature.flatten(2).mean(2)
+    return feature.mean(1) if feature.ndim == 3 else feature.flatten(1, -2).mean(1)
 
 
-def _output_widths(module: nn.Module) -> set[int]:
-    """The widths that the submodules holding parameters put out: the number of channels is one of them."""
-    return {
-        width
-        for submodule in module.modules()
-        if any(True for _ in submodule.parameters(recurse=False))
-        for width in _widths(submodule)
-    }
+# Layers that put their channels into dimension 1, and layers that put them last, with the attribute that counts them.
+_CHANNELS_FIRST: dict[type[nn.Module], str] = {
+    nn.modules.conv._ConvNd: "out_channels",
+    nn.modules.batchnorm._NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+}
+_CHANNELS_LAST: dict[type[nn.Module], str] = {
+    nn.Linear: "out_features",
+    nn.LayerNorm: "normalized_shape",
+    nn.RMSNorm: "normalized_shape",
+    nn.MultiheadAttention: "embed_dim",
+    nn.Embedding: "embedding_dim",
+    nn.RNNBase: "hidden_size",
+}
 
 
-def _widths(module: nn.Module) -> Iterable[int]:
-    for name in ("out_channels", "out_features", "num_features", "num_channels", "embed_dim"):
-        width = getattr(module, name, None)
-        if isinstance(width, int):
-            yield width
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        yield module.normalized_shape[-1]
-    if isinstance(module, nn.RNNBase):
-        width = module.proj_size or module.hidden_size
-        yield width * (2 if module.bidirectional else 1)
+def _widths(module: nn.Module, layers: dict[type[nn.Module], str]) -> set[int]:
+    """How many channels the layers of these kinds in ``module`` put out."""
+    widths: set[int] = set()
+    for submodule in module.modules():
+        for kind, attribute in layers.items():
+            if isinstance(submodule, kind):
+                width = getattr(submodule, attribute)
+                widths.add(width[-1] if isinstance(width, tuple) else width)
+        if isinstance(submodule, nn.RNNBase) and layers is _CHANNELS_LAST:
+            widths.add((submodule.proj_size or submodule.hidden_size) * (2 if submodule.bidirectional else 1))
+    return widths

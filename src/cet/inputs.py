@@ -42,8 +42,8 @@ class InputFormat:
         rows = tensors[0].shape[0]
         if rows < 2:
             raise ValueError(f"example_inputs has {rows} rows; give at least 2, so that the batch can be told apart")
-        paths = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
-        self.names = [str(path[0].key) + pytree.keystr(path[1:]) for path in paths]
+        paths: list[Any] = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+        self.names = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
         self.is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows for leaf in leaves]
         self.batch_size = min(rows, EXAMPLE_ROWS)
         self.leaves = [
@@ -99,16 +99,23 @@ class InputFormat:
             for leaf in self.leaves
         ]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputFormat:
+        return self  # nothing in it ever changes
+
     def to_dict(self) -> dict[str, Any]:
         """Structure, shapes and dtypes of the example inputs, and their constants, in a form that JSON can hold."""
         args, kwargs = self._given
-        return {"args": [_to_json(a) for a in args], "kwargs": {k: _to_json(v) for k, v in kwargs.items()}}
+        return {
+            "args": [_to_json(value, self._weight_dtype) for value in args],
+            "kwargs": {name: _to_json(value, self._weight_dtype) for name, value in kwargs.items()},
+        }
 
     @staticmethod
-    def example_from(description: Mapping[str, Any]) -> Any:
-        """Inputs of the structure, shapes and dtypes that :meth:`to_dict` described: noise, and ones for integers."""
-        kwargs = {k: _from_json(v) for k, v in description["kwargs"].items()}
-        return kwargs or tuple(_from_json(a) for a in description["args"])
+    def example_from(description: Mapping[str, Any], weight: Tensor | None) -> Any:
+        """Inputs of the structure and shapes that :meth:`to_dict` described, noise and ones for integers, for weights
+        of the dtype and on the device of ``weight``."""
+        kwargs = {name: _from_json(value, weight) for name, value in description["kwargs"].items()}
+        return kwargs or tuple(_from_json(value, weight) for value in description["args"])
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs by parameter name, in the order of the signature, without those that equal their default."""
@@ -117,7 +124,11 @@ class InputFormat:
         except TypeError as error:
             raise TypeError(f"the inputs do not fit the backbone's forward{self._signature}: {error}") from None
         parameters = self._signature.parameters
-        return {name: value for name, value in bound.arguments.items() if value is not parameters[name].default}
+        return {
+            name: _in_key_order(value)
+            for name, value in bound.arguments.items()
+            if value is not parameters[name].default
+        }
 
     def _check(self, leaves: Sequence[Any]) -> None:
         rows = None
@@ -141,6 +152,11 @@ class InputFormat:
                     f"{self.names[index]} is {leaf!r} but was {example!r} in example_inputs, where the stages were cut "
                     "with it as a constant; make another cet.EarlyExit for other constants"
                 )
+
+
+def _in_key_order(value: Any) -> Any:
+    """The order of a dict's keys means nothing, but makes another pytree."""
+    return {key: _in_key_order(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
 
 
 def copies(leaves: Sequence[Any]) -> list[Any]:
@@ -167,13 +183,16 @@ def _describe(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={kind(value)}" for name, value in arguments.items()) or "no inputs"
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, weight_dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        dtype = "of the weights" if value.dtype == weight_dtype else str(value.dtype).removeprefix("torch.")
+        # Integers may index a table, and the example tells whether it has more than one row.
+        fill = int(value.max() > 0) if value.numel() and not value.is_complex() else 0
+        return {"tensor": list(value.shape), "dtype": dtype, "fill": fill}
     if isinstance(value, tuple | list):
-        return {type(value).__name__: [_to_json(v) for v in value]}
+        return {type(value).__name__: [_to_json(v, weight_dtype) for v in value]}
     if isinstance(value, dict):
-        return {"dict": {key: _to_json(v) for key, v in value.items()}}
+        return {"dict": {key: _to_json(v, weight_dtype) for key, v in value.items()}}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
@@ -181,14 +200,17 @@ def _to_json(value: Any) -> Any:
     )
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, weight: Tensor | None) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        dtype = getattr(torch, value["dtype"])
-        shape = value["tensor"]
-        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+        of_weights = value["dtype"] == "of the weights"
+        dtype = weight.dtype if weight is not None and of_weights else getattr(torch, value["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value['dtype']} is no dtype")
+        noise = torch.randn(value["tensor"]) if dtype.is_floating_point else torch.full(value["tensor"], value["fill"])
+        return noise.to(None if weight is None else weight.device, dtype)
     ((kind, content),) = value.items()
     if kind == "dict":
-        return {key: _from_json(v) for key, v in content.items()}
-    return {"list": list, "tuple": tuple}[kind](_from_json(v) for v in content)
+        return {key: _from_json(v, weight) for key, v in content.items()}
+    return {"list": list, "tuple": tuple}[kind](_from_json(v, weight) for v in content)

@@ -1,4 +1,4 @@
-"""What this machine can do: backends, energy counters, installed extras. Nothing is assumed and nothing is measured."""
+"""What this machine offers: backends, energy counters, installed extras; and for what it lacks, why and the mend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,9 +59,9 @@ def backends() -> list[Finding]:
     return [_reference(), _compiled_extension(), _triton(), _cuda()]
 
 
-def counters(powercap: Path = POWERCAP) -> list[Finding]:
-    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain below ``powercap``."""
-    return [*_nvml(), *_rapl(powercap)]
+def counters() -> list[Finding]:
+    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain of Linux's powercap."""
+    return [*_nvml(), *_rapl()]
 
 
 def extras() -> list[Finding]:
@@ -71,7 +72,7 @@ def extras() -> list[Finding]:
         missing = [package for package, version in versions.items() if version is None]
         if missing:
             findings.append(
-                Finding(extra, False, f"{' and '.join(missing)} not installed", f"pip install 'cet[{extra}]'")
+                Finding(extra, False, f"not installed: {', '.join(missing)}", f"pip install 'cet[{extra}]'")
             )
         else:
             findings.append(Finding(extra, True, ", ".join(f"{p} {v}" for p, v in versions.items())))
@@ -86,8 +87,19 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def require(what: str, packages: Sequence[str], *, extra: str) -> None:
+    """Refuse to go on without packages of an extra.
+
+    Raises:
+        ModuleNotFoundError: when one is not installed, with the command that installs it.
+    """
+    missing = [package for package in packages if installed_version(package) is None]
+    if missing:
+        raise ModuleNotFoundError(f"{what} needs {' and '.join(missing)}; pip install 'cet[{extra}]'")
+
+
 def _reference() -> Finding:
-    where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    where = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU thread(s)"
     try:
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         model = cet.EarlyExit(net, ["0"], (torch.zeros(2, 4),)).eval()
@@ -102,18 +114,18 @@ def _reference() -> Finding:
 
 def _compiled_extension() -> Finding:
     if importlib.util.find_spec("cet._C") is None:
-        return Finding("cpp", False, f"cet {metadata.version('cet')} has no compiled extension; the reference serves")
+        return Finding("cpp", False, f"cet {cet.__version__} has no compiled extension; the reference serves")
     return Finding("cpp", True, "cet._C is built")
 
 
 def _triton() -> Finding:
     version = installed_version("triton")
     installed = f"triton {version} is installed" if version else "triton is not installed"
-    return Finding("triton", False, f"cet {metadata.version('cet')} has no Triton kernels; {installed}")
+    return Finding("triton", False, f"cet {cet.__version__} has no Triton kernels; {installed}")
 
 
 def _cuda() -> Finding:
-    none = f"cet {metadata.version('cet')} has no CUDA kernels"
+    none = f"cet {cet.__version__} has no CUDA kernels"
     if torch.version.cuda is None:
         return Finding("cuda", False, f"{none}; this PyTorch is built without CUDA")
     if not torch.cuda.is_available():
@@ -143,24 +155,25 @@ def _nvml_device(index: int) -> Finding:
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         device = pynvml.nvmlDeviceGetName(handle)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError_NotSupported:
-        return Finding(name, False, f"{device} has no total-energy counter; Volta and later GPUs have one")
+        try:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except pynvml.NVMLError_NotSupported:
+            return Finding(name, False, f"{device} has no total-energy counter; GPUs have one from Volta on")
     except pynvml.NVMLError as error:
         return Finding(name, False, str(error), _NVML_MENDS.get(error.value))
     return Finding(name, True, f"{device}: total-energy counter, in mJ since the driver was loaded")
 
 
-def _rapl(powercap: Path) -> list[Finding]:
+def _rapl() -> list[Finding]:
     if platform.system() != "Linux":
-        return [Finding("rapl", False, f"RAPL is read through Linux's {powercap}; this is {platform.system()}")]
-    domains = sorted(powercap.glob("intel-rapl:*"))
+        return [Finding("rapl", False, f"RAPL is read through Linux's {POWERCAP}; this is {platform.system()}")]
+    domains = sorted(POWERCAP.glob("intel-rapl:*"))
     if not domains:
         return [
             Finding(
                 "rapl",
                 False,
-                f"no intel-rapl domain in {powercap}; virtual machines and containers hide it",
+                f"no intel-rapl domain in {POWERCAP}; virtual machines and containers hide it",
                 "run on bare metal, with the kernel module intel_rapl_msr loaded",
             )
         ]
@@ -190,12 +203,11 @@ def _processor() -> str:
 
 
 def _extra_packages() -> dict[str, list[str]]:
-    """Distribution names per extra, read off cet's own metadata, with extras of cet resolved."""
+    """Distribution names per extra, read off cet's own metadata; an extra may include an extra declared before it."""
     packages: dict[str, list[str]] = {}
     for requirement in metadata.requires("cet") or ():
         match = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?[^;]*;\s*extra == ['\"](\w+)['\"]", requirement)
-        if match is None:
-            continue
-        package, of_package, extra = match.groups()
-        packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
+        if match is not None:
+            package, of_package, extra = match.groups()
+            packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
     return packages

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Target, Teacher, check_switches, consistent_exit_loss
-
-Inputs = Any  # a tensor, a tuple of positional inputs, or a dict of keyword inputs
+from cet.batches import Inputs, call, check_batch
+from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_switches, consistent_exit_loss
 
 
 class ConsistentExitLoss:
@@ -31,8 +30,8 @@ class ConsistentExitLoss:
         min_confidence: rows whose teacher is less sure than this add no consistency term.
         exit_weights: one weight per exit, shallow first, the final one included; ``1 / E`` each when not given.
 
-    Calling it with ``(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
-    then see both, as they will at inference, and wrappers such as DistributedDataParallel see one forward pass.
+    Calling it with ``(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch
+    statistics then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass.
     ``x`` is a tensor, a tuple of positional inputs or a dict of keyword inputs; ``y`` is ``(B,)`` int64, -100 for rows
     without a label. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
 
@@ -62,22 +61,19 @@ class ConsistentExitLoss:
         self.exit_weights = None if exit_weights is None else tuple(exit_weights)
 
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
-        batch = _batch_size(x)
-        _check_labels(y, batch, getattr(getattr(model, "module", model), "num_classes", None))
+        multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
+        batch = check_batch(x, y, getattr(multi_exit, "num_classes", None))
+        self._check_exit_weights(getattr(multi_exit, "num_exits", None))
         if not model.training:
             raise ValueError("model is in eval mode, where it gives one answer per row; call model.train() first")
         if self.consistency_weight == 0:
-            clean = perturbed = _check_outputs(_call(model, x))
+            clean = perturbed = _check_outputs(call(model, x))
         else:
             assert self.perturb is not None
-            outputs = _check_outputs(_call(model, _stack(x, self.perturb(x))))
+            outputs = _check_outputs(call(model, _stack(x, self.perturb(x))))
             clean = tuple(logits[:batch] for logits in outputs)
             perturbed = tuple(logits[batch:] for logits in outputs)
-        if self.exit_weights is not None and len(self.exit_weights) != len(clean):
-            raise ValueError(
-                f"exit_weights has {len(self.exit_weights)} entries but the model has {len(clean)} exits; "
-                "give one per exit, the final one included"
-            )
+        self._check_exit_weights(len(clean))
         parts = consistent_exit_loss(
             clean,
             perturbed,
@@ -90,24 +86,18 @@ class ConsistentExitLoss:
         )
         return parts.loss, parts
 
-
-def _call(model: nn.Module, x: Inputs) -> Any:
-    if isinstance(x, dict):
-        return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
+    def _check_exit_weights(self, num_exits: int | None) -> None:
+        if self.exit_weights is not None and num_exits is not None and len(self.exit_weights) != num_exits:
+            raise ValueError(
+                f"exit_weights has {len(self.exit_weights)} entries but the model has {num_exits} exits; "
+                "give one per exit, the final one included"
+            )
 
 
 def _check_outputs(outputs: Any) -> tuple[Tensor, ...]:
     if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) and o.ndim == 2 for o in outputs):
         raise TypeError("model gives no tuple of (B, K) logits in train mode; wrap it in cet.EarlyExit")
     return outputs
-
-
-def _batch_size(x: Inputs) -> int:
-    for leaf in pytree.tree_leaves(x):
-        if isinstance(leaf, Tensor):
-            return leaf.shape[0]
-    raise TypeError(f"x is {type(x).__name__} without a tensor; give a tensor, a tuple or a dict of tensors")
 
 
 def _stack(clean: Inputs, perturbed: Inputs) -> Inputs:
@@ -124,20 +114,3 @@ def _stack(clean: Inputs, perturbed: Inputs) -> Inputs:
         torch.cat([a, b]) if isinstance(a, Tensor) else a for a, b in zip(clean_leaves, perturbed_leaves, strict=True)
     ]
     return pytree.tree_unflatten(stacked, structure)
-
-
-def _check_labels(y: Tensor, batch: int, num_classes: int | None) -> None:
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        got = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y is {got}; give class indices as an int64 tensor")
-    if y.shape != (batch,):
-        raise ValueError(f"y has shape {tuple(y.shape)} for {batch} rows of x; give shape ({batch},)")
-    # On a GPU a look at the values would wait for it; cross_entropy's own device assertion serves there.
-    if num_classes is None or y.device.type != "cpu":
-        return
-    labels = y[y != UNLABELLED]
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"y holds labels from {int(labels.min())} to {int(labels.max())} for {num_classes} classes; "
-            f"give labels in [0, {num_classes}), or {UNLABELLED} for a row without one"
-        )

@@ -82,10 +82,10 @@ def run_batch(
         for index, tensor in zip(held, moved, strict=True):
             values[index] = tensor
     logits = program.stages[final].run(n, *sizes, *values)
-    scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
+    final_scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
     if answers is None or rows is None:
-        return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, scores
-    answers.put(torch.arange(n, device=rows.device), rows, logits, final, scores)
+        return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, final_scores
+    answers.put(torch.arange(n, device=rows.device), rows, logits, final, final_scores)
     return answers.logits, answers.exit_index, answers.scores
 
 

@@ -48,9 +48,14 @@ class StagedProgram:
     """The weight whose dtype and device stand for all of them."""
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...] = ()
+    """The submodules that the stages were cut from, each with where its parent keeps it."""
 
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Whether the stages were cut for such inputs and for the weights as they are now."""
+        for children, name, module in self.modules:
+            if children.get(name) is not module:
+                return False
         weight = self.weight()
         if weight is not None and (weight.dtype != self.dtype or weight.device != self.device):
             return False
@@ -133,6 +138,11 @@ def _run_to_exit(name: str, modules: Sequence[nn.Module], n: int, *values: Any) 
 
 def _run_to_end(modules: Sequence[nn.Module], _: int, *values: Any) -> Tensor:
     return logits_of(_call_in_turn(modules, values))
+
+
+def children_of(module: nn.Module) -> tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]:
+    """Every submodule, with the dictionary of its parent and its name there."""
+    return tuple((m._modules, name, child) for m in module.modules() for name, child in m.named_children())
 
 
 @contextmanager

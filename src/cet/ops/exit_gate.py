@@ -25,17 +25,8 @@ _SCORES = {name: number for number, name in enumerate(SCORE_NAMES)}
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 
-def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
-    """Score every row of ``logits``, differentiably.
-
-    Args:
-        logits: ``(B, K)``, any floating dtype, ``K >= 2``.
-        score: ``"entropy"`` in nats, ``"confidence"`` or ``"margin"``, see :class:`cet.ExitPolicy`.
-        temperature: divides the logits.
-
-    Returns:
-        ``(B,)`` float32.
-    """
+def score_reference(logits: Tensor, score: ScoreName, temperature: float) -> Tensor:
+    """The definition of :func:`exit_score`."""
     probabilities = torch.softmax(logits.float() / temperature, dim=1)
     if score == "entropy":
         # entr(0) is 0, so a class ruled out by a logit of -Inf adds nothing.
@@ -49,7 +40,7 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
 
 def gate_reference(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
     """The definition of :func:`gate`."""
-    scores = exit_score(logits.detach(), score, temperature)
+    scores = score_reference(logits.detach(), score, temperature)
     return scores, scores <= threshold if score == "entropy" else scores >= threshold
 
 
@@ -89,6 +80,22 @@ def _gate_op(logits: Tensor, score: str, threshold: float, temperature: float) -
 def _(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows,), dtype=torch.bool)
+
+
+def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
+    """Score every row of ``logits``: to the bit what :func:`gate` compares, unless a gradient is needed.
+
+    Args:
+        logits: ``(B, K)``, any floating dtype, ``K >= 2``.
+        score: ``"entropy"`` in nats, ``"confidence"`` or ``"margin"``, see :class:`cet.ExitPolicy`.
+        temperature: divides the logits.
+
+    Returns:
+        ``(B,)`` float32, differentiable.
+    """
+    if needs_grad((logits,)):
+        return score_reference(logits, score, temperature)
+    return gate(logits, score=score, threshold=0.0, temperature=temperature)[0]
 
 
 def gate(
@@ -184,9 +191,9 @@ def fused_cpp(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Logits, scores and flags in one pass over the features.
 
-    With ``order``, ``(B,)`` int64, the indices of the rows that stay, then those of the others, are written to it, and the
-    last result is how many stay. With ``survivors`` too, in the shape and strides of the features, the rows that stay are
-    moved there while they are in cache.
+    With ``order``, ``(B,)`` int64, the indices of the rows that stay, then those of the others, are written to it, and
+    the last result is how many stay. With ``survivors`` too, in the shape and strides of the features, the rows that
+    stay are moved there while they are in cache.
     """
     rows, classes = features.shape[0], weight.shape[0]
     weight = weight.contiguous()

@@ -1,0 +1,499 @@
+"""Does a batch with early exits cost no more than the work that its samples need?
+
+For given fractions of samples that leave at each exit, times ``predict`` against the full backbone, against its own
+stages run on just the rows that need them (the ideal), and against the plain boolean-mask loop that one would write by
+hand. How to run it and how to read what it writes: README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import cet
+from cet.stages import logits_of
+from harness import (
+    MIN_BLOCKS,
+    Case,
+    Row,
+    Spread,
+    Timings,
+    WrongResultError,
+    cache_eviction,
+    check_close,
+    keep_freed_memory,
+    measure,
+    provenance,
+    timer_for,
+    write_results,
+)
+from models import NETS, Net, multi_exit, random_inputs
+
+Fractions = tuple[float | None, ...]
+
+SCENARIOS: dict[str, Fractions] = {
+    "closed": (None, None, None),
+    "half_at_first": (0.5, None, None),
+    "half_at_each": (0.5, 0.5, 0.5),
+    "all_at_first": (1.0, None, None),
+}
+"""For each early exit, which of the rows that reach it leave there, rounded down; None: the exit is closed."""
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One net, batch size and scenario: its timings, or a note why there are none."""
+
+    net: str
+    batch: int
+    scenario: str
+    leaving: tuple[int, ...] = ()
+    timings: Timings | None = None
+    note: str = ""
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What should hold: ``predict`` takes at most ``limit`` times as long as ``baseline`` at all these points."""
+
+    baseline: str
+    limit: float
+    nets: tuple[str, ...]
+    scenarios: tuple[str, ...]
+    batches: tuple[int, ...]
+
+    def judge(self, points: Sequence[Point]) -> dict[str, Any]:
+        """The worst of the points, and whether it keeps the limit; null where none was measured."""
+        ratios = {
+            (p.net, p.batch, p.scenario): p.timings.ratio("predict", self.baseline).median
+            for p in points
+            if p.timings and p.net in self.nets and p.scenario in self.scenarios and p.batch in self.batches
+        }
+        worst = max(ratios, key=lambda where: ratios[where], default=None)
+        return {
+            "measure": f"predict/{self.baseline} <= {self.limit}",
+            "nets": self.nets,
+            "scenarios": self.scenarios,
+            "batches": sorted({batch for _, batch, _ in ratios}),
+            "worst": None if worst is None else ratios[worst],
+            "worst_at": worst,
+            "met": None if worst is None else ratios[worst] <= self.limit,
+        }
+
+
+IMAGE_NETS = ("vit_tiny", "resnet18")
+
+MEASURES = (
+    Measure("ideal", 1.05, IMAGE_NETS, tuple(SCENARIOS), tuple(batch for batch in BATCHES if batch >= 32)),
+    Measure("backbone", 1.05, IMAGE_NETS, ("closed",), BATCHES),
+    Measure("backbone", 1.15, ("sensor_cnn",), ("closed",), (1,)),
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits ``(E, B, K)`` and scores ``(E, B)`` of every row at every exit, each row run alone."""
+
+    logits: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, model: cet.EarlyExit, x: Tensor) -> Reference:
+        logits = torch.stack([torch.cat(model.exit_logits(row)) for row in x.split(1)], dim=1)
+        return cls(logits, torch.stack([cet.ops.exit_score(exit_logits) for exit_logits in logits]))
+
+
+def choose_policy(scores: Tensor, fractions: Fractions) -> tuple[cet.ExitPolicy, Tensor]:
+    """The thresholds that make these fractions of the rows leave, and the exit ``(B,)`` that each row then takes."""
+    exit_index = torch.full_like(scores[0], len(fractions), dtype=torch.int64)
+    remaining = torch.arange(len(exit_index), device=scores.device)
+    thresholds: list[float | None] = []
+    for k, fraction in enumerate(fractions):
+        if fraction is None:
+            thresholds.append(None)
+            continue
+        leaving = int(fraction * len(remaining))
+        ascending, order = scores[k, remaining].sort()
+        below, above = torch.nn.functional.pad(ascending, (1, 1), value=torch.inf)[leaving : leaving + 2].tolist()
+        thresholds.append(-torch.inf if leaving == 0 else (below + above) / 2)
+        exit_index[remaining[order[:leaving]]] = k
+        remaining = remaining[order[leaving:]]
+    return cet.ExitPolicy("entropy", tuple(thresholds)), exit_index
+
+
+def boolean_mask(
+    stages: Sequence[Callable[[Tensor], Tensor]],
+    heads: nn.ModuleList,
+    thresholds: Sequence[float | None],
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The plain loop: logits ``(B, K)`` and exit ``(B,)`` of each row."""
+    logits: Tensor | None = None
+    exit_index = torch.full((len(x),), len(heads), device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    h = x
+    for k, (stage, head, threshold) in enumerate(zip(stages, heads, thresholds, strict=False)):
+        h = stage(h)
+        if threshold is None:
+            continue
+        exit_logits = head(h)
+        if logits is None:
+            logits = exit_logits.new_empty(len(x), exit_logits.shape[1])
+        log_p = exit_logits.log_softmax(dim=1)
+        leaves = -(log_p.exp() * log_p).sum(dim=1) <= threshold
+        logits[rows[leaves]] = exit_logits[leaves]
+        exit_index[rows[leaves]] = k
+        h, rows = h[~leaves], rows[~leaves]
+        if len(rows) == 0:
+            return logits, exit_index
+    final_logits = stages[-1](h)
+    if logits is None:
+        return final_logits, exit_index
+    logits[rows] = final_logits
+    return logits, exit_index
+
+
+def stage_calls(model: cet.EarlyExit, x: Tensor, exit_index: Tensor) -> list[Callable[[], Any]]:
+    """The model's own stages, each on the rows that need it and nothing else, their values already side by side."""
+    program = model.stages_for(x)
+    sizes = program.input_sizes([x])
+    rows = torch.arange(len(x), device=x.device)
+    values: Sequence[Any] = [x] * len(program.entry)
+    calls: list[Callable[[], Any]] = []
+    for k, stage in enumerate(program.stages):
+        calls.append(partial(stage.run, len(rows), *sizes, *values))
+        going_on = (exit_index[rows] > k).nonzero().squeeze(1)
+        if len(going_on) == 0:
+            break
+        rows = rows[going_on]
+        _, *values = calls[-1]()
+        values = [
+            value if dim is None else value.index_select(dim, going_on)
+            for value, dim in zip(values, stage.row_dims, strict=True)
+        ]
+    return calls
+
+
+def set_up(
+    net: Net,
+    model: cet.EarlyExit,
+    x: Tensor,
+    reference: Reference,
+    fractions: Fractions,
+    compiled: Callable[[Tensor], Tensor] | None,
+) -> tuple[Case, Tensor]:
+    """Set the model's policy; what competes under it, and the exit ``(B,)`` that each row takes."""
+    model.policy, exit_index = choose_policy(reference.scores, fractions)
+    expected = reference.logits[exit_index, torch.arange(len(x), device=x.device)]
+    final = exit_index == len(fractions)
+    calls = stage_calls(model, x, exit_index)
+
+    def ideal(_: Tensor) -> Any:
+        for call in calls:
+            result = call()
+        return result
+
+    def check(results: Mapping[str, Any]) -> None:
+        _check_rows("predict", results["predict"].logits, results["predict"].exit_index, expected, exit_index)
+        _check_rows("boolean_mask", *results["boolean_mask"], expected, exit_index)
+        check_close("forward", results["forward"], expected)
+        for name in results.keys() & ("backbone", "compiled"):
+            check_close(name, results[name], reference.logits[-1])
+        if final.any():
+            check_close("ideal", results["ideal"], expected[final])
+
+    providers: dict[str, Callable[[Tensor], Any]] = {
+        "predict": model.predict,
+        "forward": model,
+        "backbone": lambda x: logits_of(net.backbone(x)),
+        "ideal": ideal,
+        "boolean_mask": partial(boolean_mask, net.stages, model.heads, model.policy.thresholds),
+    }
+    absent = {}
+    if compiled is None:
+        absent["compiled"] = "not asked for; give --compile"
+    else:
+        providers["compiled"] = compiled
+    return Case((x,), providers, check, absent), exit_index
+
+
+def _check_rows(name: str, logits: Tensor, taken: Tensor, expected: Tensor, exit_index: Tensor) -> None:
+    strays = int((taken != exit_index).sum())
+    if strays:
+        raise WrongResultError(f"{name} sends {strays} of {len(taken)} rows to another exit than they take alone")
+    check_close(name, logits, expected)
+
+
+def compile_backbone(net: Net) -> Callable[[Tensor], Tensor]:
+    """The backbone compiled for one batch size, which its first call settles."""
+    torch.compiler.reset()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(
+        lambda x: logits_of(net.backbone(x)), fullgraph=True, dynamic=False
+    )
+    return compiled
+
+
+def run_net(
+    name: str,
+    batches: Sequence[int],
+    *,
+    device: torch.device,
+    longest_call: float,
+    with_compiled: bool,
+    time_case: Callable[[Case], Timings],
+) -> Iterator[Point]:
+    """Measure one net at all batch sizes and scenarios.
+
+    Once a pass of the full backbone is expected to take more than ``longest_call`` seconds, larger batches are left
+    out, and their points say so.
+    """
+    torch.manual_seed(0)
+    with device:
+        net = NETS[name]()
+        net.backbone.eval()
+        example = random_inputs(net, 32)
+    model = multi_exit(net, example)
+    seconds_per_row = 0.0
+    for batch in sorted(batches):
+        if seconds_per_row * batch > longest_call:
+            note = f"not run: one pass of the backbone would take {seconds_per_row * batch:.1f} s"
+            yield Point(name, batch, "all", note=note)
+            continue
+        with device:
+            x = random_inputs(net, batch)
+        reference = Reference.of(model, x)
+        compiled = compile_backbone(net) if with_compiled else None
+        for scenario, fractions in SCENARIOS.items():
+            case, exit_index = set_up(net, model, x, reference, fractions, compiled)
+            point = partial(
+                Point, name, batch, scenario, tuple(exit_index.bincount(minlength=model.num_exits).tolist())
+            )
+            try:
+                timings = time_case(case)
+            except WrongResultError as error:
+                yield point(note=f"not timed: {error}")
+                continue
+            seconds_per_row = timings.time("backbone").median / batch
+            yield point(timings=timings, absent=case.absent)
+
+
+def figures(points: Sequence[Point]) -> Iterator[tuple[dict[str, Any], Row]]:
+    """The rows of the CSV file: times and ratios of every point, and what is missing with the reason."""
+    for point in points:
+        where = {
+            "net": point.net,
+            "batch": point.batch,
+            "scenario": point.scenario,
+            "leaving": "+".join(map(str, point.leaving)),
+        }
+        if point.timings is None:
+            yield where, Row("predict", "s", note=point.note)
+            continue
+        timings = point.timings
+        for name in timings.seconds:
+            yield where, Row.of(name, "s", timings.time(name), timings.blocks)
+        others = [(name, "backbone") for name in timings.seconds if name != "backbone"]
+        for name, baseline in [*others, ("predict", "ideal"), ("boolean_mask", "predict")]:
+            yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.blocks)
+        for name, reason in point.absent.items():
+            yield where, Row(name, "s", note=reason)
+
+
+def table(net: str, points: Sequence[Point]) -> Table:
+    """What was measured for one net, as ``median (20th-80th percentile)``."""
+    table = Table(title=f"{net}: medians (20th-80th percentile)")
+    ratios = [("predict", "ideal"), ("predict", "backbone"), ("boolean_mask", "predict")]
+    table.add_column("batch", justify="right")
+    for heading in ("scenario", "leaving"):
+        table.add_column(heading)
+    for heading in ("predict ms", "backbone ms", *(f"{name}/{baseline}" for name, baseline in ratios)):
+        table.add_column(heading, justify="right")
+    for point in points:
+        if point.timings is None:
+            continue
+        times = [f"{1e3 * point.timings.time(name).median:.3f}" for name in ("predict", "backbone")]
+        spreads = [_text(point.timings.ratio(name, baseline)) for name, baseline in ratios]
+        leaving = "+".join(map(str, point.leaving))
+        last = point.scenario == [*SCENARIOS][-1]
+        table.add_row(str(point.batch), point.scenario, leaving, *times, *spreads, end_section=last)
+    table.caption = "\n".join(f"batch {p.batch}, {p.scenario}: {p.note}" for p in points if p.note)
+    return table
+
+
+def _text(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.p20:.2f}-{spread.p80:.2f})"
+
+
+def measures_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+    """Whether the measures are met, and where each comes closest to failing."""
+    table = Table("measure", "nets", "worst", "at", "met", title="Measures")
+    for verdict in verdicts:
+        row = [verdict["measure"], ", ".join(verdict["nets"])]
+        if verdict["worst"] is None:
+            table.add_row(*row, "not measured")
+        else:
+            net, batch, scenario = verdict["worst_at"]
+            met = "yes" if verdict["met"] else "no"
+            table.add_row(*row, f"{verdict['worst']:.3f}", f"{net}, batch {batch}, {scenario}", met)
+    return table
+
+
+def plot(points: Sequence[Point], title: str) -> Figure:
+    """Time over the backbone's against the batch size: a column per net, half leaving at each exit above, exits closed
+    below; bands are the 20th to 80th percentile."""
+    nets = list(dict.fromkeys(point.net for point in points))
+    scenarios = {"half_at_each": "half leave at each exit", "closed": "all exits closed"}
+    styles = {
+        "predict": ("C0", "o-"),
+        "ideal": ("black", "--"),
+        "boolean_mask": ("C1", "s-"),
+        "compiled": ("C2", "^-"),
+    }
+    figure = Figure(figsize=(1.5 + 4 * len(nets), 6.5), layout="constrained")
+    axes = figure.subplots(len(scenarios), len(nets), sharex="col", sharey="row", squeeze=False)
+    for line, (scenario, label) in zip(axes, scenarios.items(), strict=True):
+        line[0].set_ylabel(f"{label}\ntime over the backbone's")
+        for ax, net in zip(line, nets, strict=True):
+            measured = [(p.batch, p.timings) for p in points if p.net == net and p.scenario == scenario and p.timings]
+            ax.axhline(1, color="0.6", linewidth=1)
+            for name, (color, style) in styles.items():
+                found = [(b, timings.ratio(name, "backbone")) for b, timings in measured if name in timings.seconds]
+                if not found:
+                    continue
+                batches = [batch for batch, _ in found]
+                ax.plot(batches, [s.median for _, s in found], style, color=color, markersize=4, label=name)
+                ax.fill_between(batches, [s.p20 for _, s in found], [s.p80 for _, s in found], color=color, alpha=0.15)
+            ax.set_xscale("log", base=2)
+            ax.set_ylim(bottom=0)
+            ax.grid(alpha=0.3)
+            ax.xaxis.set_major_formatter("{x:.0f}")
+    for ax, net in zip(axes[0], nets, strict=True):
+        ax.set_title(net)
+    for ax in axes[-1]:
+        ax.set_xlabel("batch size")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(styles))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+class CommaSeparated(click.ParamType):
+    """A list such as ``1,8,64``."""
+
+    name = "list"
+
+    def __init__(self, item: click.ParamType) -> None:
+        self.item = item
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(self.item.convert(item.strip(), param, ctx) for item in value.split(","))
+
+
+@click.command()
+@click.option("--models", type=CommaSeparated(click.Choice([*NETS])), default=",".join(NETS), show_default=True)
+@click.option("--batches", type=CommaSeparated(click.IntRange(min=1)), help="[default: 1,2,4,...,1024]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: torch's own choice]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time to measure at each point; slow points take longer. [default: 1.5]",
+)
+@click.option(
+    "--longest-call",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.5,
+    show_default=True,
+    help="Leave out the batches for which one pass of the backbone takes more seconds than this.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
+@click.option("--compile", "with_compiled", is_flag=True, help="Time the backbone under torch.compile too.")
+@click.option("--quick", is_flag=True, help="A smoke test: batches 1 and 4, three blocks a point.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results. [default: benchmarks/results; with --quick runs/benchmarks]",
+)
+def main(
+    models: tuple[str, ...],
+    batches: tuple[int, ...] | None,
+    threads: int | None,
+    seconds: float | None,
+    longest_call: float,
+    device: str,
+    cold: bool,
+    with_compiled: bool,
+    quick: bool,
+    output: Path | None,
+) -> None:
+    """Time predict against the backbone, its stages (the ideal) and a boolean-mask loop."""
+    output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = torch.device(device)
+    kept = keep_freed_memory()
+    settings: dict[str, Any] = {
+        "seconds": seconds or (0.02 if quick else 1.5),
+        "min_blocks": 3 if quick else MIN_BLOCKS,
+    }
+    evict = cache_eviction(place) if cold else None
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    points: list[Point] = []
+    with torch.no_grad():
+        for net in models:
+            found = []
+            for point in run_net(
+                net,
+                batches or ((1, 4) if quick else BATCHES),
+                device=place,
+                longest_call=longest_call,
+                with_compiled=with_compiled,
+                time_case=partial(measure, timer=timer_for(place), evict=evict, **settings),
+            ):
+                click.echo(f"{point.net}, batch {point.batch}, {point.scenario}: {point.note or 'measured'}", err=True)
+                found.append(point)
+            console.print(table(net, found))
+            points += found
+    verdicts = [measure.judge(points) for measure in MEASURES]
+    console.print(measures_table(verdicts))
+    description = {
+        "benchmark": "end_to_end",
+        **provenance(place, shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]])),
+        "settings": {**settings, "longest_call": longest_call, "cold": cold, "keep_freed_memory": kept},
+        "measures": verdicts,
+    }
+    title = f"{description['device']}, {description['threads']} threads, torch {description['torch']}"
+    for path in write_results(output, "end_to_end", [*figures(points)], description, plot(points, title)):
+        console.print(f"wrote {path}")
+    if any(point.note.startswith("not timed") for point in points):
+        raise click.ClickException("some points gave wrong results and were not timed; see the tables")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""How the command line reports errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+"""What cet raises itself, with a message made for the user."""
+
+
+@dataclass
+class Session:
+    """One run of the command line."""
+
+    debug: bool = False
+
+
+def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Session).debug = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Show the traceback of an error."
+)
+"""For the group and for every command, so that it counts wherever on the command line it stands."""
+
+
+def one_sentence(error: Exception) -> str:
+    """What to tell the user, on one line."""
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "cet"
+        return f"{error.format_message()} See '{command} --help'."
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    message = " ".join(str(error).split())
+    if isinstance(error, EXPECTED) and message:
+        return message
+    return f"unexpected {type(error).__name__}: {message}; --debug shows where"

@@ -1,0 +1,1 @@
+"""The demonstration behind `cet demo`: train, calibrate, evaluate, time, report."""

@@ -1,0 +1,186 @@
+"""The report as text, written from the figures of `report.json` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT
+from cet.demo.report import Condition, RecipeReport, Report, at, verdict
+from cet.demo.timing import Speed
+
+SCOPE = (
+    "One split by person and one seed: this shows how early exit works, not how much it gains on average. "
+    "It is an implementation of the objective of arXiv 2109.13192, not a reproduction of its tables."
+)
+
+
+def to_markdown(report: Report) -> str:
+    """The content of `report.md`."""
+    sections = [
+        "# Early exit on smartwatch data",
+        SCOPE,
+        _set_up(report),
+        f"![Accuracy against compute]({ACCURACY_PLOT})",
+        "## With early exit",
+        calibration_verdict(report),
+        _early_table(report),
+        f"![Where samples leave]({EXITS_PLOT})",
+        "## Time",
+        "Early exit against the full network, the plain eager backbone; both run each batch, in random order. "
+        f"{_host(report)}",
+        _time_table(report),
+        time_verdict(report),
+        "## Energy",
+        f"Not measured: {report['timing']['joules']['reason']}.",
+        *(text for name, recipe in report["recipes"].items() for text in _recipe_section(report, name, recipe)),
+        f"All figures with all their digits, settings and versions are in [{REPORT}]({REPORT}).\n",
+    ]
+    return "\n\n".join(sections)
+
+
+def calibration_verdict(report: Report) -> str:
+    """What calibration promised, and what became of it on the test persons."""
+    recipes, persons = report["recipes"], report["data"]["persons"]
+    max_drop = next(iter(recipes.values()))["calibration"]["max_drop"]
+    changes = {name: _mean_change(recipe, report["conditions"].values()) for name, recipe in recipes.items()}
+    outcome = _and(f"{100 * change:+.1f} points with {name}" for name, change in changes.items())
+    text = (
+        f"Over clean and perturbed windows of the {len(persons['calibration'])} calibration persons, the thresholds "
+        f"lose at most {100 * max_drop:g} point of accuracy against the full network; on the {len(persons['test'])} "
+        f"test persons the change is {outcome}."
+    )
+    if min(changes.values()) < -max_drop:
+        text += " What holds for so few persons need not hold for others."
+    return text
+
+
+def time_verdict(report: Report) -> str:
+    """In one or two sentences, whether early exit paid on this machine."""
+    cases: dict[str, list[str]] = {"faster": [], "no clear difference": [], "slower": []}
+    for what, name, condition, speed in speeds(report):
+        cases[verdict(speed)].append(f"{what} of {name} on {condition} input ({_ratio(speed)})")
+    if not cases["slower"] and not cases["no clear difference"]:
+        return "Early exit was faster in every case measured."
+    sentences = []
+    if cases["slower"]:
+        sentences.append(f"Early exit does not pay on this machine for {_and(cases['slower'])}.")
+    if cases["no clear difference"]:
+        sentences.append(f"There is no clear difference for {_and(cases['no clear difference'])}.")
+    if not cases["faster"]:
+        sentences.append("It was faster in no case measured.")
+    return " ".join(sentences)
+
+
+def speeds(report: Report) -> Iterator[tuple[str, str, Condition, Speed]]:
+    """Every comparison as (throughput or latency, recipe, condition, figures)."""
+    for what, by_recipe in (
+        ("throughput", report["timing"]["throughput"]),
+        ("latency", report["timing"]["latency"]),
+    ):
+        for name, by_condition in by_recipe.items():
+            for condition, speed in by_condition.items():
+                yield what, name, condition, speed
+
+
+def _mean_change(recipe: RecipeReport, severities: Collection[float]) -> float:
+    """Of accuracy by leaving early, over these severities alike."""
+    rows = [at(recipe, severity) for severity in severities]
+    return sum(row["early"]["accuracy"] - row["exits"][-1]["accuracy"] for row in rows) / len(rows)
+
+
+def _set_up(report: Report) -> str:
+    persons, windows = report["data"]["persons"], report["data"]["windows"]
+    parts = [f"{windows[part]} of {part} persons {_and(map(str, persons[part]))}" for part in persons]
+    epochs = next(iter(report["recipes"].values()))["recipe"]["epochs"]
+    return (
+        f"The same net, trained twice for {epochs} epochs: *joint* with the cross-entropy of all exits, *consistent* "
+        "with the consistency objective on top. Windows of 128 samples, "
+        f"{', '.join(parts)}; seed {report['settings']['seed']}. "
+        f"Perturbed input has severity {report['conditions']['perturbed']:g}."
+    )
+
+
+def _early_table(report: Report) -> str:
+    rows = []
+    for name, recipe in report["recipes"].items():
+        for condition, severity in report["conditions"].items():
+            row = at(recipe, severity)
+            full, early = row["exits"][-1], row["early"]
+            rows.append(
+                [
+                    name,
+                    condition,
+                    _percent(full["accuracy"]),
+                    _percent(full["macro_f1"]),
+                    _percent(early["accuracy"]),
+                    _percent(early["macro_f1"]),
+                    _percent(early["mean_flops"] / recipe["flops"]["full"]),
+                ]
+            )
+    header = ["recipe", "input", "full accuracy", "full F1", "early accuracy", "early F1", "FLOPs of full"]
+    return _table(header, rows)
+
+
+def _time_table(report: Report) -> str:
+    rows = []
+    for what, name, condition, speed in speeds(report):
+        digits = 2 if speed["unit"] == "ms" else 0
+        full, early = (
+            " / ".join(f"{value:,.{digits}f}" for value in speed[side].values()) + f" {speed['unit']}"
+            for side in ("full", "early")
+        )
+        rows.append([f"{what}, batch {speed['batch_size']}", name, condition, full, early, _ratio(speed)])
+    return (
+        _table(["measured", "recipe", "input", "full network", "early exit", "speed-up (95 % interval)"], rows)
+        + "\n\nThroughput: percentiles 20 / 50 / 80 over batches. Latency: percentiles 50 / 90 over windows."
+    )
+
+
+def _recipe_section(report: Report, name: str, recipe: RecipeReport) -> list[str]:
+    exits = report["exits"]
+    quality = [
+        [f"{row['severity']:g}"]
+        + [f"{_percent(e['accuracy'])} / {_percent(e['macro_f1'])}" for e in row["exits"]]
+        + [f"{_percent(row['early']['accuracy'])} / {_percent(row['early']['macro_f1'])}"]
+        for row in recipe["severities"]
+    ]
+    leaving = [
+        [f"{row['severity']:g}"]
+        + [_percent(share) for share in row["early"]["exit_shares"]]
+        + [_percent(row["early"]["mean_flops"] / recipe["flops"]["full"])]
+        for row in recipe["severities"]
+    ]
+    return [
+        f"## {name.capitalize()}",
+        "Accuracy / macro-F1 by severity, if all samples left at one exit, and with early exit:",
+        _table(["severity", *exits, "early exit"], quality),
+        "Share of samples that leave at each exit, and their mean FLOPs:",
+        _table(["severity", *exits, "FLOPs of full"], leaving),
+    ]
+
+
+def _host(report: Report) -> str:
+    host = report["timing"]["host"]
+    return (
+        f"Measured on the CPU: {host['processor']}, {host['cores']} cores, torch with {host['threads']} thread(s), "
+        f"torch {report['versions']['torch']}, {host['platform']}."
+    )
+
+
+def _ratio(speed: Speed) -> str:
+    ratio = speed["speedup"]
+    return f"{ratio['value']:.2f}x, {ratio['low']:.2f} to {ratio['high']:.2f}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _and(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,91 @@
+"""What `report.json` holds, and what can be read from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from cet.demo.evaluation import AtSeverity, CurvePoint
+from cet.demo.timing import Speed
+
+SCHEMA_VERSION = 1
+
+Condition = Literal["clean", "perturbed"]
+
+CONDITIONS: dict[Condition, float] = {"clean": 0.0, "perturbed": 1.0}
+"""The severities that stand for clean and perturbed input, in training and in the report."""
+
+Speeds = dict[str, dict[Condition, Speed]]
+"""By name of the recipe."""
+
+
+class Data(TypedDict):
+    """The recordings, and for each part of the split its persons and how many of their windows were used."""
+
+    sha256: str
+    classes: list[str]
+    persons: dict[str, list[int]]
+    windows: dict[str, int]
+
+
+class Cost(TypedDict):
+    """FLOPs of one sample: through the full network, and up to each exit with the head of that exit alone."""
+
+    full: float
+    exits: list[float]
+
+
+class RecipeReport(TypedDict):
+    """One trained model; ``recipe``, ``policy`` and ``calibration`` are the library's own, as JSON."""
+
+    recipe: dict[str, Any]
+    policy: dict[str, Any]
+    calibration: dict[str, Any]
+    flops: Cost
+    severities: list[AtSeverity]
+    curves: dict[Condition, list[CurvePoint]]
+
+
+class Joules(TypedDict):
+    """Energy, ``None`` where it was not measured, and why."""
+
+    value: float | None
+    reason: str
+
+
+class Timing(TypedDict):
+    """All that differs from run to run: when and where it ran, and everything that a clock or counter said.
+
+    ``stages`` are the seconds of each stage in the process that finished the run.
+    """
+
+    created: str
+    host: dict[str, str | int]
+    stages: dict[str, float]
+    throughput: Speeds
+    latency: Speeds
+    joules: Joules
+
+
+class Report(TypedDict):
+    """Everything; but for ``timing``, the same settings and versions give the same report on the same machine."""
+
+    schema_version: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    exits: list[str]
+    conditions: dict[Condition, float]
+    data: Data
+    recipes: dict[str, RecipeReport]
+    timing: Timing
+
+
+def at(recipe: RecipeReport, severity: float) -> AtSeverity:
+    """The figures of one severity."""
+    return next(row for row in recipe["severities"] if row["severity"] == severity)
+
+
+def verdict(speed: Speed) -> Literal["faster", "no clear difference", "slower"]:
+    """Whether early exit pays, by the interval of its speed-up."""
+    if speed["speedup"]["low"] > 1:
+        return "faster"
+    return "slower" if speed["speedup"]["high"] < 1 else "no clear difference"

@@ -1,0 +1,146 @@
+"""Multi-exit training with Lightning that can be stopped at any moment and goes on exactly."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from cet.checkpoint import write_atomically
+from cet.early_exit import EarlyExit
+from cet.objective import ConsistentExitLoss
+
+CHECKPOINT_KEY = "cet_training"
+
+
+class MultiExitTraining(LightningModule):
+    """Trains all exits of a model at once, with AdamW and a one-cycle learning rate.
+
+    All randomness of a step, of the perturbation and of the model's own layers, comes from torch's global generators,
+    which every step starts from a seed of its own: a run that goes on from the checkpoint of any epoch ends with the
+    weights of a run that was never interrupted. Batches are ``(x, y)`` as :class:`cet.ConsistentExitLoss` takes them.
+    Each epoch logs ``train_loss``; validation logs the accuracy of every exit as ``accuracy_<exit>``.
+
+    Args:
+        model: the model to train.
+        loss: its objective.
+        seed: with the numbers of epoch and batch, the source of all randomness.
+        learning_rate: the peak of the one-cycle schedule (Smith & Topin 2018, arXiv 1708.07120).
+        weight_decay: decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+        augment: changes the input of every training step, before the loss sees it.
+        identity: plain values that say what is trained; a checkpoint with other ones is refused.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExit,
+        loss: ConsistentExitLoss,
+        *,
+        seed: int = 0,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-2,
+        augment: Callable[[Any], Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.seed = seed
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.augment = augment
+        self.identity = dict(identity or {})
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx))
+        loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        for name, logits in zip(self.model.exit_names, self.model.exit_logits(x), strict=True):
+            accuracy = (logits.argmax(1) == y).float().mean()
+            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=len(y))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(CHECKPOINT_KEY, {})
+        for name in sorted(self.identity.keys() | saved.keys()):
+            if saved.get(name) != self.identity.get(name):
+                raise ValueError(
+                    f"the checkpoint was trained with {name} {saved.get(name)!r}, not {self.identity.get(name)!r}; "
+                    "train into another directory, or start anew without resume"
+                )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Reads tensors and plain values only, never a pickled object, and replaces a file at once or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{path} is damaged or holds more than tensors and plain values; start anew without resume"
+            ) from error
+        return checkpoint
+
+
+class ShuffledBatches(Sampler[Tensor]):
+    """Row indices, batch by batch, in an order that the seed and the number of the epoch decide.
+
+    Lightning calls ``set_epoch`` before each epoch. Every batch is full: the rows left at the end of an epoch are not
+    used in it.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int) -> None:
+        self.num_rows = num_rows
+        self.batch_size = min(batch_size, num_rows)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        used = torch.randperm(self.num_rows, generator=order)[: len(self) * self.batch_size]
+        yield from used.view(len(self), self.batch_size)
+
+    def __len__(self) -> int:
+        return self.num_rows // self.batch_size
+
+
+def batches(x: Tensor, y: Tensor, sampler: Any) -> DataLoader[Any]:
+    """A loader that takes a whole batch from the tensors by one indexing operation."""
+    return DataLoader(TensorDataset(x, y), sampler=sampler, batch_size=None)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed of 64 bits in which all the numbers count."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,0 +1,278 @@
+"""The benchmark harness on callables whose times are known, and `end_to_end` on the smallest net."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from torch import nn
+
+import cet
+import harness
+from end_to_end import SCENARIOS, Measure, Point, Reference, choose_policy, main, set_up
+from harness import Case, Row, Spread, Timings, WrongResultError, check_close, measure
+from models import Net
+
+SCRIPT = Path(harness.__file__).with_name("end_to_end.py")
+DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+def case_of(**providers: Callable[[], Any]) -> Case:
+    return Case((), providers, check=lambda results: None)
+
+
+class ScriptedTimer:
+    """Calls once, and reports the seconds that were given for the provider, times the drift so far."""
+
+    def __init__(self, seconds: dict[str, float], drift: float = 1.0) -> None:
+        self.seconds = seconds
+        self.drift = drift
+        self.turns: list[str] = []
+
+    def __call__(self, call: Callable[[], Any], repeats: int) -> float:
+        name = call()
+        self.turns.append(name)
+        return self.seconds[name] * repeats * self.drift ** len(self.turns)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_known_ratio_is_measured(device: torch.device) -> None:
+    case = case_of(short=partial(time.sleep, 0.02), long=partial(time.sleep, 0.08))
+    timings = measure(case, seconds=0.01, timer=harness.timer_for(device))
+    assert timings.blocks == harness.MIN_BLOCKS
+    assert 0.019 < timings.time("short").median < 0.04
+    assert 3 < timings.ratio("long", "short").median < 5
+
+
+def test_a_steady_drift_leaves_ratios_nearly_alone() -> None:
+    timer = ScriptedTimer({"a": 1.0, "b": 3.0}, drift=1.01)
+    timings = measure(case_of(a=lambda: "a", b=lambda: "b"), seconds=1e-6, timer=timer, min_blocks=100)
+    assert timings.time("a").p80 / timings.time("a").p20 > 2
+    assert timings.ratio("b", "a").median == pytest.approx(3, rel=0.011)
+
+
+def test_ratios_pair_the_blocks_and_invert() -> None:
+    seconds = {"a": np.array([1.0, 10.0, 100.0]), "b": np.array([2.0, 10.0, 400.0])}
+    timings = Timings(seconds)
+    ratio = timings.ratio("b", "a")
+    assert (ratio.p20, ratio.median, ratio.p80) == pytest.approx((2**0.4, 2, 2 * 2**0.6))
+    assert timings.ratio("a", "b").median == pytest.approx(1 / ratio.median)
+    assert timings.time("a") == Spread(10.0, pytest.approx(4.6), pytest.approx(64.0))
+
+
+def test_the_order_within_blocks_is_random_and_seeded() -> None:
+    names = ("a", "b", "c")
+
+    def orders(seed: int) -> list[tuple[str, ...]]:
+        timer = ScriptedTimer(dict.fromkeys(names, 1.0))
+        providers = {name: partial(str, name) for name in names}
+        timings = measure(case_of(**providers), seconds=1e-6, timer=timer, seed=seed, min_blocks=60)
+        timed = timer.turns[-3 * timings.blocks :]
+        return [tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)]
+
+    blocks = orders(seed=0)
+    assert all(sorted(block) == list(names) for block in blocks)
+    assert len(Counter(blocks)) == 6
+    assert blocks[:60] == orders(seed=0)[:60]
+    assert blocks[:60] != orders(seed=1)[:60]
+
+
+def test_short_calls_are_repeated_within_a_turn_and_counted_out() -> None:
+    timer = ScriptedTimer({"fast": 1e-5, "slow": 1e-3})
+    timings = measure(case_of(fast=lambda: "fast", slow=lambda: "slow"), seconds=0.1, timer=timer)
+    assert timings.time("fast").median == pytest.approx(1e-5)
+    assert timings.ratio("slow", "fast").median == pytest.approx(100)
+
+
+def test_a_red_check_prevents_timing() -> None:
+    timer = ScriptedTimer({"right": 1.0, "wrong": 1.0})
+
+    def check(results: Any) -> None:
+        for name, result in results.items():
+            check_close(name, torch.tensor([float(result == "right")]), torch.ones(1))
+
+    case = Case((), {"right": lambda: "right", "wrong": lambda: "wrong"}, check)
+    with pytest.raises(WrongResultError, match="wrong differs"):
+        measure(case, seconds=1.0, timer=timer)
+    assert timer.turns == []
+
+
+def test_cold_turns_are_single_calls_each_after_an_eviction() -> None:
+    events: list[str] = []
+    case = case_of(a=lambda: events.append("a"), b=lambda: events.append("b"))
+    timings = measure(case, seconds=0.01, timer=harness.wall_clock, evict=lambda: events.append("evict"), min_blocks=5)
+    timed = events[events.index("evict") :]
+    assert timed[::2] == ["evict"] * (2 * timings.blocks)
+    assert "evict" not in timed[1::2]
+
+
+def test_eviction_goes_over_more_than_the_last_cache() -> None:
+    buffer = harness.cache_eviction(torch.device("cpu"))()
+    assert isinstance(buffer, torch.Tensor)
+    sizes = [int(f.read_text().strip()[:-1]) for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    assert buffer.numel() >= 2 * 1024 * max(sizes, default=1)
+
+
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own, as it holds for the whole process."""
+    program = """
+import resource, harness, numpy
+kept = harness.keep_freed_memory()
+numpy.ones(1 << 23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+numpy.ones(1 << 23)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    kept, faults = run.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc"), run.stderr
+    assert kept == "False" or int(faults) < 100  # of 16,384 pages
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.001], [1.0, float("nan")], [1.0, float("inf")], [1.0]])
+def test_wrong_results_are_refused(wrong: list[float]) -> None:
+    want = torch.tensor([1.0, 2.0])
+    check_close("p", want + 1e-4, want)
+    with pytest.raises(WrongResultError, match="p "):
+        check_close("p", torch.tensor(wrong), want)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    rows = [({"net": "n"}, Row.of("predict", "s", Spread(0.123456789, 0.1, 0.2), 7)), ({"net": "n"}, Row("x", "s"))]
+    origin = harness.provenance(torch.device("cpu"), "python script.py")
+    harness.write_results(tmp_path, "speed", rows, origin, Figure())
+    first, missing = csv.DictReader((tmp_path / "speed.csv").read_text().splitlines())
+    assert (first["median"], first["blocks"], first["torch"]) == ("0.12346", "7", torch.__version__)
+    assert (missing["median"], missing["note"]) == ("", "")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(TypeError):
+        harness.write_results(tmp_path, "speed", rows[:1], {**origin, "bad": object()}, Figure())
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    rows=st.integers(1, 70),
+    fractions=st.lists(st.sampled_from([None, 0.0, 0.3, 0.5, 1.0]), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 2**31),
+)
+def test_thresholds_make_just_these_fractions_leave(rows: int, fractions: tuple[float | None, ...], seed: int) -> None:
+    scores = torch.rand(len(fractions) + 1, rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    policy, exit_index = choose_policy(scores, fractions)
+    left = rows
+    for k, (fraction, threshold) in enumerate(zip(fractions, policy.thresholds, strict=True)):
+        leaving = int((fraction or 0.0) * left)
+        here = exit_index >= k
+        passes = scores[k] <= (-torch.inf if threshold is None else threshold)
+        assert int((passes & here).sum()) == int((exit_index == k).sum()) == leaving
+        left -= leaving
+    assert int((exit_index == len(fractions)).sum()) == left
+
+
+class TinyNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.d = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(self.a(x)).relu()).relu())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@torch.no_grad()
+def test_the_check_of_end_to_end_finds_wrong_answers(scenario: str) -> None:
+    net = TinyNet().eval()
+    stages = (net.a, net.b, lambda h: net.c(h.relu()), lambda h: net.d(h.relu()))
+    tiny = Net(net, dict.fromkeys("abc"), (4,), stages)
+    x = torch.randn(16, 4)
+    model = cet.EarlyExit(net, tiny.exits, (x,)).eval()
+    case, exit_index = set_up(tiny, model, x, Reference.of(model, x), SCENARIOS[scenario], net)
+    results = {name: provider(x) for name, provider in case.providers.items()}
+    case.check(results)
+    logits, taken, score = (getattr(results["predict"], name).clone() for name in ("logits", "exit_index", "score"))
+    logits[3, 1] += 0.1
+    with pytest.raises(WrongResultError, match="predict differs"):
+        case.check({**results, "predict": cet.ExitOutput(logits, exit_index, score)})
+    taken[2] += 1
+    with pytest.raises(WrongResultError, match="predict sends 1 of 16 rows"):
+        case.check({**results, "predict": cet.ExitOutput(results["predict"].logits, taken, score)})
+    for name in ("forward", "backbone", "compiled"):
+        with pytest.raises(WrongResultError, match=f"{name} differs"):
+            case.check({**results, name: results[name] + 0.1})
+    with pytest.raises(WrongResultError, match="boolean_mask differs"):
+        case.check({**results, "boolean_mask": (logits, exit_index)})
+
+
+def test_measures_are_judged_by_their_worst_point() -> None:
+    def point(batch: int, ratio: float, scenario: str = "closed") -> Point:
+        seconds = {"predict": np.full(3, ratio), "backbone": np.ones(3)}
+        return Point("net", batch, scenario, timings=Timings(seconds))
+
+    measure_ = Measure("backbone", 1.05, ("net",), ("closed",), (1, 2, 4))
+    points = [point(1, 1.04), point(2, 1.01), point(8, 2.0), point(1, 2.0, "all_at_first"), Point("net", 4, "closed")]
+    verdict = measure_.judge(points)
+    assert (verdict["met"], verdict["worst_at"], verdict["batches"]) == (True, ("net", 1, "closed"), [1, 2])
+    assert verdict["worst"] == pytest.approx(1.04)
+    assert measure_.judge([*points, point(4, 1.06)])["met"] is False
+    assert measure_.judge([])["met"] is None
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    """The script as users run it; the last batch is too large for the time it is given."""
+    options = "--quick --models sensor_cnn --batches 1,4,65536 --longest-call 0.2 --threads 1 --output out"
+    run = subprocess.run([sys.executable, SCRIPT, *options.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "predict/ideal" in run.stdout
+    rows = list(csv.DictReader((tmp_path / "out/end_to_end.csv").read_text().splitlines()))
+    times = {(r["batch"], r["scenario"], r["quantity"]): r for r in rows}
+    for batch in ("1", "4"):
+        for scenario in SCENARIOS:
+            for provider in ("predict", "forward", "backbone", "ideal", "boolean_mask"):
+                row = times[batch, scenario, provider]
+                assert 0 < float(row["p20"]) <= float(row["median"]) <= float(row["p80"])
+            assert sum(map(int, times[batch, scenario, "predict"]["leaving"].split("+"))) == int(batch)
+            assert float(times[batch, scenario, "predict/ideal"]["median"]) > 0
+    assert times["4", "half_at_each", "predict"]["leaving"] == "2+1+0+1"
+    assert times["1", "closed", "compiled"]["note"] == "not asked for; give --compile"
+    left_out = times["65536", "all", "predict"]
+    assert left_out["median"] == ""
+    assert left_out["note"].startswith("not run: one pass of the backbone would take")
+    description = json.loads((tmp_path / "out/end_to_end.json").read_text())
+    assert description["threads"] == 1
+    assert description["command"] == f"python benchmarks/end_to_end.py {options}"
+    assert [verdict["met"] is None for verdict in description["measures"]] == [True, True, False]
+    assert (tmp_path / "out/end_to_end.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "sensor_cnn,bert"], "'bert' is not one of"),
+        (["--batches", "1,0"], "0 is not in the range x>=1"),
+        (["--batches", "1,x"], "'x' is not a valid integer"),
+        (["--seconds", "0"], "0.0 is not in the range x>0"),
+        (["--output", "/dev/null/results"], "cannot be written"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "Traceback" not in result.output

@@ -1,0 +1,208 @@
+"""ConsistentExitLoss: how it runs the model, what it refuses. Its value is in test_consistent_exit_loss.py."""
+
+import math
+from itertools import count
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+
+import cet
+from cet.ops import consistent_exit_loss
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 3)
+        self.calls = count()
+
+    def forward(self, x, offset=None):
+        next(self.calls)
+        h = self.body(x)
+        if offset is not None:
+            h = h + offset
+        return self.head(torch.relu(self.norm(h)))
+
+
+def calls(model):
+    """How often the backbone has run, this look counted."""
+    return next(model.backbone.calls)
+
+
+@pytest.fixture
+def model():
+    return cet.EarlyExit(Net(), ["body"], (torch.randn(3, 4),))
+
+
+X, Y = torch.linspace(-1, 1, 20).view(5, 4), torch.tensor([0, 2, -100, 1, 0])
+
+
+def shift(x):
+    return x + 0.3
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "hard", "teacher": "final", "min_confidence": 0.4}])
+def test_the_value_is_that_of_the_logits_on_clean_and_perturbed_rows_together(model, options):
+    logits = model(torch.cat([X, shift(X)]))
+    expected = consistent_exit_loss([z[:5] for z in logits], [z[5:] for z in logits], Y, **options)
+    loss, parts = cet.ConsistentExitLoss(shift, **options)(model, X, Y)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(loss, parts.loss)
+    assert torch.equal(parts.consistency, expected.consistency)
+
+
+def test_one_forward_pass(model):
+    before = calls(model)
+    cet.ConsistentExitLoss(shift)(model, X, Y)
+    assert calls(model) == before + 2
+
+
+def test_weight_zero_is_joint_training_and_never_perturbs(model):
+    def perturb(_):
+        raise AssertionError("perturb was called")
+
+    loss, parts = cet.ConsistentExitLoss(perturb, consistency_weight=0.0)(model, X, Y)
+    expected = sum(nn.functional.cross_entropy(z, Y) for z in model(X)) / 2
+    torch.testing.assert_close(loss, expected)
+    assert cet.ConsistentExitLoss(None, consistency_weight=0)(model, X, Y)[0] == loss
+    assert parts.consistency.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("example", "x", "perturb"),
+    [
+        ((torch.randn(3, 4), torch.randn(3, 6)), (X, X[:, :1]), lambda x: (shift(x[0]), x[1])),
+        ({"x": torch.randn(3, 4), "offset": torch.randn(3, 6)}, {"x": X, "offset": X[:, :1]}, lambda x: dict(x)),
+        ((torch.randn(3, 4), 2.0), (X, 2.0), lambda x: (shift(x[0]), x[1])),
+    ],
+    ids=["tuple", "dict", "with a constant"],
+)
+def test_inputs_of_any_structure(example, x, perturb):
+    class Broadcast(Net):
+        def forward(self, x, offset=None):
+            return super().forward(x, offset if not isinstance(offset, torch.Tensor) else offset.mean(1, keepdim=True))
+
+    model = cet.EarlyExit(Broadcast(), ["body"], example)
+    loss, _ = cet.ConsistentExitLoss(perturb)(model, x, Y)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_inputs_are_not_changed(model):
+    before = X.clone()
+    cet.ConsistentExitLoss(shift)(model, X, Y)
+    assert torch.equal(X, before)
+
+
+def test_every_parameter_learns_from_unlabelled_rows_alone(model):
+    loss, _ = cet.ConsistentExitLoss(shift)(model, X, torch.full_like(Y, -100))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.heads[0].linear.weight.grad.abs().sum() > 0
+
+
+def test_autocast_keeps_the_loss_in_single_precision(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, parts = cet.ConsistentExitLoss(shift)(model, X, Y)
+    loss.backward()
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_distributed_data_parallel_wraps_the_model(model, tmp_path):
+    plain, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        loss, _ = cet.ConsistentExitLoss(shift)(wrapped, X, Y)
+        loss.backward()
+        with pytest.raises(ValueError, match="label 9 for 3 classes"):
+            cet.ConsistentExitLoss(shift)(wrapped, X, torch.full((5,), 9))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(loss, plain)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+BAD_SWITCHES = [
+    ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number >= 0"),
+    ({"consistency_weight": math.nan}, ValueError, "consistency_weight is nan"),
+    ({"consistency_weight": math.inf}, ValueError, "consistency_weight is inf"),
+    ({"perturb": None}, TypeError, "perturb is None; give a callable"),
+    ({"target": "medium"}, ValueError, "target 'medium' is unknown; choose soft or hard"),
+    ({"teacher": "mine"}, ValueError, "teacher 'mine' is unknown; choose self or final"),
+    ({"min_confidence": 1.5}, ValueError, r"min_confidence is 1.5; give a probability in \[0, 1\]"),
+    ({"min_confidence": math.nan}, ValueError, "min_confidence is nan"),
+    ({"exit_weights": (1.0, -1.0)}, ValueError, r"exit_weights\[1\] is -1.0"),
+    ({"exit_weights": (math.nan, 1.0)}, ValueError, r"exit_weights\[0\] is nan"),
+]
+
+
+@pytest.mark.parametrize(("switches", "error", "message"), BAD_SWITCHES)
+def test_bad_switches_are_refused(switches, error, message):
+    with pytest.raises(error, match=message):
+        cet.ConsistentExitLoss(**{"perturb": shift, **switches})
+
+
+BAD_LABELS = [
+    (torch.tensor([0, 1, 2, 3, 0]), ValueError, r"y holds the label 3 for 3 classes; give labels in \[0, 3\), or -100"),
+    (torch.tensor([0, 1, -1, 2, 0]), ValueError, "y holds the label -1 for 3 classes"),
+    (torch.tensor([0, 1, 2]), ValueError, r"y has shape \(3,\) for 5 rows of x"),
+    (torch.zeros(5, 1, dtype=torch.int64), ValueError, r"y has shape \(5, 1\) for 5 rows"),
+    (torch.zeros(5), TypeError, "y is torch.float32; give class indices as an int64 tensor"),
+    (torch.zeros(5, dtype=torch.int32), TypeError, "y is torch.int32"),
+    ([0, 1, 2, 0, 0], TypeError, "y is list"),
+]
+
+
+@pytest.mark.parametrize(("labels", "error", "message"), BAD_LABELS)
+def test_bad_labels_are_refused_before_the_model_runs(model, labels, error, message):
+    before = calls(model)
+    with pytest.raises(error, match=message):
+        cet.ConsistentExitLoss(shift)(model, X, labels)
+    assert calls(model) == before + 1
+
+
+BAD_PERTURBATIONS = [
+    (lambda x: x[:, :2], r"perturb turns \(5, 4\) torch.float32 into \(5, 2\) torch.float32; keep shape and dtype"),
+    (lambda x: x[:2], r"into \(2, 4\) torch.float32"),
+    (lambda x: x.double(), r"into \(5, 4\) torch.float64"),
+    (lambda x: None, "perturb changes the structure|into NoneType"),
+    (lambda x: (x, x), "perturb changes the structure"),
+    (lambda x: {"x": x}, "perturb changes the structure"),
+]
+
+
+@pytest.mark.parametrize(("perturb", "message"), BAD_PERTURBATIONS)
+def test_perturbations_that_change_the_kind_of_input_are_refused(model, perturb, message):
+    before = calls(model)
+    with pytest.raises(ValueError, match=message):
+        cet.ConsistentExitLoss(perturb)(model, X, Y)
+    assert calls(model) == before + 1
+
+
+def test_other_misuse_is_refused_before_the_model_runs(model):
+    objective = cet.ConsistentExitLoss(shift)
+    before = calls(model)
+    with pytest.raises(ValueError, match=r"model is in eval mode.*call model.train\(\) first"):
+        objective(model.eval(), X, Y)
+    with pytest.raises(TypeError, match="x is tuple without a tensor"):
+        objective(model.train(), (1.0,), Y)
+    assert calls(model) == before + 1
+
+
+def test_a_wrong_number_of_exit_weights_is_refused_before_the_model_runs(model):
+    before = calls(model)
+    with pytest.raises(ValueError, match="exit_weights has 3 entries but the model has 2 exits"):
+        cet.ConsistentExitLoss(shift, exit_weights=(1, 1, 1))(model, X, Y)
+    assert calls(model) == before + 1
+
+
+def test_a_model_that_is_no_multi_exit_model_is_refused():
+    with pytest.raises(TypeError, match=r"wrap it in cet.EarlyExit"):
+        cet.ConsistentExitLoss(shift)(nn.Linear(4, 3), X, Y)

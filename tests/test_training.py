@@ -1,0 +1,233 @@
+"""Training: the recipes differ in the objective alone, and a run that was killed goes on to the same weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+import cet
+from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, Split, Windows, build, perturbation, train
+from cet.training.lightning import ShuffledBatches
+
+TINY = replace(CONSISTENT, epochs=4, batch_size=16)
+
+
+def tiny_windows(persons: range, rows: int = 80) -> Windows:
+    """Two classes that differ in their common frequency."""
+    draw = torch.Generator().manual_seed(persons.start)
+    y = torch.arange(rows) % 2
+    phase = torch.arange(48.0) * (0.2 + 1.3 * y[:, None]) + 6.3 * torch.rand(rows, 1, generator=draw)
+    x = phase.sin()[:, None] + 0.2 * torch.randn(rows, 6, 48, generator=draw)
+    return Windows(x, y, torch.arange(rows) % len(persons) + persons.start, ("slow", "fast"))
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return Split(tiny_windows(range(3)), tiny_windows(range(3, 4)), tiny_windows(range(4, 5)))
+
+
+@pytest.fixture(scope="module")
+def trained(split: Split) -> cet.EarlyExit:
+    return train(TINY, split, 0)
+
+
+class StopIn(Callback):
+    """Does something in the middle of an epoch."""
+
+    def __init__(self, epoch: int, stop: Any) -> None:
+        self.epoch, self.stop = epoch, stop
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == self.epoch and trainer.global_step % trainer.num_training_batches == 2:
+            self.stop()
+
+
+def raise_keyboard_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+def differ(a: nn.Module, b: nn.Module) -> bool:
+    return any(not torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_the_recipes_differ_in_the_objective_alone() -> None:
+    objective = {"name", "consistency_weight", "target", "teacher", "min_confidence", "exit_weights", "severity"}
+    assert JOINT.consistency_weight == 0 < CONSISTENT.consistency_weight
+    for field in fields(JOINT):
+        if field.name not in objective:
+            assert getattr(JOINT, field.name) == getattr(CONSISTENT, field.name)
+
+
+def test_one_seed_gives_all_recipes_the_same_net(split: Split) -> None:
+    assert_same_weights(build(JOINT, split, 3), build(CONSISTENT, split, 3))
+    assert differ(build(JOINT, split, 3), build(JOINT, split, 4))
+
+
+@pytest.mark.parametrize("length", [1, 31, 128])
+def test_the_net_takes_any_length(length: int) -> None:
+    net = SensorNet(5).eval()
+    x = torch.randn(3, 6, length)
+    lengths = []
+    for block in (net.block1, net.block2, net.block3, net.block4):
+        x = block(x)
+        lengths.append(x.shape[2])
+    assert lengths == [-(-length // 2**k) for k in (1, 2, 3, 4)]
+    assert net(torch.randn(3, 6, length)).shape == (3, 5)
+
+
+def test_severity_zero_changes_nothing_and_a_seed_repeats_the_draw() -> None:
+    x = torch.randn(4, 6, 64)
+    assert torch.equal(perturbation(0.0)(x), x)
+    one, same, other = (perturbation(1.0)(x, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_training_learns(split: Split, trained: cet.EarlyExit) -> None:
+    assert not trained.training
+    with torch.no_grad():
+        for logits in trained.exit_logits(split.test.x):
+            assert (logits.argmax(1) == split.test.y).float().mean() > 0.9
+
+
+def test_a_run_repeats_bit_for_bit_and_depends_on_its_seed(split: Split, trained: cet.EarlyExit) -> None:
+    torch.rand(7)  # the state of the global generator does not matter
+    assert_same_weights(train(TINY, split, 0), trained)
+    assert differ(train(TINY, split, 1), trained)
+
+
+def test_training_leaves_the_global_generator_and_the_folder_alone(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = torch.get_rng_state()
+    train(TINY, split, 0, epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    split: Split, trained: cet.EarlyExit, tmp_path: Path, epoch: int
+) -> None:
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import TINY, Split, StopIn, tiny_windows, train
+from pathlib import Path
+split = Split(tiny_windows(range(3)), tiny_windows(range(3, 4)), tiny_windows(range(4, 5)))
+kill = StopIn({epoch}, lambda: os.kill(os.getpid(), signal.SIGKILL))
+train(TINY, split, 0, directory=Path({str(tmp_path)!r}), callbacks=[kill])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == (epoch > 0)
+    first_epochs = []
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            first_epochs.append(trainer.current_epoch)
+
+    assert_same_weights(train(TINY, split, 0, directory=tmp_path, resume=True, callbacks=[Watch()]), trained)
+    assert first_epochs == list(range(epoch, TINY.epochs))
+
+
+def test_ctrl_c_arrives_as_usual_and_loses_at_most_one_epoch(
+    split: Split, trained: cet.EarlyExit, tmp_path: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, split, 0, directory=tmp_path, callbacks=[StopIn(1, raise_keyboard_interrupt)])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_same_weights(train(TINY, split, 0, directory=tmp_path, resume=True), trained)
+
+
+def test_a_finished_run_resumes_to_itself(split: Split, trained: cet.EarlyExit, tmp_path: Path) -> None:
+    train(TINY, split, 0, directory=tmp_path)
+    assert_same_weights(train(TINY, split, 0, directory=tmp_path, resume=True), trained)
+
+
+def test_without_resume_a_run_starts_anew(split: Split, tmp_path: Path) -> None:
+    short = replace(TINY, epochs=1)
+    train(short, split, 5, directory=tmp_path)
+    assert_same_weights(train(short, split, 0, directory=tmp_path), train(short, split, 0))
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_only(split: Split, tmp_path: Path) -> None:
+    train(TINY, split, 0, directory=tmp_path, epochs=1)
+    [path] = tmp_path.iterdir()
+    saved = torch.load(path, weights_only=True)["cet_training"]
+    assert saved == {"persons": [0, 1, 2], "seed": 0, **asdict(TINY), "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seed", "named"),
+    [
+        (replace(TINY, severity=0.5), 0, f"severity {TINY.severity}, not 0.5"),
+        (replace(TINY, consistency_weight=0.0), 0, f"consistency_weight {TINY.consistency_weight}, not 0.0"),
+        (TINY, 1, "seed 0, not 1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    split: Split, tmp_path: Path, recipe: Any, seed: int, named: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, split, 0, directory=tmp_path, callbacks=[StopIn(1, raise_keyboard_interrupt)])
+    with pytest.raises(ValueError, match=f"the checkpoint was trained with {named}"):
+        train(recipe, split, seed, directory=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "object"])
+def test_a_damaged_or_pickled_checkpoint_is_refused(split: Split, tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "last.ckpt"
+    if content == "object":
+        torch.save({"state_dict": StopIn(0, print)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged or holds more than tensors.*start anew"):
+        train(TINY, split, 0, directory=tmp_path, resume=True)
+
+
+def test_every_epoch_sees_the_rows_in_another_order() -> None:
+    batches = ShuffledBatches(10, 4, seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        drawn = list(batches)
+        assert [len(batch) for batch in drawn] == [4, 4]
+        orders.append(torch.cat(drawn))
+    assert torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], orders[1])
+    assert len(set(orders[0].tolist())) == 8
+
+
+def test_the_accuracy_of_every_exit_is_logged(split: Split) -> None:
+    logged: dict[str, float] = {}
+
+    class Watch(Callback):
+        def on_train_end(self, trainer: Any, module: MultiExitTraining) -> None:
+            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    model = train(TINY, split, 0, callbacks=[Watch()])
+    with torch.no_grad():
+        for name, logits in zip(model.exit_names, model.exit_logits(split.calibration.x), strict=True):
+            accuracy = (logits.argmax(1) == split.calibration.y).float().mean()
+            assert logged[f"accuracy_{name}"] == pytest.approx(float(accuracy))
+    assert logged["train_loss"] > 0
