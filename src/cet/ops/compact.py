@@ -12,6 +12,7 @@ from torch import Tensor
 from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
 
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
+_SMALL_BYTES = 1 << 16
 
 
 class Compaction(NamedTuple):
@@ -86,12 +87,15 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
     count = staying.shape[0]
     moved, moves = [], []
     for tensor, dim in zip(tensors, dims, strict=True):
-        if needs_grad((tensor,)) or (tensor.stride(dim) == 0 and not tensor.is_contiguous()):
+        contiguous = tensor.is_contiguous()
+        # For small tensors torch's own call, which takes a microsecond, beats describing them to the kernel.
+        small = contiguous and tensor.numel() * tensor.element_size() < _SMALL_BYTES
+        if small or needs_grad((tensor,)) or (not contiguous and tensor.stride(dim) == 0):
             moved.append(_take(tensor, dim, staying))
             continue
         source = tensor
         shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
-        if tensor.is_contiguous():
+        if contiguous:
             target = result = tensor.new_empty(*shape)
         else:
             source = _without_repeats(tensor)
