@@ -4,11 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint demo benchmark clean
+.PHONY: help setup test lint sanitize fuzz demo benchmark clean
 
 help:
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
+	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
+	@echo "make fuzz       the kernels on random shapes, strides and dtypes, for minutes"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
 
 # torch comes first and pinned: whatever asks for a torch later finds this one. The stamp is younger than the
@@ -32,6 +34,21 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# The kernels with address and undefined-behaviour sanitizers, built apart from those that are installed. Python itself
+# leaks by design, and OpenMP's threads outlive the check.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+OP_TESTS := tests/test_exit_gate.py tests/test_compact.py tests/test_consistent_exit_loss.py
+
+sanitize: setup
+	CET_BUILD_CPP=1 CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+	  $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k "not compiled and not promises" $(ARGS)
+
+fuzz: setup
+	$(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
 benchmark: setup
 	$(BIN)/python benchmarks/end_to_end.py

@@ -184,7 +184,7 @@ def stage_calls(model: cet.EarlyExit, x: Tensor, exit_index: Tensor) -> list[Cal
         rows = rows[going_on]
         _, *values = calls[-1]()
         values = [
-            value if dim is None else cet.ops.compact(going_on, [value], [dim])[0]
+            value if dim is None else value.index_select(dim, going_on)
             for value, dim in zip(values, stage.row_dims, strict=True)
         ]
     return calls

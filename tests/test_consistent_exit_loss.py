@@ -1,149 +1,193 @@
-"""The objective on logits, against the formula written out in double precision, row by row."""
+"""The loss and its gradients, against double precision and autograd, on every backend."""
+
+from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+import torch.nn.functional as F
+from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from cet.ops import consistent_exit_loss
-
-
-def log_softmax(row):
-    top = max(row)
-    normaliser = top + math.log(sum(math.exp(v - top) for v in row))
-    return [v - normaliser for v in row]
+from cet import ops
+from cet.ops.consistent_exit_loss import ExitLosses
+from conftest import kernels_only
 
 
-def loss_by_formula(clean, perturbed, labels, consistency_weight, target, teacher, min_confidence, weights):
-    """L = sum_k w_k [mean over labelled CE + lambda * mean over all rows of m * D], and the unweighted parts."""
-    clean, perturbed, labels = [c.tolist() for c in clean], [p.tolist() for p in perturbed], labels.tolist()
-    rows, labelled = len(labels), sum(y != -100 for y in labels)
-    total, supervised, consistency, confident = 0.0, [], [], []
-    for k, weight in enumerate(weights):
-        ce = d = m = 0.0
-        for b, y in enumerate(labels):
-            if y != -100:
-                ce -= log_softmax(clean[k][b])[y]
-            log_p = log_softmax(clean[k if teacher == "self" else -1][b])
-            log_q = log_softmax(perturbed[k][b])
-            p = [math.exp(v) for v in log_p]
-            if max(p) < min_confidence:
-                continue
-            m += 1
-            if target == "soft":
-                d += sum(pi * (lp - lq) for pi, lp, lq in zip(p, log_p, log_q, strict=True) if pi > 0)
-            else:
-                d -= log_q[p.index(max(p))]
-        supervised.append(ce / max(labelled, 1))
-        consistency.append(d / rows)
-        confident.append(m / rows)
-        total += weight * (supervised[-1] + consistency_weight * consistency[-1])
-    return total, supervised, consistency, confident
+def true_losses(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **switches: Any) -> ExitLosses:
+    """By the formula, on the dtype of the logits."""
+    exits = len(clean)
+    weights = switches.get("exit_weights") or [1 / exits] * exits
+    labelled = [row for row, label in enumerate(labels.tolist()) if label != -100]
+    loss, parts = torch.zeros((), dtype=clean[0].dtype), []
+    for k in range(exits):
+        teacher = (clean[-1] if switches.get("teacher") == "final" else clean[k]).detach().log_softmax(1)
+        student = perturbed[k].log_softmax(1)
+        if switches.get("target") == "hard":
+            divergence = -student[range(len(student)), teacher.argmax(1)]
+        else:
+            divergence = (teacher.exp() * (teacher - student)).sum(1)
+        mask = (teacher.amax(1).exp() >= switches.get("min_confidence", 0.0)).to(divergence.dtype)
+        supervised = -clean[k].log_softmax(1)[labelled, labels[labelled]].sum() / max(1, len(labelled))
+        consistency = (mask * divergence).mean()
+        loss = loss + weights[k] * (supervised + switches.get("consistency_weight", 1.0) * consistency)
+        parts.append((supervised.detach(), consistency.detach(), mask.mean()))
+    return ExitLosses(loss, *(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
-def draw(rows, exits, classes, dtype=torch.float32):
-    clean, perturbed = (tuple((2 * torch.randn(rows, classes)).to(dtype) for _ in range(exits)) for _ in range(2))
-    labels = torch.randint(0, classes, (rows,))
-    labels[torch.rand(rows) < 0.3] = -100
-    return clean, perturbed, labels
+def assert_loss_right(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **switches: Any) -> None:
+    given_logits = [x.detach().requires_grad_() for x in (*clean, *perturbed)]
+    losses = ops.consistent_exit_loss(given_logits[: len(clean)], given_logits[len(clean) :], labels, **switches)
+    (3 * losses.loss).backward()
+    doubles = [x.detach().double().requires_grad_() for x in (*clean, *perturbed)]
+    truth = true_losses(doubles[: len(clean)], doubles[len(clean) :], labels, **switches)
+    (3 * truth.loss).backward()
+    assert losses.loss.dtype == torch.float32
+    for name, got, expected in zip(ExitLosses._fields, losses, truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert got.requires_grad == (name == "loss")
+    rounding = torch.finfo(clean[0].dtype).eps
+    for x, double in zip(given_logits, doubles, strict=True):
+        assert x.grad is not None
+        expected_grad = torch.zeros_like(double) if double.grad is None else double.grad
+        largest = float(expected_grad.abs().max())
+        error = (x.grad.double() - expected_grad).abs()
+        assert bool((error <= 2 * rounding * expected_grad.abs() + 4e-6 * largest + 2e-8).all()), float(error.max())
 
 
-SWITCHES = list(itertools.product([0.0, 0.7], ["soft", "hard"], ["self", "final"], [0.0, 0.6, 1.0], [None, (3, 0, 1)]))
-
-
-@pytest.mark.parametrize("switches", SWITCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_for_all_switches(switches, dtype):
-    consistency_weight, target, teacher, min_confidence, weights = switches
-    clean, perturbed, labels = draw(9, 3, 5, dtype)
-    got = consistent_exit_loss(
-        clean,
-        perturbed,
-        labels,
-        consistency_weight=consistency_weight,
-        target=target,
-        teacher=teacher,
-        min_confidence=min_confidence,
-        exit_weights=weights,
+SWITCHES = [
+    {"target": target, "teacher": teacher, "min_confidence": confidence, "exit_weights": weights}
+    for target, teacher, confidence, weights in itertools.product(
+        ("soft", "hard"), ("self", "final"), (0.0, 0.4), (None, (0.5, 2.0, 0.0))
     )
-    weights = weights or (1 / 3,) * 3
-    expected = loss_by_formula(clean, perturbed, labels, consistency_weight, target, teacher, min_confidence, weights)
-    for value, wanted in zip(got, expected, strict=True):
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+]
 
 
-@given(rows=st.integers(1, 6), exits=st.integers(1, 4), classes=st.integers(2, 7), seed=st.integers(0, 2**20))
-@settings(max_examples=30, deadline=None, derandomize=True)
-def test_value_for_any_size(rows, exits, classes, seed):
-    torch.manual_seed(seed)
-    clean, perturbed, labels = draw(rows, exits, classes)
-    got = consistent_exit_loss(clean, perturbed, labels).loss
-    expected = loss_by_formula(clean, perturbed, labels, 1.0, "soft", "self", 0.0, [1 / exits] * exits)[0]
-    assert got.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_loss_and_gradients(backend: str, dtype: torch.dtype, switches: dict[str, Any]) -> None:
+    labels = torch.randint(0, 7, (33,))
+    labels[::3] = -100
+    clean, perturbed = ([(2 * torch.randn(33, 7)).to(dtype) for _ in range(3)] for _ in range(2))
+    assert_loss_right(clean, perturbed, labels, consistency_weight=0.7, **switches)
 
 
-@pytest.mark.parametrize("target", ["soft", "hard"])
-@pytest.mark.parametrize("teacher", ["self", "final"])
-def test_no_gradient_reaches_the_teacher(target, teacher):
-    clean, perturbed, labels = draw(6, 3, 4)
-    clean, perturbed = ([t.requires_grad_() for t in ts] for ts in (clean, perturbed))
-    loss = consistent_exit_loss(clean, perturbed, torch.full_like(labels, -100), target=target, teacher=teacher).loss
-    loss.backward()
-    assert all(c.grad is None or not c.grad.any() for c in clean)
-    assert all(p.grad.any(dim=1).all() for p in perturbed)
+@given(data=st.data())
+def test_any_size(backend: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
+    rows, classes = data.draw(st.integers(1, 70), label="rows"), data.draw(st.integers(2, 300), label="classes")
+    exits = data.draw(st.integers(1, 4), label="exits")
+    switches = {**data.draw(st.sampled_from(SWITCHES), label="switches"), "exit_weights": None}
+    stacked = [torch.randn(2 * rows, classes) for _ in range(exits)]
+    if data.draw(st.booleans(), label="transposed"):
+        stacked = [torch.randn(classes, 2 * rows).T for _ in range(exits)]
+    labels = torch.randint(0, classes, (rows,))
+    labels[torch.rand(rows) < data.draw(st.sampled_from([0.0, 0.5, 1.0]), label="unlabelled")] = -100
+    assert_loss_right([x[:rows] for x in stacked], [x[rows:] for x in stacked], labels, **switches)
 
 
-def test_gradients_match_autograd_of_the_formula_in_double_precision():
-    clean, perturbed, labels = draw(7, 2, 5)
-    leaves = [t.requires_grad_() for t in (*clean, *perturbed)]
-    got = torch.autograd.grad(consistent_exit_loss(clean, perturbed, labels, consistency_weight=0.5).loss, leaves)
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    truth = 0.0
-    for c, p in zip(doubles[:2], doubles[2:], strict=True):
-        seen = labels != -100
-        truth = truth - c.log_softmax(1)[seen, labels[seen]].mean() / 2
-        teacher = c.detach().softmax(1)
-        truth = truth + 0.5 * (teacher * (teacher.log() - p.log_softmax(1))).sum(1).mean() / 2
-    for value, wanted in zip(got, torch.autograd.grad(truth, doubles), strict=True):
-        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-7)
+def test_known_values(backend: str) -> None:
+    clean, perturbed = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, 0.0]])
+    losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([1]), consistency_weight=2.0)
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    torch.testing.assert_close(losses.supervised, torch.tensor([math.log(4)]))
+    torch.testing.assert_close(losses.consistency, torch.tensor([divergence]))
+    torch.testing.assert_close(losses.loss, torch.tensor(math.log(4) + 2 * divergence))
+    hard = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard", min_confidence=0.75)
+    torch.testing.assert_close(hard.loss, torch.tensor(math.log(2)))
+    assert hard.confident.tolist() == [1.0]
+    assert ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), min_confidence=0.76).loss == 0
 
 
-def test_parts_carry_no_gradient():
-    clean, perturbed, labels = draw(4, 2, 3)
-    parts = consistent_exit_loss([c.requires_grad_() for c in clean], perturbed, labels)
-    assert parts.loss.requires_grad
-    assert not any(part.requires_grad for part in parts[1:])
+def test_ties_teach_their_first_class(backend: str) -> None:
+    clean, perturbed = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0]])
+    losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard")
+    torch.testing.assert_close(losses.loss, F.cross_entropy(perturbed, torch.tensor([0])))
 
 
-@pytest.mark.parametrize("target", ["soft", "hard"])
-def test_equal_logits_are_consistent_and_confident_ones_are_masked_in(target):
-    logits = torch.tensor([[0.0, 0.0], [0.0, 20.0]])
-    got = consistent_exit_loss([logits], [logits], torch.tensor([-100, -100]), target=target, min_confidence=0.9)
-    assert got.consistency.item() == pytest.approx(0.0, abs=1e-6)
-    assert got.confident.tolist() == [0.5]
-    assert got.supervised.tolist() == [0.0]
+def test_large_logits_do_not_overflow(backend: str) -> None:
+    clean, perturbed = torch.tensor([[1e4, 0.0], [-1e4, 1e4]]), torch.tensor([[1e4, 9e3], [-1e4, 1e4]])
+    assert_loss_right([clean - 1e4], [perturbed - 1e4], torch.tensor([0, 1]))
+    assert ops.consistent_exit_loss([clean], [perturbed], torch.tensor([0, 1])).loss == 0
 
 
-def test_a_batch_without_labels_has_a_finite_loss():
-    clean, perturbed, labels = draw(4, 2, 3)
-    got = consistent_exit_loss(clean, perturbed, torch.full_like(labels, -100))
-    assert got.loss.isfinite()
-    assert got.supervised.tolist() == [0.0, 0.0]
+def test_thread_counts_give_the_same_bits(backend: str) -> None:
+    logits = [torch.randn(500, 100, requires_grad=True) for _ in range(4)]
+    labels = torch.randint(0, 100, (500,))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        losses = ops.consistent_exit_loss(logits[:2], logits[2:], labels)
+        results.append((losses.loss.detach(), *torch.autograd.grad(losses.loss, logits)))
+    if backend == "cpp":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_large_logits_in_half_precision_stay_finite(dtype):
-    logits = torch.tensor([[3e4, -3e4, 0.0]], dtype=dtype)
-    got = consistent_exit_loss([logits.requires_grad_()], [-logits.detach().requires_grad_()], torch.tensor([0]))
-    assert got.loss.isfinite()
-    assert got.supervised.item() == 0.0
+def test_only_wanted_gradients_are_given(backend: str) -> None:
+    clean, perturbed = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, -100])
+    loss = ops.consistent_exit_loss([clean], [perturbed], labels).loss
+    for _ in range(2):
+        perturbed.grad = None
+        loss.backward(retain_graph=True)
+        assert perturbed.grad is not None
+        torch.testing.assert_close(perturbed.grad, (perturbed.softmax(1) - clean.softmax(1)).detach() / 4)
+    with torch.no_grad():
+        assert not ops.consistent_exit_loss([clean], [perturbed], labels).loss.requires_grad
 
 
-def test_a_number_of_weights_other_than_the_exits_is_refused():
-    clean, perturbed, labels = draw(4, 3, 3)
-    with pytest.raises(ValueError, match=r"exit_weights|argument 3 is shorter"):
-        consistent_exit_loss(clean, perturbed, labels, exit_weights=(1.0, 1.0))
+Z = torch.zeros(3, 4)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number"),
+    ({"target": "warm"}, ValueError, "target 'warm' is unknown"),
+    ({"teacher": "other"}, ValueError, "teacher 'other' is unknown"),
+    ({"min_confidence": 1.5}, ValueError, "min_confidence is 1.5"),
+    ({"exit_weights": [math.nan]}, ValueError, r"exit_weights\[0\] is nan"),
+    ({"exit_weights": [1.0, 1.0]}, ValueError, "2 exit_weights for 1 exits"),
+    ({"clean": []}, ValueError, "0 clean and 1 perturbed logits"),
+    ({"perturbed": [Z[:2]]}, ValueError, r"logits are \(3, 4\) .* at one exit, \(2, 4\)"),
+    ({"perturbed": [Z.half()]}, ValueError, "torch.float16 on cpu at another"),
+    ({"clean": [Z[:, :1]], "perturbed": [Z[:, :1]]}, ValueError, r"logits have shape \(3, 1\)"),
+    ({"clean": [Z.long()], "perturbed": [Z.long()]}, TypeError, "logits are torch.int64"),
+    ({"labels": torch.zeros(3)}, TypeError, "labels are torch.float32; give class indices"),
+    ({"labels": torch.zeros(2, dtype=torch.int64)}, ValueError, r"labels are \(2,\) on cpu; give \(3,\)"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_bad_input_is_refused(backend: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.consistent_exit_loss(**{"clean": [Z], "perturbed": [Z], "labels": torch.zeros(3).long(), **wrong})
+
+
+@pytest.mark.parametrize("label", [4, -1, -101, 2**40])
+def test_labels_out_of_range_are_refused(backend: str, label: int) -> None:
+    with pytest.raises((ValueError, IndexError), match=f"{label}"):
+        ops.consistent_exit_loss([Z], [Z], torch.tensor([0, label, 0]))
+
+
+@kernels_only
+def test_the_custom_operator_keeps_its_promises(backend: str) -> None:
+    logits = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
+    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(torch.ops.cet.consistent_exit_loss.default, arguments, test_utils=tests)
+
+
+def test_a_compiled_call_gives_the_same_loss_and_gradients(backend: str) -> None:
+    def loss(clean: Tensor, perturbed: Tensor, labels: Tensor) -> Tensor:
+        return ops.consistent_exit_loss([clean], [perturbed], labels, min_confidence=0.4).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits = [torch.randn(6, 4, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([0, 1, 2, 3, -100, 0])
+    results = [
+        (value.detach(), *torch.autograd.grad(value, logits))
+        for value in (compiled(*logits, labels), loss(*logits, labels))
+    ]
+    torch.testing.assert_close(*results)

@@ -108,19 +108,35 @@ class ExitHead(nn.Module):
         return {"in_features": self.in_features, "num_classes": self.linear.out_features, **asdict(self.spec)}
 
     def forward(self, feature: Tensor) -> Tensor:
-        if feature.ndim > 2:
-            if self.spec.pool == "first":
-                feature = feature[:, 0]
-            elif self.spec.layout == "channels_first":
-                feature = feature.mean(2) if feature.ndim == 3 else feature.flatten(2).mean(2)
-            else:
-                feature = feature.mean(1) if feature.ndim == 3 else feature.flatten(1, -2).mean(1)
+        assert self.spec.layout is not None
+        feature = pool_features(feature, self.spec.layout, self.spec.pool)
         if self.norm is not None:
             feature = self.norm(feature)
         if self.hidden is not None:
             feature = self.hidden(feature)
         logits: Tensor = self.linear(feature)
         return logits
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the head is pooling and a linear layer, with nothing hooked in between."""
+        return (
+            self.norm is None
+            and self.hidden is None
+            and type(self.linear) is nn.Linear
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.linear))
+        )
+
+
+def pool_features(feature: Tensor, layout: Layout, pool: Pool) -> Tensor:
+    """Features ``(B, C, ...)`` or ``(B, ..., C)`` to ``(B, C)``; those of shape ``(B, C)`` are returned as they are."""
+    if feature.ndim == 2:
+        return feature
+    if pool == "first":
+        return feature[:, 0]
+    if layout == "channels_first":
+        return feature.mean(2) if feature.ndim == 3 else feature.flatten(2).mean(2)
+    return feature.mean(1) if feature.ndim == 3 else feature.flatten(1, -2).mean(1)
 
 
 # Layers that put their channels into dimension 1, and layers that put them last, with the attribute that counts them.

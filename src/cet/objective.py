@@ -6,7 +6,6 @@ An implementation of the objective of "Consistency Training of Multi-exit Archit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cet.batches import Inputs, call, check_batch
-from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, consistent_exit_loss
+from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_switches, consistent_exit_loss
 
 
 class ConsistentExitLoss:
@@ -51,19 +50,9 @@ class ConsistentExitLoss:
         min_confidence: float = 0.0,
         exit_weights: Sequence[float] | None = None,
     ) -> None:
-        if not (math.isfinite(consistency_weight) and consistency_weight >= 0):
-            raise ValueError(f"consistency_weight is {consistency_weight}; give a finite number >= 0")
+        check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
         if consistency_weight > 0 and not callable(perturb):
             raise TypeError(f"perturb is {perturb!r}; give a callable, or consistency_weight=0 for none")
-        if target not in ("soft", "hard"):
-            raise ValueError(f"target {target!r} is unknown; choose soft or hard")
-        if teacher not in ("self", "final"):
-            raise ValueError(f"teacher {teacher!r} is unknown; choose self or final")
-        if not 0.0 <= min_confidence <= 1.0:
-            raise ValueError(f"min_confidence is {min_confidence}; give a probability in [0, 1]")
-        for index, weight in enumerate(exit_weights or ()):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"exit_weights[{index}] is {weight}; give a finite number >= 0")
         self.perturb = perturb
         self.consistency_weight = consistency_weight
         self.target: Target = target

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cet.ops.compact import compact
-from cet.ops.exit_gate import exit_gate, exit_score
+from cet.heads import ExitHead
+from cet.ops.compact import Compaction, compact, put_rows
+from cet.ops.exit_gate import exit_score, gate
+from cet.ops.exit_step import exit_step
 from cet.policy import ExitPolicy
 from cet.stages import StagedProgram
 
@@ -24,11 +26,12 @@ class _Answers:
             self.exit_index = like.new_full((batch_size,), final, dtype=torch.int64)
             self.scores = like.new_empty((batch_size,), dtype=torch.float32)
 
-    def put(self, rows: Tensor, logits: Tensor, exit_index: int, scores: Tensor | None) -> None:
-        self.logits.index_copy_(0, rows, logits.to(self.logits.dtype))
+    def put(self, leaving: Tensor, rows: Tensor | None, logits: Tensor, exit_index: int, scores: Tensor | None) -> None:
+        """Answer the rows ``leaving`` of those on their way, which are the rows ``rows`` of the batch."""
+        put_rows(self.logits, logits, leaving, rows)
         if self.exit_index is not None and self.scores is not None and scores is not None:
-            self.exit_index.index_fill_(0, rows, exit_index)
-            self.scores.index_copy_(0, rows, scores)
+            self.exit_index.index_fill_(0, leaving if rows is None else rows[leaving], exit_index)
+            put_rows(self.scores, scores, leaving, rows)
 
 
 def run_batch(
@@ -58,43 +61,60 @@ def run_batch(
         feature, *values = stage.run(n, *sizes, *values)
         if threshold is None:
             continue
-        logits = head(feature)
-        scores, leaves_now = exit_gate(
-            logits, score=policy.score, threshold=threshold, temperature=policy.temperature(k)
+        held = [index for index, dim in enumerate(stage.row_dims) if dim is not None]
+        row_dims = [dim for dim in stage.row_dims if dim is not None]
+        logits, gate_scores, (staying, leaving, moved) = _exit_step(
+            head, feature, [values[index] for index in held], row_dims, policy, k, threshold
         )
-        leaving = leaves_now.nonzero().squeeze(1)
-        if leaving.numel() == 0:
+        if leaving.shape[0] == 0:
             continue
-        if leaving.numel() == batch_size:
+        if leaving.shape[0] == batch_size:
             exit_index = leaving.new_full((batch_size,), k) if with_scores else None
-            return logits, exit_index, scores if with_scores else None
+            return logits, exit_index, gate_scores if with_scores else None
         if answers is None:
             answers = _Answers(batch_size, final, logits, with_scores)
-        answers.put(
-            leaving if rows is None else rows[leaving],
-            logits.index_select(0, leaving),
-            k,
-            scores.index_select(0, leaving) if with_scores else None,
-        )
-        n -= leaving.numel()
+        answers.put(leaving, rows, logits, k, gate_scores if with_scores else None)
+        n = staying.shape[0]
         if n == 0:
             return answers.logits, answers.exit_index, answers.scores
-        staying = leaves_now.logical_not().nonzero().squeeze(1)
         rows = staying if rows is None else rows[staying]
-        values = _compact_values(staying, values, stage.row_dims)
+        values = list(values)
+        for index, tensor in zip(held, moved, strict=True):
+            values[index] = tensor
     logits = program.stages[final].run(n, *sizes, *values)
     final_scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
     if answers is None or rows is None:
         return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, final_scores
-    answers.put(rows, logits, final, final_scores)
+    answers.put(torch.arange(n, device=rows.device), rows, logits, final, final_scores)
     return answers.logits, answers.exit_index, answers.scores
 
 
-def _compact_values(staying: Tensor, values: Sequence[Any], row_dims: Sequence[int | None]) -> list[Any]:
-    """Compact the values that hold rows; hand on the others."""
-    held = [index for index, dim in enumerate(row_dims) if dim is not None]
-    compacted = list(values)
-    moved = compact(staying, [values[i] for i in held], [dim for dim in row_dims if dim is not None])
-    for index, tensor in zip(held, moved, strict=True):
-        compacted[index] = tensor
-    return compacted
+def _exit_step(
+    head: nn.Module,
+    feature: Tensor,
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    policy: ExitPolicy,
+    exit_index: int,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Compaction]:
+    """Logits and scores of the rows at an exit, and the tensors of those that stay; fused where the head allows it."""
+    temperature = policy.temperature(exit_index)
+    if type(head) is ExitHead and head.is_plain:
+        layout, pool = head.spec.layout, head.spec.pool
+        assert layout is not None
+        return exit_step(
+            feature,
+            head.linear.weight,
+            head.linear.bias,
+            tensors,
+            dims,
+            layout=layout,
+            pool=pool,
+            score=policy.score,
+            threshold=threshold,
+            temperature=temperature,
+        )
+    logits = head(feature)
+    scores, leaves = gate(logits, score=policy.score, threshold=threshold, temperature=temperature)
+    return logits, scores, compact(leaves, tensors, dims)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cet.ops.backend import is_tracing, kernels_for, traced_backend
+from cet.ops.exit_gate import DTYPES
 
 Target = Literal["soft", "hard"]
 Teacher = Literal["self", "final"]
 
 UNLABELLED = -100
+
+
+@dataclass(frozen=True)
+class _Switches:
+    consistency_weight: float
+    target: Target
+    teacher: Teacher
+    min_confidence: float
+    exit_weights: tuple[float, ...]
 
 
 class ExitLosses(NamedTuple):
@@ -22,6 +37,141 @@ class ExitLosses(NamedTuple):
     supervised: Tensor
     consistency: Tensor
     confident: Tensor
+
+
+def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, switches: _Switches) -> ExitLosses:
+    """The definition of :func:`consistent_exit_loss`; ``logits`` are the clean ones, then the perturbed."""
+    clean, perturbed = logits[: len(logits) // 2], logits[len(logits) // 2 :]
+    labelled = (labels != UNLABELLED).sum().clamp(min=1)
+    final = _teacher_log_probabilities(clean[-1])
+    loss = clean[0].new_zeros((), dtype=torch.float32)
+    supervised, consistency, confident = [], [], []
+    for clean_k, perturbed_k, weight in zip(clean, perturbed, switches.exit_weights, strict=True):
+        teacher_k = _teacher_log_probabilities(clean_k) if switches.teacher == "self" else final
+        confidence, prediction = teacher_k.max(dim=1)
+        mask = (confidence.exp() >= switches.min_confidence).float()
+        student = F.log_softmax(perturbed_k.float(), dim=1)
+        if switches.target == "soft":
+            divergence = F.kl_div(student, teacher_k, reduction="none", log_target=True).sum(dim=1)
+        else:
+            divergence = F.nll_loss(student, prediction, reduction="none")
+        s = F.cross_entropy(clean_k.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
+        c = (mask * divergence).mean()
+        loss = loss + weight * (s + switches.consistency_weight * c)
+        supervised.append(s.detach())
+        consistency.append(c.detach())
+        confident.append(mask.mean())
+    return ExitLosses(loss, torch.stack(supervised), torch.stack(consistency), torch.stack(confident))
+
+
+def _teacher_log_probabilities(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.detach().float(), dim=1)
+
+
+def _losses_and_gradients_cpp(
+    kernels: Any, logits: Sequence[Tensor], labels: Tensor, switches: _Switches, wanted: Sequence[bool]
+) -> tuple[ExitLosses, list[Tensor | None]]:
+    """The losses, and the gradient of the loss with respect to those logits for which it is wanted."""
+    logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+    exits = len(switches.exit_weights)
+    rows, classes = logits[0].shape
+    loss = logits[0].new_empty((), dtype=torch.float32)
+    supervised, consistency, confident = (loss.new_empty((exits,)) for _ in range(3))
+    gradients = [x.new_empty((rows, classes)) if want else None for x, want in zip(logits, wanted, strict=True)]
+    pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+    kernels.consistent_exit_loss(
+        [
+            (x.data_ptr(), x.stride(0), gradient, y.data_ptr(), y.stride(0), gradient_y, weight)
+            for x, gradient, y, gradient_y, weight in zip(
+                logits[:exits], pointers[:exits], logits[exits:], pointers[exits:], switches.exit_weights, strict=True
+            )
+        ],
+        DTYPES[logits[0].dtype],
+        rows,
+        classes,
+        labels.contiguous().data_ptr(),
+        switches.consistency_weight,
+        switches.min_confidence,
+        switches.target == "hard",
+        switches.teacher == "final",
+        loss.data_ptr(),
+        supervised.data_ptr(),
+        consistency.data_ptr(),
+        confident.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ExitLosses(loss, supervised, consistency, confident), gradients
+
+
+class _ConsistentExitLoss(torch.autograd.Function):
+    """Forward computes the gradients too: both softmaxes of a row are at hand then."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, labels: Tensor, switches: _Switches, *logits: Tensor) -> ExitLosses:
+        losses, ctx.gradients = _losses_and_gradients_cpp(
+            kernels, logits, labels, switches, wanted=ctx.needs_input_grad[3:]
+        )
+        ctx.mark_non_differentiable(*losses[1:])
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
+        # Mostly the loss is what backward() starts from: then there is nothing to scale.
+        if grad.item() == 1.0:
+            return None, None, None, *ctx.gradients
+        return None, None, None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.gradients)
+
+
+# The four fields of ExitLosses, then the gradients of the loss: what a custom operator can return.
+@torch.library.custom_op("cet::consistent_exit_loss", mutates_args=())
+def _loss_op(
+    logits: list[Tensor],
+    labels: Tensor,
+    consistency_weight: float,
+    target: str,
+    teacher: str,
+    min_confidence: float,
+    exit_weights: list[float],
+) -> list[Tensor]:
+    switches = _Switches(
+        consistency_weight, cast(Target, target), cast(Teacher, teacher), min_confidence, tuple(exit_weights)
+    )
+    kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
+    if kernels is None:
+        raise RuntimeError(
+            "cet::consistent_exit_loss was recorded for the kernels, which are not there or not chosen now; "
+            "record it under use_backend('reference')"
+        )
+    losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted=(True,) * len(logits))
+    return [*losses, *(g for g in gradients if g is not None)]
+
+
+@_loss_op.register_fake
+def _(
+    logits: list[Tensor],
+    labels: Tensor,
+    consistency_weight: float,
+    target: str,
+    teacher: str,
+    min_confidence: float,
+    exit_weights: list[float],
+) -> list[Tensor]:
+    shapes: list[tuple[int, ...]] = [(), *((len(exit_weights),),) * 3]
+    losses = [labels.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return [*losses, *(x.new_empty(x.shape) for x in logits)]
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[4:])
+
+
+def _scale_gradients(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
+    scaled = [g * grads[0].to(g.dtype) for g in ctx.saved_tensors]
+    return scaled, None, None, None, None, None, None
+
+
+_loss_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 def consistent_exit_loss(
@@ -55,30 +205,73 @@ def consistent_exit_loss(
 
     Returns:
         The scalar loss, and per exit the supervised term, the consistency term, and the fraction of rows with
-        ``m = 1``. Gradients flow through the loss alone.
+        ``m = 1``. Gradients flow from the loss alone, and to the logits alone: not through the teacher, and not twice.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, switches out of range, and for labels
+            out of range on the kernels.
+        TypeError: for logits of different or not floating dtypes, or labels that are not int64.
     """
-    labelled = (labels != UNLABELLED).sum().clamp(min=1)
-    weights = exit_weights if exit_weights is not None else [1.0 / len(clean)] * len(clean)
-    final = _teacher_log_probabilities(clean[-1])
-    loss = clean[0].new_zeros((), dtype=torch.float32)
-    supervised, consistency, confident = [], [], []
-    for clean_k, perturbed_k, weight in zip(clean, perturbed, weights, strict=True):
-        teacher_k = _teacher_log_probabilities(clean_k) if teacher == "self" else final
-        confidence, prediction = teacher_k.max(dim=1)
-        mask = (confidence.exp() >= min_confidence).float()
-        student = F.log_softmax(perturbed_k.float(), dim=1)
-        if target == "soft":
-            divergence = F.kl_div(student, teacher_k, reduction="none", log_target=True).sum(dim=1)
-        else:
-            divergence = F.nll_loss(student, prediction, reduction="none")
-        s = F.cross_entropy(clean_k.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
-        c = (mask * divergence).mean()
-        loss = loss + weight * (s + consistency_weight * c)
-        supervised.append(s.detach())
-        consistency.append(c.detach())
-        confident.append(mask.mean())
-    return ExitLosses(loss, torch.stack(supervised), torch.stack(consistency), torch.stack(confident))
+    check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
+    weights = (1.0 / max(1, len(clean)),) * len(clean) if exit_weights is None else tuple(exit_weights)
+    logits = [*clean, *perturbed]
+    _check(logits, labels, num_clean=len(clean), num_weights=len(weights))
+    switches = _Switches(consistency_weight, target, teacher, min_confidence, weights)
+    if is_tracing():
+        if traced_backend() == "cpp" and logits[0].is_cpu and logits[0].dtype in DTYPES:
+            losses = _loss_op(logits, labels, consistency_weight, target, teacher, min_confidence, list(weights))[:4]
+            return ExitLosses(losses[0], *(part.detach() for part in losses[1:]))
+        return consistent_exit_loss_reference(logits, labels, switches)
+    kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
+    if kernels is None:
+        return consistent_exit_loss_reference(logits, labels, switches)
+    return ExitLosses(*_ConsistentExitLoss.apply(kernels, labels, switches, *logits))  # type: ignore[no-untyped-call]
 
 
-def _teacher_log_probabilities(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits.detach().float(), dim=1)
+def check_switches(
+    consistency_weight: float,
+    target: Target,
+    teacher: Teacher,
+    min_confidence: float,
+    exit_weights: Sequence[float] | None,
+) -> None:
+    """Refuse switches of the loss that are out of range."""
+    if not (math.isfinite(consistency_weight) and consistency_weight >= 0):
+        raise ValueError(f"consistency_weight is {consistency_weight}; give a finite number >= 0")
+    if target not in ("soft", "hard"):
+        raise ValueError(f"target {target!r} is unknown; choose soft or hard")
+    if teacher not in ("self", "final"):
+        raise ValueError(f"teacher {teacher!r} is unknown; choose self or final")
+    if not 0.0 <= min_confidence <= 1.0:
+        raise ValueError(f"min_confidence is {min_confidence}; give a probability in [0, 1]")
+    for index, weight in enumerate(exit_weights or ()):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"exit_weights[{index}] is {weight}; give a finite number >= 0")
+
+
+def _check(logits: Sequence[Tensor], labels: Tensor, num_clean: int, num_weights: int) -> None:
+    if num_clean == 0 or len(logits) != 2 * num_clean:
+        raise ValueError(
+            f"consistent_exit_loss: {num_clean} clean and {len(logits) - num_clean} perturbed logits; "
+            "give one of each per exit, and at least one exit"
+        )
+    if num_weights != num_clean:
+        raise ValueError(f"consistent_exit_loss: {num_weights} exit_weights for {num_clean} exits; give one per exit")
+    first = logits[0]
+    if first.ndim != 2 or first.shape[1] < 2:
+        raise ValueError(f"consistent_exit_loss: logits have shape {tuple(first.shape)}; give (B, K) with K >= 2")
+    if not first.is_floating_point():
+        raise TypeError(f"consistent_exit_loss: logits are {first.dtype}; give a floating dtype")
+    for x in logits:
+        if x.shape != first.shape or x.dtype != first.dtype or x.device != first.device:
+            raise ValueError(
+                f"consistent_exit_loss: logits are {tuple(first.shape)} {first.dtype} on {first.device} at one exit, "
+                f"{tuple(x.shape)} {x.dtype} on {x.device} at another; give the same shape, dtype and device at all"
+            )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"consistent_exit_loss: labels are {labels.dtype}; give class indices as int64")
+    if labels.shape != first.shape[:1] or labels.device != first.device:
+        raise ValueError(
+            f"consistent_exit_loss: labels are {tuple(labels.shape)} on {labels.device}; "
+            f"give ({first.shape[0]},), on {first.device}"
+        )

@@ -1,30 +1,33 @@
-"""The gate: a score per row, and whether the row leaves.
+"""The gate: logits of an exit, a score per row, and whether the row leaves.
 
-All arithmetic is in float32, whatever the dtype of the logits, so that a policy means the same for a model in half
-precision. A row whose logits hold a NaN or +Inf has a NaN score, every comparison with NaN is false, and so it stays.
+Sums, softmax and scores are in float32, whatever the dtype of the features or logits, so that a policy means the same
+for a model in half precision. A row whose logits hold a NaN or +Inf has a NaN score, every comparison with NaN is
+false, and so it stays.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cet.policy import ScoreName
+from cet.heads import Layout, Pool, pool_features
+from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
+from cet.policy import SCORE_NAMES, ScoreName
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the kernels compute with, and the number by which they know it."""
+
+_SCORES = {name: number for number, name in enumerate(SCORE_NAMES)}
+_MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 
-def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
-    """Score every row of ``logits``.
-
-    Args:
-        logits: ``(B, K)``, any floating dtype, ``K >= 2``.
-        score: ``"entropy"`` in nats, ``"confidence"`` or ``"margin"``, see :class:`cet.ExitPolicy`.
-        temperature: divides the logits.
-
-    Returns:
-        ``(B,)`` float32.
-    """
-    logits = logits.float()
-    probabilities = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=1)
+def score_reference(logits: Tensor, score: ScoreName, temperature: float) -> Tensor:
+    """The definition of :func:`exit_score`."""
+    probabilities = torch.softmax(logits.float() / temperature, dim=1)
     if score == "entropy":
         # entr(0) is 0, so a class ruled out by a logit of -Inf adds nothing.
         entropies: Tensor = torch.special.entr(probabilities).sum(dim=1)
@@ -35,20 +38,337 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
     return top[:, 0] - top[:, 1]
 
 
-def exit_gate(
+def gate_reference(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """The definition of :func:`gate`."""
+    scores = score_reference(logits.detach(), score, temperature)
+    return scores, scores <= threshold if score == "entropy" else scores >= threshold
+
+
+def _gate_cpp(
+    kernels: Any, logits: Tensor, score: ScoreName, threshold: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    scores = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    leaves = logits.new_empty(logits.shape[0], dtype=torch.bool)
+    kernels.gate(
+        logits.data_ptr(),
+        DTYPES[logits.dtype],
+        logits.shape,
+        logits.stride(),
+        _SCORES[score],
+        threshold,
+        temperature,
+        scores.data_ptr(),
+        leaves.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores, leaves
+
+
+def _gate(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    kernels = kernels_for("gate", (logits,), DTYPES)
+    if kernels is None:
+        return gate_reference(logits, score, threshold, temperature)
+    return _gate_cpp(kernels, logits, score, threshold, temperature)
+
+
+@torch.library.custom_op("cet::gate", mutates_args=())
+def _gate_op(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    return _gate(logits, cast(ScoreName, score), threshold, temperature)
+
+
+@_gate_op.register_fake
+def _(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows,), dtype=torch.bool)
+
+
+def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float = 1.0) -> Tensor:
+    """Score every row of ``logits``: to the bit what :func:`gate` compares, unless a gradient is needed.
+
+    Args:
+        logits: ``(B, K)``, any floating dtype, ``K >= 2``.
+        score: ``"entropy"`` in nats, ``"confidence"`` or ``"margin"``, see :class:`cet.ExitPolicy`.
+        temperature: divides the logits.
+
+    Returns:
+        ``(B,)`` float32, differentiable.
+    """
+    if needs_grad((logits,)):
+        return score_reference(logits, score, temperature)
+    return gate(logits, score=score, threshold=0.0, temperature=temperature)[0]
+
+
+def gate(
     logits: Tensor, *, score: ScoreName = "entropy", threshold: float, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Decide which rows leave.
 
     Args:
-        logits: ``(B, K)``, any floating dtype.
+        logits: ``(B, K)``, any floating dtype and strides, ``K >= 2``.
         score: which score, see :func:`exit_score`.
         threshold: rows leave when ``entropy <= threshold``, or ``confidence >= threshold``, or
             ``margin >= threshold``; compared in float32.
         temperature: divides the logits.
 
     Returns:
-        The scores ``(B,)`` float32 and the flags ``(B,)`` bool, true where the row leaves.
+        The scores ``(B,)`` float32, through which no gradient flows (:func:`exit_score` has one), and the flags
+        ``(B,)`` bool, true where the row leaves.
+
+    Raises:
+        ValueError: for another shape, an unknown score, a NaN threshold or a temperature that is not positive and
+            finite.
+        TypeError: for logits that are not of a floating dtype.
     """
-    scores = exit_score(logits, score, temperature)
-    return scores, scores <= threshold if score == "entropy" else scores >= threshold
+    if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > _MAX_ROWS:
+        raise ValueError(
+            f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"gate: logits are {logits.dtype}; give a floating dtype")
+    check_decision("gate", score, threshold, temperature)
+    if not is_tracing():
+        return _gate(logits, score, threshold, temperature)
+    if traced_backend() == "reference":
+        return gate_reference(logits, score, threshold, temperature)
+    decided: tuple[Tensor, Tensor] = _gate_op(logits.detach(), score, threshold, temperature)
+    return decided
+
+
+def exit_gate_reference(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of :func:`exit_gate`."""
+    logits = F.linear(pool_features(features, layout, pool), weight, bias)
+    return logits, *gate_reference(logits, score, threshold, temperature)
+
+
+def _exit_gate_cpp(
+    kernels: Any,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = features.shape[0]
+    if not prefers_gemm(rows, weight):
+        return fused_cpp(kernels, features, weight, bias, layout, pool, score, threshold, temperature)[:3]
+    pooled = features
+    if features.ndim > 2:
+        pooled = features.new_empty((rows, weight.shape[1]))
+        kernels.pool(*_located(features, layout, pool), pooled.data_ptr(), torch.get_num_threads())
+    logits = F.linear(pooled, weight, bias)
+    return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+
+
+def prefers_gemm(rows: int, weight: Tensor) -> bool:
+    """Whether torch's matrix product, which blocks for the caches, beats dot products on the way (measured)."""
+    return rows >= 16 and weight.numel() >= 1 << 14
+
+
+def fused_cpp(
+    kernels: Any,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+    survivors: Tensor | None = None,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Logits, scores and flags in one pass over the features.
+
+    With ``order``, ``(B,)`` int64, the indices of the rows that stay, then those of the others, are written to it, and
+    the last result is how many stay. With ``survivors`` too, in the shape and strides of the features, the rows that
+    stay are moved there while they are in cache.
+    """
+    rows, classes = features.shape[0], weight.shape[0]
+    weight = weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    logits = features.new_empty(rows, classes)  # sizes as numbers: a tuple takes longer to parse
+    scores = features.new_empty(rows, dtype=torch.float32)
+    leaves = features.new_empty(rows, dtype=torch.bool)
+    count = kernels.exit_gate(
+        *_located(features, layout, pool),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        classes,
+        logits.data_ptr(),
+        _SCORES[score],
+        threshold,
+        temperature,
+        scores.data_ptr(),
+        leaves.data_ptr(),
+        0 if survivors is None else survivors.data_ptr(),
+        0 if order is None else order.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return logits, scores, leaves, count
+
+
+def _located(features: Tensor, layout: Layout, pool: Pool) -> tuple[Any, ...]:
+    """What the kernels take to find the features."""
+    dtype = DTYPES[features.dtype]
+    return features.data_ptr(), dtype, features.shape, features.stride(), layout == "channels_last", pool == "mean"
+
+
+def _exit_gate(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    pool: Pool,
+    score: ScoreName,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (features, weight) if bias is None else (features, weight, bias)
+    kernels = kernels_for("exit_gate", tensors, DTYPES)
+    if kernels is None:
+        return exit_gate_reference(features, weight, bias, layout, pool, score, threshold, temperature)
+    if needs_grad(tensors) or torch.is_autocast_enabled("cpu"):
+        logits = F.linear(pool_features(features, layout, pool), weight, bias)
+        return logits, *_gate_cpp(kernels, logits, score, threshold, temperature)
+    return _exit_gate_cpp(kernels, features, weight, bias, layout, pool, score, threshold, temperature)
+
+
+@torch.library.custom_op("cet::exit_gate", mutates_args=())
+def _exit_gate_op(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    pool: str,
+    score: str,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    switches = cast(Layout, layout), cast(Pool, pool), cast(ScoreName, score)
+    return _exit_gate(features, weight, bias, *switches, threshold, temperature)
+
+
+@_exit_gate_op.register_fake
+def _(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    pool: str,
+    score: str,
+    threshold: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = features.shape[0]
+    return (
+        features.new_empty((rows, weight.shape[0])),
+        features.new_empty((rows,), dtype=torch.float32),
+        features.new_empty((rows,), dtype=torch.bool),
+    )
+
+
+def exit_gate(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    layout: Layout = "channels_first",
+    pool: Pool = "mean",
+    score: ScoreName = "entropy",
+    threshold: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool the features of an exit, classify them, and decide which rows leave.
+
+    Where a gradient is needed the logits are computed by PyTorch's operations, on every backend; so they are under
+    autocast.
+
+    Args:
+        features: ``(B, C, ...)`` or ``(B, ..., C)``, any floating dtype and strides; ``(B, C)`` is not pooled.
+        weight: ``(K, C)``, ``K >= 2``, in the dtype of the features.
+        bias: ``(K,)`` in that dtype, or None.
+        layout: ``"channels_first"`` or ``"channels_last"``.
+        pool: ``"mean"`` over all positions, or ``"first"``, the first position of features ``(B, T, C)``.
+        score: which score, see :func:`exit_score`.
+        threshold: see :func:`gate`.
+        temperature: divides the logits for the score; those returned are as they are.
+
+    Returns:
+        Logits ``(B, K)`` in the dtype of the features, and the scores and flags of :func:`gate` for them.
+
+    Raises:
+        ValueError: for shapes, devices or switches that do not fit, a NaN threshold or a temperature that is not
+            positive and finite.
+        TypeError: for dtypes that differ or are not floating.
+    """
+    check_head(features, weight, bias, layout, pool)
+    check_decision("exit_gate", score, threshold, temperature)
+    if is_tracing():
+        if traced_backend() == "cpp" and not needs_grad((features, weight, bias)):
+            answer: tuple[Tensor, Tensor, Tensor] = _exit_gate_op(
+                features, weight, bias, layout, pool, score, threshold, temperature
+            )
+            return answer
+        return exit_gate_reference(features, weight, bias, layout, pool, score, threshold, temperature)
+    return _exit_gate(features, weight, bias, layout, pool, score, threshold, temperature)
+
+
+def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool) -> None:
+    """Refuse features and a head that do not fit each other."""
+    if layout != "channels_first" and layout != "channels_last":
+        raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
+    if pool != "mean" and pool != "first":
+        raise ValueError(f"exit_gate: pool {pool!r} is unknown; choose mean or first")
+    shape = features.shape
+    if len(shape) < 2 or shape[0] > _MAX_ROWS:
+        raise ValueError(
+            f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^31 - 1 rows"
+        )
+    if pool == "first" and len(shape) > 2 and (len(shape) != 3 or layout != "channels_last" or shape[1] == 0):
+        raise ValueError(
+            f"exit_gate: pool 'first' takes the first token of (B, T, C) features in layout channels_last, got shape "
+            f"{tuple(shape)} in layout {layout}; use pool='mean'"
+        )
+    channels = shape[-1 if layout == "channels_last" else 1]
+    weight_shape = weight.shape
+    if len(weight_shape) != 2 or weight_shape[0] < 2 or weight_shape[1] != channels:
+        raise ValueError(
+            f"exit_gate: weight has shape {tuple(weight_shape)} for features of {channels} channels; "
+            f"give (K, {channels}) with at least 2 classes"
+        )
+    if bias is not None and bias.shape != weight_shape[:1]:
+        raise ValueError(
+            f"exit_gate: bias has shape {tuple(bias.shape)} for {weight_shape[0]} classes; give ({weight_shape[0]},)"
+        )
+    dtype, device = features.dtype, features.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"exit_gate: features are {dtype}; give a floating dtype")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"exit_gate: {name} is {tensor.dtype} but features are {dtype}; cast one of them")
+        if tensor.device != device:
+            raise ValueError(f"exit_gate: {name} is on {tensor.device} but features on {device}; move one")
+
+
+def check_decision(op: str, score: ScoreName, threshold: float, temperature: float) -> None:
+    """Refuse a decision that has no meaning."""
+    if score not in _SCORES:
+        raise ValueError(f"{op}: score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
+    if math.isnan(threshold):
+        raise ValueError(f"{op}: threshold is NaN; give a number, infinite to let all rows leave or stay")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {temperature}; give a positive, finite number")

@@ -1,0 +1,63 @@
+"""What does compaction cost, by the fraction of rows that leave and the size of a row?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cet import ops
+from harness import Case, WrongResultError
+from operations import Measured, Point, command, geometric_mean, speedup
+
+POINTS = [
+    {"rows": rows, "row_bytes": row_bytes, "leaving": leaving}
+    for rows, row_bytes in ((32, 4096), (1024, 64), (1024, 32768), (4096, 32768))
+    for leaving in (0.1, 0.5, 0.9)
+]
+
+
+def set_up(point: Point) -> Case:
+    rows = point["rows"]
+    leaves = torch.rand(rows) < point["leaving"]
+    tensors = [torch.randn(rows, point["row_bytes"] // 4), torch.rand(rows, 8) < 0.5, torch.arange(rows)]
+
+    def cet_compact(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return ops.compact(leaves, tensors).tensors
+
+    def index_select(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
+        staying = (~leaves).nonzero().squeeze(1)
+        return [tensor.index_select(0, staying) for tensor in tensors]
+
+    def boolean_mask(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
+        stays = ~leaves
+        return [tensor[stays] for tensor in tensors]
+
+    target = torch.empty_like(tensors[0])
+    providers: dict[str, Callable[..., Any]] = {
+        "cet": cet_compact,
+        "index_select": index_select,
+        "boolean_mask": boolean_mask,
+        "copy": lambda _leaves, x, *_others: target.copy_(x),
+    }
+
+    def check(results: Mapping[str, Any]) -> None:
+        for name in ("cet", "index_select", "boolean_mask"):
+            if not all(torch.equal(got, x[~leaves]) for got, x in zip(results[name], tensors, strict=True)):
+                raise WrongResultError(f"{name} moves other rows than those that stay")
+
+    return Case((leaves, *tensors), providers, check)
+
+
+def verdicts(measured: Measured) -> dict[str, Any]:
+    speedups = [speedup(timings, ("index_select", "boolean_mask")) for _, timings in measured]
+    return {"speedup_geometric_mean": geometric_mean(speedups), "speedup_least": min(speedups)}
+
+
+main = command("compact", POINTS, set_up, [("index_select", "cet"), ("boolean_mask", "cet"), ("copy", "cet")], verdicts)
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

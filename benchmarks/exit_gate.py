@@ -1,0 +1,103 @@
+"""What does an exit step cost, gate and compaction with half of the rows leaving, and how far is it from the floor?
+
+The floor is what copying would take of the bytes that must move: features read once, survivors written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cet
+from cet import ops
+from harness import Case, WrongResultError, check_close
+from operations import Measured, Point, command, geometric_mean, speedup
+
+GRID = (
+    (1, 128, 32, 7),
+    (32, 128, 32, 7),
+    (1024, 128, 64, 7),
+    (4096, 64, 128, 12),
+    (256, 256, 784, 100),
+    (256, 768, 196, 1000),
+)
+POINTS = [
+    {"rows": b, "channels": c, "positions": n, "classes": k, "dtype": dtype, "layout": layout}
+    for dtype in ("float32", "bfloat16")
+    for b, c, n, k in GRID
+    for layout in (["channels_last"] if c == 768 else ["channels_first"])
+]
+
+Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def set_up(point: Point) -> Case:
+    dtype = getattr(torch, point["dtype"])
+    shape = [point["rows"], point["channels"], point["positions"]]
+    if point["layout"] == "channels_last":
+        shape = [shape[0], shape[2], shape[1]]
+    x = torch.randn(shape).to(dtype)
+    head = cet.ExitHead(point["channels"], point["classes"], layout=point["layout"]).to(dtype).requires_grad_(False)
+    switches: dict[str, Any] = {"layout": point["layout"], "pool": "mean", "score": "entropy"}
+    with ops.use_backend("reference"):
+        scores = ops.exit_score(head(x)).sort().values
+    half = len(scores) // 2
+    switches["threshold"] = float(scores[half - 1 : half + 1].mean()) if half else float(scores[0]) - 1
+    weight, bias = head.linear.weight, head.linear.bias
+
+    def cet_step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits, scores, (staying, _, moved) = ops.exit_step(x, weight, bias, [x], **switches)
+        return logits, scores, staying, moved[0]
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logits = head(x)
+        log_p = logits.float().log_softmax(dim=1)
+        scores = -(log_p.exp() * log_p).sum(dim=1)
+        staying = (scores > switches["threshold"]).nonzero().squeeze(1)
+        return logits, scores, staying, x.index_select(0, staying)
+
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    target = torch.empty_like(x)
+    providers: dict[str, Callable[..., Any]] = {
+        "cet": cet_step,
+        "eager": eager,
+        "compiled": torch.compile(eager, fullgraph=True, dynamic=False),
+        "copy": lambda x: target.copy_(x),
+    }
+
+    def check(results: Mapping[str, Any]) -> None:
+        truth = head.double()(x.double()).to(dtype).float()
+        head.to(dtype)
+        for name in ("cet", "eager", "compiled"):
+            logits, _, staying, moved = results[name]
+            check_close(name, logits.float(), truth, 1e-4 if dtype is torch.float32 else 3e-2)
+            if not torch.equal(moved, x[staying]):
+                raise WrongResultError(f"{name} moves other rows than those that stay")
+
+    return Case((x,), providers, check)
+
+
+def verdicts(measured: Measured) -> dict[str, Any]:
+    """The step against the better of eager and compiled; of the copy's bandwidth; at batch 1."""
+    speedups = [speedup(timings, ("eager", "compiled")) for _, timings in measured]
+    large = [(p, t) for p, t in measured if p["rows"] * p["channels"] * p["positions"] >= 1 << 25]
+    # A copy reads and writes all; the step reads all and writes half.
+    bandwidth = [0.75 * timings.ratio("copy", "cet").median for _, timings in large]
+    single = [timings.time("cet").median * 1e6 for point, timings in measured if point["rows"] == 1]
+    return {
+        "speedup_geometric_mean": geometric_mean(speedups),
+        "speedup_least": min(speedups),
+        "fraction_of_copy_bandwidth_least": min(bandwidth, default=None),
+        "batch_1_us": single,
+    }
+
+
+RATIOS = [("eager", "cet"), ("compiled", "cet"), ("copy", "cet")]
+main = command("exit_gate", POINTS, set_up, RATIOS, verdicts)
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,339 @@
+// Pool, linear layer, softmax statistics, score and flag, row by row while the row's features are in registers and cache.
+#include <cmath>
+
+#include "copy.h"
+#include "kernels_of_capability.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace cet::CET_CAPABILITY {
+
+namespace {
+
+constexpr int64_t kBlock = 1024;       // logits whose statistics are taken at once
+constexpr int kRows = 4;               // rows whose dot products share the loads of the weights
+
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The logits as floats, padded with -Inf to whole registers.
+template <class T>
+void widen_block(const T* logits, int64_t stride, int64_t n, float* block) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kLanes <= n; i += kLanes) store(block + i, load(logits + i));
+    if (i < n) store(block + i, load_partial(logits + i, n - i, -INFINITY));
+    return;
+  }
+  for (; i < n; ++i) block[i] = to_float(logits[i * stride]);
+  for (; i % kLanes != 0; ++i) block[i] = -INFINITY;
+}
+
+SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool margin) {
+  Vec first = splat(-INFINITY), second = first;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec x = load(block + i);
+    if (margin) second = max(second, min(x, first));
+    first = max(x, first);
+  }
+  const float largest = max(first);
+  const float offset = largest == -INFINITY ? 0.0f : largest;
+  Vec exps = {}, weighted = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec shifted = (load(block + i) - offset) / temperature;
+    const Vec e = exp(shifted);
+    exps += e;
+    weighted += e * (shifted < kExpUnderflow ? splat(kExpUnderflow) : shifted);
+  }
+  SoftmaxStats stats = {largest, -INFINITY, sum(exps), sum(weighted)};
+  if (margin) {
+    float top = -INFINITY;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      stats.second = larger(larger(stats.second, second[lane]), smaller(top, first[lane]));
+      top = larger(top, first[lane]);
+    }
+  }
+  return stats;
+}
+
+template <class T>
+void gate_row(const T* logits, int64_t stride, int64_t classes, const Decision& decision, int64_t row) {
+  alignas(64) float block[kBlock];
+  const bool margin = decision.score == Score::margin;
+  SoftmaxStats stats;
+  for (int64_t k = 0; k < classes; k += kBlock) {
+    const int64_t n = classes - k < kBlock ? classes - k : kBlock;
+    widen_block(logits + k * stride, stride, n, block);
+    const SoftmaxStats part = block_stats(block, n, decision.temperature, margin);
+    stats = k == 0 ? part : merge(stats, part, decision.temperature);
+  }
+  const float score = score_of(stats, decision.temperature, decision.score);
+  decision.scores[row] = score;
+  decision.leaves[row] = leaves(score, decision.score, decision.threshold);
+}
+
+// Adds up the channels (1 register each) of positions that lie `stride` apart.
+template <int N, class T>
+void add_positions(const T* from, int64_t stride, int64_t n, float* sums) {
+  Vec acc[N];
+  for (int j = 0; j < N; ++j) acc[j] = load(sums + j * kLanes);
+  for (int64_t p = 0; p < n; ++p, from += stride) {
+    for (int j = 0; j < N; ++j) acc[j] += load(from + j * kLanes);
+  }
+  for (int j = 0; j < N; ++j) store(sums + j * kLanes, acc[j]);
+}
+
+template <class T>
+float sum_contiguous(const T* from, int64_t n) {
+  Vec acc[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      // Over the end of the page, which the processor's own prefetchers do not cross.
+      __builtin_prefetch(reinterpret_cast<const char*>(from + i + j * kLanes) + 4096);
+      acc[j] += load(from + i + j * kLanes);
+    }
+  }
+  for (; i + kLanes <= n; i += kLanes) acc[0] += load(from + i);
+  if (i < n) acc[1] += load_partial(from + i, n - i);
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+int64_t num_positions(const Features& f) {
+  int64_t positions = 1;
+  for (int d = 0; d < f.position_dims; ++d) positions *= f.position_size[d];
+  return positions;
+}
+
+// Where the `index`th combination of the position dimensions but the last begins.
+int64_t outer_offset(const Features& f, int64_t index) {
+  int64_t offset = 0;
+  for (int d = f.position_dims - 2; d >= 0; --d) {
+    offset += index % f.position_size[d] * f.position_stride[d];
+    index /= f.position_size[d];
+  }
+  return offset;
+}
+
+// The mean over the positions of one row, (channels,), with zeros behind it up to a whole register.
+template <class T>
+void pool_row(const Features& f, const T* row, float* pooled) {
+  const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
+  for (int64_t c = 0; c < padded; ++c) pooled[c] = 0.0f;
+  const int last = f.position_dims - 1;
+  const int64_t inner = f.position_dims == 0 ? 1 : f.position_size[last];
+  const int64_t stride = f.position_dims == 0 ? 0 : f.position_stride[last];
+  const int64_t positions = num_positions(f);
+  for (int64_t outer = 0; outer * inner < positions; ++outer) {
+    const T* from = row + outer_offset(f, outer);
+    if (f.channel_stride == 1) {
+      constexpr int64_t kPositions = 256;  // partial sums, or rounding errors would grow with the positions
+      alignas(64) float sums[8 * kLanes];
+      for (int64_t p = 0; p < inner; p += kPositions) {
+        const int64_t n = inner - p < kPositions ? inner - p : kPositions;
+        const T* start = from + p * stride;
+        int64_t c = 0;
+        for (; c + 8 * kLanes <= f.channels; c += 8 * kLanes) {
+          for (float& s : sums) s = 0.0f;
+          add_positions<8>(start + c, stride, n, sums);
+          for (int j = 0; j < 8 * kLanes; ++j) pooled[c + j] += sums[j];
+        }
+        for (; c + kLanes <= f.channels; c += kLanes) {
+          for (int j = 0; j < kLanes; ++j) sums[j] = 0.0f;
+          add_positions<1>(start + c, stride, n, sums);
+          for (int j = 0; j < kLanes; ++j) pooled[c + j] += sums[j];
+        }
+        if (c < f.channels) {
+          Vec acc = {};
+          for (int64_t q = 0; q < n; ++q) acc += load_partial(start + c + q * stride, f.channels - c);
+          store(pooled + c, load(pooled + c) + acc);
+        }
+      }
+    } else if (stride == 1) {
+      for (int64_t c = 0; c < f.channels; ++c) pooled[c] += sum_contiguous(from + c * f.channel_stride, inner);
+    } else {
+      for (int64_t c = 0; c < f.channels; ++c) {
+        double total = 0.0;
+        for (int64_t p = 0; p < inner; ++p) total += to_float(from[c * f.channel_stride + p * stride]);
+        pooled[c] += static_cast<float>(total);
+      }
+    }
+  }
+  if (positions == 1) return;
+  const float divisor = static_cast<float>(positions);
+  for (int64_t c = 0; c < f.channels; ++c) pooled[c] /= divisor;
+}
+
+// Dot products of R pooled rows with N rows of the weight.
+template <int R, int N, class T>
+void dot(const float* pooled, int64_t padded, const T* weight, int64_t channels, float (&out)[R][N]) {
+  Vec acc[R][N] = {};
+  const auto step = [&](int64_t c, const Vec (&w)[N]) {
+    for (int r = 0; r < R; ++r) {
+      const Vec x = load(pooled + r * padded + c);
+      for (int k = 0; k < N; ++k) acc[r][k] += x * w[k];
+    }
+  };
+  int64_t c = 0;
+  Vec w[N];
+  for (; c + kLanes <= channels; c += kLanes) {
+    for (int k = 0; k < N; ++k) w[k] = load(weight + k * channels + c);
+    step(c, w);
+  }
+  if (c < channels) {
+    for (int k = 0; k < N; ++k) w[k] = load_partial(weight + k * channels + c, channels - c);
+    step(c, w);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int k = 0; k < N; ++k) out[r][k] = sum(acc[r][k]);
+  }
+}
+
+template <int R, class T>
+void linear(const float* pooled, int64_t padded, const Head& head, int64_t channels, T* logits) {
+  const auto* weight = static_cast<const T*>(head.weight);
+  const auto* bias = static_cast<const T*>(head.bias);
+  const auto put = [&](int r, int64_t k, float value) {
+    store(logits + r * head.classes + k, value + (bias ? to_float(bias[k]) : 0.0f));
+  };
+  int64_t k = 0;
+  for (; k + 4 <= head.classes; k += 4) {
+    float out[R][4];
+    dot<R, 4>(pooled, padded, weight + k * channels, channels, out);
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < 4; ++j) put(r, k + j, out[r][j]);
+    }
+  }
+  for (; k < head.classes; ++k) {
+    float out[R][1];
+    dot<R, 1>(pooled, padded, weight + k * channels, channels, out);
+    for (int r = 0; r < R; ++r) put(r, k, out[r][0]);
+  }
+}
+
+int64_t row_bytes(const Features& f) { return f.channels * num_positions(f) * size_of(f.dtype); }
+
+// Calls f(worker, task, begin, end) for ranges of rows, multiples of kRows, that hold about kTaskBytes.
+template <class F>
+void for_row_ranges(int64_t rows, int64_t bytes_per_row, int workers, const F& f) {
+  if (rows == 0) return;
+  const int64_t wanted = kTaskBytes / (bytes_per_row > 0 ? bytes_per_row : 1);
+  const int64_t share = ceil_div(rows, workers);
+  const int64_t range = ceil_div(wanted < share ? (wanted > 0 ? wanted : 1) : share, kRows) * kRows;
+  for_each_task(workers, ceil_div(rows, range), [&](int worker, int64_t task) {
+    const int64_t begin = task * range;
+    f(worker, task, begin, begin + range < rows ? begin + range : rows);
+  });
+}
+
+template <class T>
+void gate_rows(const Logits& x, const Decision& decision, int threads) {
+  const auto* data = static_cast<const T*>(x.data);
+  const int64_t bytes = x.classes * int64_t{sizeof(T)} * 4;  // an exponential costs more than a byte read
+  for_row_ranges(x.rows, bytes, workers_for(x.rows * bytes, threads), [&](int, int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      gate_row(data + row * x.row_stride, x.class_stride, x.classes, decision, row);
+    }
+  });
+}
+
+// Moves the rows of a task that stay behind those of the tasks before it.
+void move_survivors(const char* from, int64_t row_stride, int64_t row_bytes, const bool* leaves, int64_t begin, int64_t end,
+                    char* to, bool streaming) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (leaves[row]) continue;
+    if (streaming) {
+      stream(to, from + row * row_stride, row_bytes);
+    } else {
+      std::memcpy(to, from + row * row_stride, row_bytes);
+    }
+    to += row_bytes;
+  }
+  if (streaming) finish_streams();
+}
+
+template <class T>
+int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& decision, const Survivors* survivors,
+                       int threads) {
+  const auto* data = static_cast<const T*>(f.data);
+  auto* logits = static_cast<T*>(head.logits);
+  const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
+  const int64_t bytes = row_bytes(f);
+  const int64_t work = bytes + f.channels * head.classes / 4;
+  const int workers = workers_for(f.rows * work, threads);
+  const Buffer<float> scratch(workers * kRows * padded);
+  const bool streaming = exceeds_cache(f.rows * bytes);
+  const bool moving = survivors && survivors->to;
+  if (moving) advise_huge_pages(survivors->to, f.rows * bytes);
+  Chain survived;
+  for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
+    float* pooled = scratch.get() + worker * kRows * padded;
+    for (int64_t row = begin; row < end; row += kRows) {
+      const int n = end - row < kRows ? static_cast<int>(end - row) : kRows;
+      for (int r = 0; r < n; ++r) pool_row(f, data + (row + r) * f.row_stride, pooled + r * padded);
+      if (n == kRows) {
+        linear<kRows>(pooled, padded, head, f.channels, logits + row * head.classes);
+      } else {
+        for (int r = 0; r < n; ++r) {
+          linear<1>(pooled + r * padded, padded, head, f.channels, logits + (row + r) * head.classes);
+        }
+      }
+      for (int r = 0; r < n; ++r) gate_row(logits + (row + r) * head.classes, 1, head.classes, decision, row + r);
+    }
+    if (moving) {
+      int64_t staying = 0;
+      for (int64_t row = begin; row < end; ++row) staying += !decision.leaves[row];
+      char* to = survivors->to + survived.add(task, staying) * bytes;
+      const auto* from = static_cast<const char*>(f.data);
+      move_survivors(from, f.row_stride * int64_t{sizeof(T)}, bytes, decision.leaves, begin, end, to, streaming);
+    }
+  });
+  return survivors ? partition(decision.leaves, f.rows, survivors->order) : 0;
+}
+
+template <class T>
+void pool_rows(const Features& f, T* pooled, int threads) {
+  const auto* data = static_cast<const T*>(f.data);
+  const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
+  const int64_t bytes = row_bytes(f);
+  const int workers = workers_for(f.rows * bytes, threads);
+  const Buffer<float> scratch(workers * padded);
+  for_row_ranges(f.rows, bytes, workers, [&](int worker, int64_t, int64_t begin, int64_t end) {
+    float* means = scratch.get() + worker * padded;
+    for (int64_t row = begin; row < end; ++row) {
+      pool_row(f, data + row * f.row_stride, means);
+      for (int64_t c = 0; c < f.channels; ++c) store(pooled + row * f.channels + c, means[c]);
+    }
+  });
+}
+
+}  // namespace
+
+void gate(const Logits& logits, const Decision& decision, int threads) {
+  switch (logits.dtype) {
+    case DType::float32: return gate_rows<float>(logits, decision, threads);
+    case DType::bfloat16: return gate_rows<bfloat16>(logits, decision, threads);
+    case DType::float16: return gate_rows<float16>(logits, decision, threads);
+  }
+}
+
+int64_t exit_gate(const Features& features, const Head& head, const Decision& decision, const Survivors* survivors,
+                  int threads) {
+  switch (features.dtype) {
+    case DType::float32: return exit_gate_rows<float>(features, head, decision, survivors, threads);
+    case DType::bfloat16: return exit_gate_rows<bfloat16>(features, head, decision, survivors, threads);
+    case DType::float16: return exit_gate_rows<float16>(features, head, decision, survivors, threads);
+  }
+  return 0;
+}
+
+void pool(const Features& features, void* pooled, int threads) {
+  switch (features.dtype) {
+    case DType::float32: return pool_rows(features, static_cast<float*>(pooled), threads);
+    case DType::bfloat16: return pool_rows(features, static_cast<bfloat16*>(pooled), threads);
+    case DType::float16: return pool_rows(features, static_cast<float16*>(pooled), threads);
+  }
+}
+
+}  // namespace cet::CET_CAPABILITY

@@ -1,0 +1,182 @@
+// One vector register of floats in the widest form that this translation unit is compiled for, and what the kernels do
+// with it. Arithmetic and comparisons are the compiler's own vector extension; only loads, tails and reductions across
+// lanes name instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace cet::CET_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+static inline Vec splat(float x) { return x - Vec{}; }
+
+// Of a NaN and a number, max and min are the second argument.
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+template <class To, class From>
+static inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+static inline Vec widen(HalfVec half, bfloat16) {
+  return bit_cast<Vec>(__builtin_convertvector(half, UintVec) << 16);
+}
+
+static inline Vec widen(HalfVec half, float16) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)half);
+#else
+  // The bits of a half are those of a float whose exponent is 112 too small; multiplying mends subnormals too.
+  const UintVec bits = __builtin_convertvector(half, UintVec);
+  const UintVec magnitude = (bits & 0x7fff) << 13;
+  const Vec scaled = bit_cast<Vec>(magnitude) * 0x1p112f;
+  const UintVec special = (UintVec)(magnitude >= (0x7c00u << 13)) & (magnitude | 0x7f800000u);
+  return bit_cast<Vec>((bit_cast<UintVec>(scaled) | special) | (bits & 0x8000) << 16);
+#endif
+}
+
+template <class T>
+static inline Vec load(const T* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  return widen(half, T{});
+}
+
+template <>
+inline Vec load(const float* from) {
+  Vec vec;
+  std::memcpy(&vec, from, sizeof vec);
+  return vec;
+}
+
+// The first n < kLanes elements, then `fill`; nothing behind them is read.
+template <class T>
+static inline Vec load_partial(const T* from, int64_t n, float fill = 0.0f) {
+  alignas(64) float lanes[kLanes];
+  HalfVec half = {};
+  std::memcpy(&half, from, n * sizeof(T));
+  const Vec vec = widen(half, T{});
+  std::memcpy(lanes, &vec, sizeof lanes);
+  for (int64_t i = n; i < kLanes; ++i) lanes[i] = fill;
+  return load(lanes);
+}
+
+template <>
+inline Vec load_partial(const float* from, int64_t n, float fill) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), from);
+#else
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = fill;
+  std::memcpy(lanes, from, n * sizeof(float));
+  return load(lanes);
+#endif
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+static inline float to_float(float16 x) {
+  HalfVec half = {};
+  half[0] = x.bits;
+  return widen(half, float16{})[0];
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+static inline void store(float* to, float x) { *to = x; }
+static inline void store(bfloat16* to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+static inline void store(float16* to, float x) {
+#if defined(__F16C__) || defined(__AVX512F__)
+  to->bits = (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0);
+#else
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    to->bits = sign | 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
+    to->bits = sign | 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes the float's own rounding cut at 2^-24
+    to->bits = sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000);
+  } else {
+    to->bits = sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+#endif
+}
+
+static inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
+static inline void store_partial(float* to, Vec vec, int64_t n) { std::memcpy(to, &vec, n * sizeof(float)); }
+
+static inline float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX2__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+static inline float max(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+#endif
+}
+
+constexpr float kExpUnderflow = -87.3f;  // below, exp is taken as 0; the true value is under 1.2e-38
+
+// exp of x <= 0, within 1 ulp; 0 below kExpUnderflow, NaN of NaN.
+static inline Vec exp(Vec x) {
+  const Vec magic = splat(0x1.8p23f);  // adding it leaves an integer in the low bits of the mantissa
+  const Vec clamped = x < kExpUnderflow ? splat(kExpUnderflow) : x;
+  const Vec shifted = clamped * 0x1.715476p0f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = clamped - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  // The minimax polynomial of exp on [-ln 2 / 2, ln 2 / 2] (Cephes, expf).
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec power = bit_cast<Vec>((bit_cast<UintVec>(shifted) + 127) << 23);
+  return x < kExpUnderflow ? Vec{} : p * power;
+}
+
+}  // namespace cet::CET_CAPABILITY

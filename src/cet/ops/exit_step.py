@@ -1,0 +1,99 @@
+"""The whole exit step: gate and compaction, reading the features once where they are what is compacted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cet.heads import Layout, Pool
+from cet.ops.backend import is_tracing, kernels_for, needs_grad
+from cet.ops.compact import Compaction, check_rows, compact, move, split
+from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
+from cet.policy import ScoreName
+
+# Smaller features are still in cache when they are compacted, and need no copy where all rows stay.
+_MOVED_ON_THE_WAY = 1 << 20
+# glibc keeps freed memory up to this size and maps larger allocations afresh, which costs more than a second reading.
+# Moving on the way allocates for all rows what afterwards may need less.
+_KEPT_MEMORY = 32 << 20
+
+
+def exit_step(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: Sequence[Tensor],
+    dims: Sequence[int] | None = None,
+    *,
+    layout: Layout = "channels_first",
+    pool: Pool = "mean",
+    score: ScoreName = "entropy",
+    threshold: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Compaction]:
+    """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
+
+    Where the features themselves are one of ``tensors`` and larger than a cache, each row is moved right after its
+    gate, and is not read again; their new tensor then has the capacity of the old one.
+
+    Returns:
+        Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
+
+    Raises:
+        ValueError, TypeError: as these two do.
+    """
+    check_head(features, weight, bias, layout, pool)
+    check_decision("exit_step", score, threshold, temperature)
+    if dims is None:
+        dims = (0,) * len(tensors)
+    rows = features.shape[0]
+    check_rows("exit_step", rows, features.device, tensors, dims)
+    own = _index_of(features, tensors)
+    kernels = None
+    if not is_tracing() and not prefers_gemm(rows, weight) and not torch.is_autocast_enabled("cpu"):
+        head = (weight,) if bias is None else (weight, bias)
+        if own is None:
+            head = (features, *head)
+        if features.dtype in DTYPES and not needs_grad((features, *head)):
+            kernels = kernels_for("exit_step", (*head, *tensors))
+    if kernels is None:
+        logits, scores, leaves = exit_gate(
+            features, weight, bias, layout=layout, pool=pool, score=score, threshold=threshold, temperature=temperature
+        )
+        return logits, scores, compact(leaves, tensors, dims)
+
+    if own is not None and (dims[own] != 0 or not _moves_on_the_way(features)):
+        own = None
+    survivors = None if own is None else torch.empty_like(features)
+    order = features.new_empty(rows, dtype=torch.int64)
+    logits, scores, _, count = fused_cpp(
+        kernels, features, weight, bias, layout, pool, score, threshold, temperature, survivors, order
+    )
+    staying, leaving = split(order, count)
+    if count == rows:
+        return logits, scores, Compaction(staying, leaving, list(tensors))
+    if own is None or survivors is None:
+        return logits, scores, Compaction(staying, leaving, move(kernels, tensors, dims, staying))
+    others = [i for i in range(len(tensors)) if i != own]
+    moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying)
+    moved.insert(own, survivors.narrow(0, 0, count))
+    return logits, scores, Compaction(staying, leaving, moved)
+
+
+def _index_of(features: Tensor, tensors: Sequence[Tensor]) -> int | None:
+    for index, tensor in enumerate(tensors):
+        if tensor is features:
+            return index
+    return None
+
+
+def _moves_on_the_way(features: Tensor) -> bool:
+    """Whether each row of the features is one piece of memory, and moving it right after its gate pays."""
+    size = features.numel() * features.element_size()
+    if size < _MOVED_ON_THE_WAY or _KEPT_MEMORY < size <= 2 * _KEPT_MEMORY:
+        return False
+    return features.is_contiguous() or (
+        features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
+    )
