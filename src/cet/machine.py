@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 import cet
+from cet.ops.backend import kernels
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -113,9 +113,14 @@ def _reference() -> Finding:
 
 
 def _compiled_extension() -> Finding:
-    if importlib.util.find_spec("cet._C") is None:
-        return Finding("cpp", False, f"cet {cet.__version__} has no compiled extension; the reference serves")
-    return Finding("cpp", True, "cet._C is built")
+    try:
+        built = kernels()
+    except ValueError as error:
+        return Finding("cpp", False, str(error))
+    if built is None:
+        mend = "install cet again where a C++17 compiler is, with CET_BUILD_CPP=1 to see why it fails"
+        return Finding("cpp", False, "installed without the compiled kernels; the reference serves", mend)
+    return Finding("cpp", True, f"compiled kernels for the CPU, with {built.capability} instructions")
 
 
 def _triton() -> Finding:
