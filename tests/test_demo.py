@@ -225,7 +225,9 @@ def test_killed_run_goes_on_and_ends_with_the_same_figures(folder: RunFolder, re
 
 
 def test_ctrl_c_says_how_to_go_on_and_loses_nothing(folder: RunFolder, report: Report, tmp_path: Path) -> None:
-    code = f"{BY_SUBPROCESS}main_tiny({str(tmp_path)!r})"
+    # A shell that runs the tests in the background has its children ignore the signal.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{heed}{BY_SUBPROCESS}main_tiny({str(tmp_path)!r})"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=single_threaded(), stdout=-1, stderr=-1, text=True) as process:
         wait_for(tmp_path / "checkpoints" / "joint" / "last.ckpt", process)
