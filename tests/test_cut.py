@@ -158,10 +158,10 @@ REFUSED = {
     "called twice": (["a"], lambda m, x: m.top(m.a(torch.relu(m.a(x)))), "exit 'a' is called 2 times in one forward"),
     "never called": (["unused"], lambda m, x: m.top(m.a(x)), "exit 'unused' is not called in the forward pass; name"),
     "nothing behind it": (["top"], lambda m, x: m.top(m.a(x)), "exit 'top'.*(behind|logits|final)"),
-    "rows mixed behind the exit": (["a"], lambda m, x: m.top(centred(m.a(x))), "where rows are mixed"),
-    "rows mixed before the exit": (["a"], lambda m, x: m.top(m.a(centred(x))), "rows are mixed"),
-    "rows swapped": (["a"], lambda m, x: m.top(m.a(x).flip(0)), "where rows are mixed"),
-    "number of rows in the values": (["a"], lambda m, x: m.top(m.a(x)) * x.shape[0], "where rows are mixed"),
+    "rows mixed behind the exit": (["a"], lambda m, x: m.top(centred(m.a(x))), "where it mixes rows"),
+    "rows mixed before the exit": (["a"], lambda m, x: m.top(m.a(centred(x))), "where it mixes rows"),
+    "rows swapped": (["a"], lambda m, x: m.top(m.a(x).flip(0)), "where it mixes rows"),
+    "number of rows in the values": (["a"], lambda m, x: m.top(m.a(x)) * x.shape[0], "where it mixes rows"),
     "batch size in the code": (["a"], lambda m, x: m.top(m.a(x).view(3, 4)), "Net takes 3 rows of x only, as its code"),
     "batch size in a constant": (["a"], lambda m, x: m.top(m.a(x) + torch.ones(3, 1)), "Net takes 3 rows of x only"),
     "squeeze": (["a"], lambda m, x: m.top(m.a(x).unsqueeze(2).squeeze()), "Net|one row"),
@@ -185,8 +185,8 @@ def test_what_cannot_be_cut_is_refused(name):
 @pytest.mark.parametrize(
     ("run", "path", "message"),
     [
-        (merged, "b", r"value '\w+' crosses exit 'b' with shape \(.*, 4\), where no dimension of its own is the batch"),
-        (feature_time_first, "gru", r"exit 'gru' gives features of shape \(5, \w+, 4\), whose first dimension is not"),
+        (merged, "b", r"value '\w+' crosses exit 'b' with shape \(.*, 4\), where no dimension is the batch alone"),
+        (feature_time_first, "gru", r"exit 'gru' gives features of shape \(5, B, 4\), where the batch is not first"),
     ],
 )
 def test_values_that_hold_the_batch_elsewhere_are_refused_by_name(run, path, message):

@@ -109,7 +109,7 @@ def test_unusable_stages_are_refused(exits, value, message):
 
 def test_stages_that_mix_rows_are_refused():
     backbone = cet.Stages(first=nn.Linear(4, 4), last=Returns(lambda x: x - x.mean(0)))
-    with pytest.raises(cet.CutError, match="where rows are mixed"):
+    with pytest.raises(cet.CutError, match="where it mixes rows"):
         cet.EarlyExit(backbone, ["first"], (R(3, 4),))
 
 

@@ -40,7 +40,8 @@ def check_batch(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -> 
         TypeError: for inputs without a tensor, and labels that are not int64.
         ValueError: for labels of another length than the inputs, or out of range.
     """
-    rows = next((leaf.shape[0] for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    leaves = pytree.tree_leaves(dict(x) if isinstance(x, Mapping) else x)
+    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
     if rows is None:
         raise TypeError(f"{whose}x is {type(x).__name__} without a tensor; give a tensor, a tuple or a dict of tensors")
     if not isinstance(y, Tensor) or y.dtype != torch.int64:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -249,6 +249,7 @@ def _collect(model: EarlyExit, loader: Iterable[Any]) -> tuple[list[Tensor], Ten
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TypeError(f"the loader yields {type(batch).__name__}; give one that yields pairs (x, y)")
             x, y = batch[0], batch[1].cpu() if isinstance(batch[1], Tensor) else batch[1]
+            x = dict(x) if isinstance(x, Mapping) else x
             check_batch(x, y, model.num_classes, "the loader's ")
             is_labelled = y != UNLABELLED
             if not is_labelled.any():

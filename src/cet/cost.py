@@ -64,6 +64,10 @@ class ExitCosts:
 
     def cumulative(self, is_open: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.float64]:
         """The cost of leaving at each exit, ``(E,)``, when only the early exits ``is_open`` run their heads."""
+        if len(is_open) != len(self.head):
+            raise ValueError(
+                f"is_open has {len(is_open)} entries for {len(self.head)} early exits; give one per early exit"
+            )
         paid_heads = np.where(is_open, self.head, 0.0)
         cost: NDArray[np.float64] = np.cumsum(self.stage) + np.cumsum(np.append(paid_heads, 0.0))
         return cost

@@ -253,8 +253,8 @@ class _Cutter:
         feature = self._outputs(path)[0]
         if self._row_dim(feature) != 0:
             raise CutError(
-                f"exit {path!r} gives features of shape {_shape(feature)}, whose first dimension is not the batch; "
-                "name a submodule whose output is (B, ...)"
+                f"exit {path!r} gives features of shape {self._shape(feature)}, where the batch is not first; "
+                "name a submodule that returns (B, ...)"
             )
         return feature
 
@@ -373,8 +373,8 @@ class _Cutter:
         dim = self._row_dim(node)
         if dim is None and any(self._has_rows(size) for size in value.shape):
             raise CutError(
-                f"{_origin(node)} crosses exit {path!r} with shape {_shape(node)}, where no dimension of its own is "
-                "the batch; reshape it to (B, ...) or name an exit where it is not in use"
+                f"{_origin(node)} crosses exit {path!r} with shape {self._shape(node)}, where no dimension is the "
+                "batch alone; reshape it to (B, ...) or name an exit where it is not in use"
             )
         return dim
 
@@ -388,6 +388,12 @@ class _Cutter:
 
     def _has_rows(self, size: int | torch.SymInt) -> bool:
         return bool(_expression(size).free_symbols & self.rows)
+
+    def _shape(self, node: fx.Node) -> str:
+        """The shape of a value with ``B`` for the batch."""
+        names = dict.fromkeys(self.rows, sympy.Symbol("B"))
+        sizes = [str(_expression(size).xreplace(names)) for size in node.meta["val"].shape]
+        return "(" + ", ".join(sizes) + ")"
 
     def _shapes(self) -> tuple[tuple[torch.dtype, tuple[int | None, ...]] | None, ...]:
         shapes: list[tuple[torch.dtype, tuple[int | None, ...]] | None] = [None] * len(self.leaves)
@@ -452,11 +458,6 @@ def _last_uses(body: list[fx.Node], values: list[fx.Node], kept: set[fx.Node]) -
         if value not in kept and value in last and value.op != "get_attr":
             dying.setdefault(last[value], []).append(value)
     return dying
-
-
-def _shape(node: fx.Node) -> str:
-    value = node.meta["val"]
-    return "(" + ", ".join(str(size) for size in value.shape) + ")" if isinstance(value, Tensor) else str(value)
 
 
 def _origin(node: fx.Node) -> str:

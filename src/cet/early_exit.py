@@ -53,7 +53,8 @@ class EarlyExit(nn.Module):
     other rows, and a row whose score is NaN never leaves early.
 
     The backbone stays the user's own module: its parameters are shared, never copied, and whatever changes them
-    (an optimiser, ``load_state_dict``, ``.to()``, ``.half()``) shows in the next call.
+    (an optimiser, ``load_state_dict``, ``.to()``, ``.half()``) shows in the next call. Its forward hooks and plain
+    attributes, such as a stride, are in the stages as they were when these were cut: set them before.
 
     Args:
         backbone: a module that returns logits ``(B, K)`` or an object with ``.logits``, or :class:`cet.Stages`.
@@ -191,11 +192,20 @@ class EarlyExit(nn.Module):
             weight = next(self.heads.parameters(), leaves[0])
             empty = weight.new_empty((0, self.num_classes))
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
-        program = self._staging.program(self.backbone, leaves)
-        if self._changes_inputs:
-            leaves = copies(leaves)
-        with TRACE_LOCK:
-            return run_batch(program, list(self.heads), self._policy, leaves, batch_size, with_scores=with_scores)
+        for may_have_changed in (True, False):
+            program = self._staging.program(self.backbone, leaves)
+            try:
+                with TRACE_LOCK:
+                    given = copies(leaves) if self._changes_inputs else leaves
+                    return run_batch(
+                        program, list(self.heads), self._policy, given, batch_size, with_scores=with_scores
+                    )
+            except KeyError:
+                # A weight has another name since the cut: pruning and parametrizations rename them.
+                if not may_have_changed:
+                    raise
+                self._staging.forget()
+        raise AssertionError("unreachable: the second turn returns or raises")
 
     def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
         """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
@@ -217,6 +227,11 @@ class EarlyExit(nn.Module):
 
         def keep(k: int, module_output: Any) -> None:
             feature = first_tensor(module_output)
+            if feature.is_nested:
+                raise ValueError(
+                    f"exit {self.exit_names[k]!r} gives a nested tensor; build nn.TransformerEncoder with "
+                    "enable_nested_tensor=False"
+                )
             features[k] = feature.clone()
             written[k] = feature, feature._version
 
@@ -379,4 +394,10 @@ def _build_head(
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
+    with evaluating(head):
+        alone = torch.cat([head(feature[row : row + 1]) for row in range(len(feature))])
+    if not torch.allclose(alone, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().nan_to_num().max()), equal_nan=True):
+        raise ValueError(
+            f"the head of exit {path!r} mixes the rows of a batch; compute the logits of each row on its own"
+        )
     return head

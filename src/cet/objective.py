@@ -6,7 +6,7 @@ An implementation of the objective of "Consistency Training of Multi-exit Archit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class ConsistentExitLoss:
         self.exit_weights = None if exit_weights is None else tuple(exit_weights)
 
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
+        x = dict(x) if isinstance(x, Mapping) else x
         multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
         batch = check_batch(x, y, getattr(multi_exit, "num_classes", None))
         self._check_exit_weights(getattr(multi_exit, "num_exits", None))
@@ -70,7 +71,11 @@ class ConsistentExitLoss:
             clean = perturbed = _check_outputs(call(model, x))
         else:
             assert self.perturb is not None
-            outputs = _check_outputs(call(model, _stack(x, self.perturb(x))))
+            versions = [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+            perturbed_x = self.perturb(x)
+            if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
+                raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
+            outputs = _check_outputs(call(model, _stack(x, perturbed_x)))
             clean = tuple(logits[:batch] for logits in outputs)
             perturbed = tuple(logits[batch:] for logits in outputs)
         self._check_exit_weights(len(clean))

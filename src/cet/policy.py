@@ -42,7 +42,7 @@ class ExitPolicy:
             return
         object.__setattr__(self, "temperatures", _numbers("temperatures", self.temperatures, optional=False))
         for index, temperature in enumerate(self.temperatures):
-            if not (math.isfinite(temperature) and temperature > 0):
+            if not 1e-30 <= temperature <= 1e30:  # what float32 can divide by
                 raise ValueError(f"temperatures[{index}] is {temperature}; give a positive, finite number")
         if len(self.temperatures) != len(self.thresholds) + 1:
             raise ValueError(

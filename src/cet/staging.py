@@ -82,6 +82,10 @@ class Staging:
         with TRACE_LOCK.tracing():
             return self._fitting(leaves) or self._new_program(leaves)
 
+    def forget(self) -> None:
+        """Cut again at the next call."""
+        self._programs = []
+
     def _fitting(self, leaves: Sequence[Any]) -> StagedProgram | None:
         for program in self._programs:
             if program.fits(leaves):
@@ -113,12 +117,19 @@ class Staging:
         return program
 
     def _example_rows(self, leaves: Sequence[Any]) -> list[Any]:
-        """A few rows of a call, repeated where it has too few."""
-        rows = self.inputs.num_rows(leaves)
-        return [
-            leaf.detach()[torch.arange(EXAMPLE_ROWS, device=leaf.device) % rows] if batched else leaf
-            for leaf, batched in zip(leaves, self.inputs.is_batched, strict=True)
-        ]
+        """A few rows of a call, the last one repeated where it has too few, and made different where they are alike:
+        with equal rows nothing would show whether the backbone keeps them apart."""
+        last = self.inputs.num_rows(leaves) - 1
+        noise = torch.Generator().manual_seed(0)
+        rows = []
+        for leaf, batched in zip(leaves, self.inputs.is_batched, strict=True):
+            if batched:
+                leaf = leaf.detach()[torch.arange(EXAMPLE_ROWS, device=leaf.device).clamp(max=last)]
+                if leaf.is_floating_point() and _has_equal_rows(leaf):
+                    drawn = torch.randn(leaf.shape, generator=noise)
+                    leaf = leaf.nan_to_num(0, 0, 0) + drawn.to(leaf.device, leaf.dtype)
+            rows.append(leaf)
+        return rows
 
     def _cut(self, leaves: list[Any]) -> StagedProgram:
         if isinstance(self.backbone, Stages):
@@ -142,7 +153,7 @@ class Staging:
         return frozenset(changed)
 
     def _verify(self, program: StagedProgram, leaves: list[Any], expected: Tensor) -> None:
-        """Run the stages beside the backbone: all rows, and a single row from each cut on.
+        """Run the stages beside the backbone: all rows, and each row alone from each cut on.
 
         Raises:
             CutError: when they disagree, which they do when the backbone mixes the rows of a batch or writes to values
@@ -153,13 +164,13 @@ class Staging:
         values: Sequence[Any] = [leaves[index] for index in program.entry]
         *early, last = program.stages
         dims: Sequence[int | None] = [0 if self.inputs.is_batched[index] else None for index in program.entry]
-        self._verify_last_row(program, 0, values, dims, sizes, expected)
+        self._verify_single_rows(program, 0, values, dims, sizes, expected)
         for k, stage in enumerate(early):
             _, *values = stage.run(EXAMPLE_ROWS, *sizes, *values)
-            self._verify_last_row(program, k + 1, values, stage.row_dims, sizes, expected)
+            self._verify_single_rows(program, k + 1, values, stage.row_dims, sizes, expected)
         self._compare(last.run(EXAMPLE_ROWS, *sizes, *values), expected, "run in one piece")
 
-    def _verify_last_row(
+    def _verify_single_rows(
         self,
         program: StagedProgram,
         start: int,
@@ -169,21 +180,20 @@ class Staging:
         expected: Tensor,
     ) -> None:
         where = f" behind exit {self.exits[start - 1]!r}" if start else ""
-        last_row = EXAMPLE_ROWS - 1
-        values = [
-            value if dim is None else value.narrow(dim, last_row, 1) for value, dim in zip(values, dims, strict=True)
-        ]
-        values = copies(values)  # later stages may write to them
-        try:
-            for stage in program.stages[start:-1]:
-                _, *values = stage.run(1, *sizes, *values)
-            logits = program.stages[-1].run(1, *sizes, *values)
-        except RuntimeError as error:
-            raise CutError(
-                f"{type(self.backbone).__name__} fails for one row{where} "
-                f"({str(error).splitlines()[0]}); its code must work for any number of rows"
-            ) from error
-        self._compare(logits, expected[last_row:], f"when a row goes on alone{where}")
+        for row in range(EXAMPLE_ROWS):
+            alone: Sequence[Any] = copies(  # later stages may write to them
+                [value if dim is None else value.narrow(dim, row, 1) for value, dim in zip(values, dims, strict=True)]
+            )
+            try:
+                for stage in program.stages[start:-1]:
+                    _, *alone = stage.run(1, *sizes, *alone)
+                logits = program.stages[-1].run(1, *sizes, *alone)
+            except RuntimeError as error:
+                raise CutError(
+                    f"{type(self.backbone).__name__} fails for one row{where} "
+                    f"({str(error).splitlines()[0]}); its code must work for any number of rows"
+                ) from error
+            self._compare(logits, expected[row : row + 1], f"when a row goes on alone{where}")
 
     def _compare(self, got: Tensor, expected: Tensor, when: str) -> None:
         scale = float(expected.float().abs().nan_to_num(0, 0, 0).max().clamp(min=0.1))
@@ -193,7 +203,8 @@ class Staging:
         ):
             raise CutError(
                 f"the stages of {type(self.backbone).__name__} answer otherwise than the backbone {when}, as they do "
-                "where rows are mixed or values are changed in place across an exit; compute each row on its own"
+                "where it mixes rows, changes values in place across an exit, is random or keeps state; let each row "
+                "depend on itself alone"
             )
 
 
@@ -203,3 +214,10 @@ def _level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _has_equal_rows(batch: Tensor) -> bool:
+    flat = batch.reshape(len(batch), -1)
+    if flat.isnan().any():
+        return True
+    return any(torch.equal(flat[i], flat[j]) for i in range(len(flat)) for j in range(i))

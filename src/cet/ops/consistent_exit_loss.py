@@ -43,6 +43,7 @@ def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, swi
     """The definition of :func:`consistent_exit_loss`; ``logits`` are the clean ones, then the perturbed."""
     clean, perturbed = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     labelled = (labels != UNLABELLED).sum().clamp(min=1)
+    rows = max(len(labels), 1)
     final = _teacher_log_probabilities(clean[-1])
     loss = clean[0].new_zeros((), dtype=torch.float32)
     supervised, consistency, confident = [], [], []
@@ -56,11 +57,11 @@ def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, swi
         else:
             divergence = F.nll_loss(student, prediction, reduction="none")
         s = F.cross_entropy(clean_k.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
-        c = (mask * divergence).mean()
+        c = (mask * divergence).sum() / rows
         loss = loss + weight * (s + switches.consistency_weight * c)
         supervised.append(s.detach())
         consistency.append(c.detach())
-        confident.append(mask.mean())
+        confident.append(mask.sum() / rows)
     return ExitLosses(loss, torch.stack(supervised), torch.stack(consistency), torch.stack(confident))
 
 
@@ -223,7 +224,7 @@ def consistent_exit_loss(
             return ExitLosses(losses[0], *(part.detach() for part in losses[1:]))
         return consistent_exit_loss_reference(logits, labels, switches)
     kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
-    if kernels is None:
+    if kernels is None or len(labels) == 0:
         return consistent_exit_loss_reference(logits, labels, switches)
     return ExitLosses(*_ConsistentExitLoss.apply(kernels, labels, switches, *logits))  # type: ignore[no-untyped-call]
 

@@ -64,7 +64,8 @@ def exit_step(
         )
         return logits, scores, compact(leaves, tensors, dims)
 
-    if own is not None and (dims[own] != 0 or not _moves_on_the_way(features)):
+    # The first position alone is read for pool "first": the rest of the row is not in cache then.
+    if own is not None and (pool == "first" or dims[own] != 0 or not _moves_on_the_way(features)):
         own = None
     survivors = None if own is None else torch.empty_like(features)
     order = features.new_empty(rows, dtype=torch.int64)
