@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import cet
 from cet import ExitHead, HeadSpec
 
 B, K = 3, 4
@@ -135,3 +136,17 @@ def test_bad_options_are_refused(options, message):
 def test_features_that_cannot_be_pooled_are_refused(spec, feature, message):
     with pytest.raises(ValueError, match=message):
         spec.build("block", nn.Identity(), feature, K)
+
+
+def test_a_head_that_mixes_rows_is_refused():
+    class Centred(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x - x.mean(0))
+
+    backbone = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="the head of exit '0' mixes the rows of a batch"):
+        cet.EarlyExit(backbone, {"0": Centred()}, (torch.randn(3, 4),))

@@ -216,3 +216,14 @@ def test_a_wrong_number_of_exit_weights_is_refused_before_the_model_runs(model):
 def test_a_model_that_is_no_multi_exit_model_is_refused():
     with pytest.raises(TypeError, match=r"wrap it in cet.EarlyExit"):
         cet.ConsistentExitLoss(shift)(nn.Linear(4, 3), X, Y)
+
+
+def test_a_perturbation_in_place_is_refused(model):
+    with pytest.raises(ValueError, match="perturb changes its input in place"):
+        cet.ConsistentExitLoss(lambda x: x.mul_(2.0))(model, X.clone(), Y)
+
+
+def test_an_empty_batch_has_no_loss(model):
+    loss, parts = cet.ConsistentExitLoss(shift)(model, X[:0], Y[:0])
+    assert loss.item() == 0.0
+    assert all(part.isfinite().all() for part in parts)

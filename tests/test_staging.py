@@ -1,11 +1,13 @@
 """Stages stay right when inputs change their sizes or dtypes, and when weights are changed, cast, moved or replaced."""
 
 import copy
+import math
 import threading
 import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import cet
@@ -237,3 +239,27 @@ def test_inputs_that_the_backbone_cannot_take_are_not_blamed_on_the_export(x, me
         model(x)
     assert "torch.export" not in str(caught.value)
     assert_right(model, R(9, 3, 8, 8))
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.top = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.top(h - h.mean(0))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(2, 4), torch.ones(5, 4), torch.full((2, 4), math.nan)])
+def test_rows_that_are_alike_in_the_example_do_not_hide_that_they_are_mixed(example):
+    with pytest.raises(cet.CutError, match="where it mixes rows"):
+        cet.EarlyExit(Mixing(), ["a"], (example,))
+
+
+def test_pruning_after_the_cut_shows_in_the_next_call():
+    model = build()
+    x = R(5, 3, 8, 8)
+    layer = next(m for m in model.backbone.modules() if isinstance(m, nn.Conv2d))
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    assert_right(model, x)

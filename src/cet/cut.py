@@ -473,5 +473,5 @@ def _first_weight(module: nn.Module) -> Callable[[], Tensor | None]:
         for name in submodule._parameters:
             if submodule._parameters[name] is not None:
                 parameters = submodule._parameters
-                return lambda: parameters[name]
+                return lambda: parameters.get(name)
     return lambda: None

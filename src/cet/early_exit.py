@@ -394,8 +394,9 @@ def _build_head(
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
-    with evaluating(head):
+    with evaluating(head), torch.no_grad():
         alone = torch.cat([head(feature[row : row + 1]) for row in range(len(feature))])
+    logits = logits.detach()
     if not torch.allclose(alone, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().nan_to_num().max()), equal_nan=True):
         raise ValueError(
             f"the head of exit {path!r} mixes the rows of a batch; compute the logits of each row on its own"
