@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+import harness
 from harness import (
     MIN_BLOCKS,
     Case,
     Row,
     Timings,
     WrongResultError,
-    keep_freed_memory,
     measure,
     provenance,
     wall_clock,
@@ -49,15 +49,21 @@ def command(
     @click.command()
     @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: torch's own choice]")
     @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=1.5, show_default=True)
+    @click.option(
+        "--keep-freed-memory",
+        is_flag=True,
+        help="Have glibc keep all freed memory, so that no provider pays for fresh pages; written as NAME_kept_memory.",
+    )
     @click.option("--quick", is_flag=True, help="A smoke test: its figures mean nothing.")
     @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
-    def main(threads: int | None, seconds: float, quick: bool, output: Path | None) -> None:
+    def main(threads: int | None, seconds: float, keep_freed_memory: bool, quick: bool, output: Path | None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
         output.mkdir(parents=True, exist_ok=True)
         settings = {"seconds": 0.02 if quick else seconds, "min_blocks": 3 if quick else MIN_BLOCKS}
-        kept = keep_freed_memory()
+        if keep_freed_memory and not harness.keep_freed_memory():
+            raise click.ClickException("--keep-freed-memory needs glibc's allocator")
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
         table = Table(*points[0], "us", *(f"{slow}/{fast}" for slow, fast in ratios), title=name)
@@ -80,10 +86,11 @@ def command(
         description = {
             "benchmark": name,
             **provenance(torch.device("cpu"), shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
-            "settings": {**settings, "keep_freed_memory": kept},
+            "settings": {**settings, "keep_freed_memory": keep_freed_memory},
             "measures": verdicts(measured),
         }
-        for path in write_results(output, name, rows, description, _plot(name, measured, ratios)):
+        file = f"{name}_kept_memory" if keep_freed_memory else name
+        for path in write_results(output, file, rows, description, _plot(file, measured, ratios)):
             console.print(f"wrote {path}")
         if len(measured) < len(points):
             raise click.ClickException("some points gave wrong results and were not timed; see the CSV file")

@@ -27,6 +27,13 @@ DTYPES = [
 DTYPES += [torch.complex64, torch.complex128, torch.float8_e5m2]
 
 
+@pytest.fixture(autouse=True, params=["small tensors by torch", "all on the kernels"])
+def _split_of_the_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous tensors of less than 32 MiB are moved by torch; here the kernels move them too."""
+    if request.param == "all on the kernels":
+        monkeypatch.setattr(import_module("cet.ops.compact"), "KEPT_MEMORY", 0)
+
+
 def numbered(rows: int, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows that differ, in any dtype."""
     values = torch.randint(0, 256, (rows, *sizes, torch.empty((), dtype=dtype).element_size()), dtype=torch.uint8)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from cet import ops
 from cet.ops.consistent_exit_loss import ExitLosses
@@ -107,6 +108,43 @@ def test_ties_teach_their_first_class(backend: str) -> None:
     clean, perturbed = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0]])
     losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard")
     torch.testing.assert_close(losses.loss, F.cross_entropy(perturbed, torch.tensor([0])))
+
+
+@pytest.mark.parametrize("teacher", ["self", "final"])
+def test_a_class_that_the_teacher_rules_out_adds_nothing(backend: str, teacher: Any) -> None:
+    clean, perturbed = ([torch.randn(5, 6, requires_grad=True) for _ in range(2)] for _ in range(2))
+    masked = torch.zeros(6).index_fill_(0, torch.tensor([1, 4]), -math.inf)
+    labels = torch.tensor([0, 2, 3, 5, -100])
+    kept = torch.tensor([0, 2, 3, 5])
+    got = ops.consistent_exit_loss(
+        [x + masked for x in clean], [x + masked for x in perturbed], labels, teacher=teacher
+    )
+    without = torch.tensor([0, 1, 2, 3, -100])
+    expected = ops.consistent_exit_loss(
+        [x[:, kept] for x in clean], [x[:, kept] for x in perturbed], without, teacher=teacher
+    )
+    torch.testing.assert_close(got.loss, expected.loss)
+    gradients = [torch.autograd.grad(losses.loss, [*clean, *perturbed]) for losses in (got, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    open_to_the_student = ops.consistent_exit_loss([x + masked for x in clean], perturbed, labels, teacher=teacher)
+    assert open_to_the_student.loss.isfinite()
+    closed_to_the_student = ops.consistent_exit_loss(clean, [x + masked for x in perturbed], labels, teacher=teacher)
+    assert closed_to_the_student.consistency.isposinf().all()
+
+
+def test_the_only_memory_taken_is_for_the_gradients(backend: str) -> None:
+    """Of the kernels; the reference holds a dozen tensors of the size of the logits."""
+    logits = [torch.randn(64, 1000, requires_grad=True) for _ in range(8)]
+    labels = torch.randint(0, 1000, (64,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        ops.consistent_exit_loss(logits[:4], logits[4:], labels).loss.backward()
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
+    gradients = sum(x.numel() * x.element_size() for x in logits)
+    if backend == "cpp":
+        assert gradients <= taken <= 1.001 * gradients
+    else:
+        assert taken > gradients
 
 
 def test_large_logits_do_not_overflow(backend: str) -> None:

@@ -15,7 +15,6 @@ constexpr int64_t kBytesPerLogit = 16;  // an exponential and a logarithm cost m
 struct Softmax {
   float* exps;  // exp(x - max), zeros behind them up to a whole register
   float max, sum;
-  int64_t argmax;  // the first of the largest, as torch.max gives it
 
   float log_sum() const { return logf(sum); }
 };
@@ -27,10 +26,6 @@ Vec load_upto(const T* from, int64_t n, float fill) {
 
 template <class T>
 void store_upto(T* to, Vec v, int64_t n) {
-  for (int64_t i = 0; i < (n < kLanes ? n : kLanes); ++i) store(to + i, v[i]);
-}
-template <>
-void store_upto(float* to, Vec v, int64_t n) {
   n >= kLanes ? store(to, v) : store_partial(to, v, n);
 }
 
@@ -45,22 +40,28 @@ Softmax softmax(const T* logits, int64_t classes, float* exps) {
     store(exps + k, e);
     total += e;
   }
-  int64_t argmax = 0;
-  while (argmax < classes - 1 && to_float(logits[argmax]) != top) ++argmax;
-  return {exps, top, sum(total), argmax};
+  return {exps, top, sum(total)};
 }
 
+// The first of the largest, as torch.max gives it; the last class where none is, in a row with NaN.
+template <class T>
+int64_t argmax(const T* logits, int64_t classes, float largest) {
+  int64_t k = 0;
+  while (k < classes - 1 && to_float(logits[k]) != largest) ++k;
+  return k;
+}
 
 // Gradients are of the mean over the rows, times the weights.
 template <class T>
-void supervised_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
+void cross_entropy_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
     store_upto(grad + k, load(p.exps + k) * (scale / p.sum), classes - k);
   }
   store(grad + label, (p.exps[label] / p.sum - 1.0f) * scale);
 }
 
-// KL(teacher || student); the logits of both are read again, from the first-level cache.
+// KL(teacher || student); the logits of both are read again, from the first-level cache. A class that the teacher rules
+// out adds nothing, whatever the student's logit.
 template <class T>
 float soft_divergence(const T* teacher_logits, const Softmax& teacher, const T* student_logits, const Softmax& student,
                       int64_t classes) {
@@ -69,18 +70,17 @@ float soft_divergence(const T* teacher_logits, const Softmax& teacher, const T* 
   for (int64_t k = 0; k < classes; k += kLanes) {
     const Vec log_p = load_upto(teacher_logits + k, classes - k, 0.0f) - teacher_shift;
     const Vec log_q = load_upto(student_logits + k, classes - k, 0.0f) - student_shift;
-    total += load(teacher.exps + k) * (log_p - log_q);
+    const Vec p = load(teacher.exps + k);
+    total += p == 0.0f ? Vec{} : p * (log_p - log_q);
   }
   return sum(total) / teacher.sum;
 }
 
 template <class T>
-void consistency_gradient(const Softmax& teacher, const Softmax& student, bool hard, int64_t classes, float scale,
-                          T* grad) {
-  if (hard) return supervised_gradient(student, teacher.argmax, classes, scale, grad);
+void soft_gradient(const Softmax& teacher, const Softmax& student, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
-    const Vec q = load(student.exps + k) / student.sum, p = load(teacher.exps + k) / teacher.sum;
-    store_upto(grad + k, (q - p) * scale, classes - k);
+    const Vec q = load(student.exps + k) * (scale / student.sum), p = load(teacher.exps + k) * (scale / teacher.sum);
+    store_upto(grad + k, q - p, classes - k);
   }
 }
 
@@ -125,8 +125,9 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
         const Softmax& teacher = s.final_teacher ? final_clean : clean;
         const T* teacher_logits = s.final_teacher ? clean_row(last) : clean_logits;
         const float confident = 1.0f / teacher.sum >= s.min_confidence ? 1.0f : 0.0f;
+        const int64_t target = s.hard_target ? argmax(teacher_logits, s.classes, teacher.max) : -1;
         const float divergence = s.hard_target
-                                     ? student.max + student.log_sum() - to_float(student_logits[teacher.argmax])
+                                     ? student.max + student.log_sum() - to_float(student_logits[target])
                                      : soft_divergence(teacher_logits, teacher, student_logits, student, s.classes);
         task_sums[k].confident += confident;
         task_sums[k].consistency += confident * divergence;
@@ -134,7 +135,7 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
         if (e.clean_grad != nullptr) {
           T* grad = static_cast<T*>(e.clean_grad) + row * s.classes;
           if (label != kUnlabelled) {
-            supervised_gradient(clean, label, s.classes, static_cast<float>(e.weight * supervised_scale), grad);
+            cross_entropy_gradient(clean, label, s.classes, static_cast<float>(e.weight * supervised_scale), grad);
           } else {
             zero(grad, s.classes);
           }
@@ -142,7 +143,11 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
         if (e.perturbed_grad != nullptr) {
           T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
           const float scale = e.weight * consistency_scale * confident;
-          consistency_gradient(teacher, student, s.hard_target, s.classes, scale, grad);
+          if (s.hard_target) {
+            cross_entropy_gradient(student, target, s.classes, scale, grad);
+          } else {
+            soft_gradient(teacher, student, s.classes, scale, grad);
+          }
         }
       }
     }

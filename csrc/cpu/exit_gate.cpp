@@ -73,31 +73,47 @@ void gate_row(const T* logits, int64_t stride, int64_t classes, const Decision& 
   decision.leaves[row] = leaves(score, decision.score, decision.threshold);
 }
 
-// Adds up the channels (1 register each) of positions that lie `stride` apart.
+// sums[c] += the channels (contiguous) of N positions that lie `stride` apart.
 template <int N, class T>
-void add_positions(const T* from, int64_t stride, int64_t n, float* sums) {
-  Vec acc[N];
-  for (int j = 0; j < N; ++j) acc[j] = load(sums + j * kLanes);
-  for (int64_t p = 0; p < n; ++p, from += stride) {
-    for (int j = 0; j < N; ++j) acc[j] += load(from + j * kLanes);
-  }
-  for (int j = 0; j < N; ++j) store(sums + j * kLanes, acc[j]);
+void add_positions(const T* from, int64_t stride, int64_t channels, float* sums) {
+  const auto step = [&](int64_t c, const auto& load_channels) {
+    Vec total = load_channels(from + c);
+    for (int p = 1; p < N; ++p) total += load_channels(from + p * stride + c);
+    store(sums + c, load(sums + c) + total);
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) step(c, [](const T* x) { return load(x); });
+  if (c < channels) step(c, [&](const T* x) { return load_partial(x, channels - c); });
 }
 
+// Over the end of the page, which the processor's own prefetchers do not cross.
 template <class T>
-float sum_contiguous(const T* from, int64_t n) {
-  Vec acc[4] = {};
+void prefetch_next_page(const T* from) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + 4096);
+}
+
+// The sum of n contiguous elements, still spread over the lanes.
+template <class T>
+Vec sum_in_lanes(const T* from, int64_t n) {
+  constexpr int64_t kTwo = 2 * kLanes;
+  Vec even = {}, odd = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      // Over the end of the page, which the processor's own prefetchers do not cross.
-      __builtin_prefetch(reinterpret_cast<const char*>(from + i + j * kLanes) + 4096);
-      acc[j] += load(from + i + j * kLanes);
-    }
+  for (; i + 2 * kTwo <= n; i += 2 * kTwo) {
+    for (int j = 0; j < 2 * kTwo; j += 64 / int{sizeof(T)}) prefetch_next_page(from + i + j);
+    even += sum_of_two(from + i);
+    odd += sum_of_two(from + i + kTwo);
   }
-  for (; i + kLanes <= n; i += kLanes) acc[0] += load(from + i);
-  if (i < n) acc[1] += load_partial(from + i, n - i);
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  if (i + kTwo <= n) {
+    prefetch_next_page(from + i);
+    even += sum_of_two(from + i);
+    i += kTwo;
+  }
+  if (i + kLanes <= n) {
+    odd += load(from + i);
+    i += kLanes;
+  }
+  if (i < n) even += load_partial(from + i, n - i);
+  return even + odd;
 }
 
 int64_t num_positions(const Features& f) {
@@ -116,9 +132,10 @@ int64_t outer_offset(const Features& f, int64_t index) {
   return offset;
 }
 
-// The mean over the positions of one row, (channels,), with zeros behind it up to a whole register.
+// The mean over the positions of one row, (channels,), with zeros behind it up to a whole register. `partial` is scratch
+// of the same size.
 template <class T>
-void pool_row(const Features& f, const T* row, float* pooled) {
+void pool_row(const Features& f, const T* row, float* pooled, float* partial) {
   const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
   for (int64_t c = 0; c < padded; ++c) pooled[c] = 0.0f;
   const int last = f.position_dims - 1;
@@ -129,29 +146,27 @@ void pool_row(const Features& f, const T* row, float* pooled) {
     const T* from = row + outer_offset(f, outer);
     if (f.channel_stride == 1) {
       constexpr int64_t kPositions = 256;  // partial sums, or rounding errors would grow with the positions
-      alignas(64) float sums[8 * kLanes];
-      for (int64_t p = 0; p < inner; p += kPositions) {
-        const int64_t n = inner - p < kPositions ? inner - p : kPositions;
-        const T* start = from + p * stride;
-        int64_t c = 0;
-        for (; c + 8 * kLanes <= f.channels; c += 8 * kLanes) {
-          for (float& s : sums) s = 0.0f;
-          add_positions<8>(start + c, stride, n, sums);
-          for (int j = 0; j < 8 * kLanes; ++j) pooled[c + j] += sums[j];
+      for (int64_t begin = 0; begin < inner; begin += kPositions) {
+        const int64_t end = begin + kPositions < inner ? begin + kPositions : inner;
+        float* sums = inner <= kPositions ? pooled : partial;
+        if (sums == partial) {
+          for (int64_t c = 0; c < padded; ++c) partial[c] = 0.0f;
         }
-        for (; c + kLanes <= f.channels; c += kLanes) {
-          for (int j = 0; j < kLanes; ++j) sums[j] = 0.0f;
-          add_positions<1>(start + c, stride, n, sums);
-          for (int j = 0; j < kLanes; ++j) pooled[c + j] += sums[j];
-        }
-        if (c < f.channels) {
-          Vec acc = {};
-          for (int64_t q = 0; q < n; ++q) acc += load_partial(start + c + q * stride, f.channels - c);
-          store(pooled + c, load(pooled + c) + acc);
+        int64_t p = begin;
+        for (; p + 4 <= end; p += 4) add_positions<4>(from + p * stride, stride, f.channels, sums);
+        for (; p < end; ++p) add_positions<1>(from + p * stride, stride, f.channels, sums);
+        if (sums == partial) {
+          for (int64_t c = 0; c < padded; ++c) pooled[c] += partial[c];
         }
       }
     } else if (stride == 1) {
-      for (int64_t c = 0; c < f.channels; ++c) pooled[c] += sum_contiguous(from + c * f.channel_stride, inner);
+      int64_t c = 0;
+      for (; c + kLanes <= f.channels; c += kLanes) {
+        Vec sums[kLanes];
+        for (int j = 0; j < kLanes; ++j) sums[j] = sum_in_lanes(from + (c + j) * f.channel_stride, inner);
+        store(pooled + c, load(pooled + c) + sum_each(sums));
+      }
+      for (; c < f.channels; ++c) pooled[c] += sum(sum_in_lanes(from + c * f.channel_stride, inner));
     } else {
       for (int64_t c = 0; c < f.channels; ++c) {
         double total = 0.0;
@@ -262,16 +277,17 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
   const int64_t bytes = row_bytes(f);
   const int64_t work = bytes + f.channels * head.classes / 4;
   const int workers = workers_for(f.rows * work, threads);
-  const Buffer<float> scratch(workers * kRows * padded);
+  const Buffer<float> scratch(workers * (kRows + 1) * padded);
   const bool streaming = exceeds_cache(f.rows * bytes);
   const bool moving = survivors && survivors->to;
   if (moving) advise_huge_pages(survivors->to, f.rows * bytes);
   Chain survived;
   for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
-    float* pooled = scratch.get() + worker * kRows * padded;
+    float* partial = scratch.get() + worker * (kRows + 1) * padded;
+    float* pooled = partial + padded;
     for (int64_t row = begin; row < end; row += kRows) {
       const int n = end - row < kRows ? static_cast<int>(end - row) : kRows;
-      for (int r = 0; r < n; ++r) pool_row(f, data + (row + r) * f.row_stride, pooled + r * padded);
+      for (int r = 0; r < n; ++r) pool_row(f, data + (row + r) * f.row_stride, pooled + r * padded, partial);
       if (n == kRows) {
         linear<kRows>(pooled, padded, head, f.channels, logits + row * head.classes);
       } else {
@@ -298,11 +314,11 @@ void pool_rows(const Features& f, T* pooled, int threads) {
   const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
   const int64_t bytes = row_bytes(f);
   const int workers = workers_for(f.rows * bytes, threads);
-  const Buffer<float> scratch(workers * padded);
+  const Buffer<float> scratch(workers * 2 * padded);
   for_row_ranges(f.rows, bytes, workers, [&](int worker, int64_t, int64_t begin, int64_t end) {
-    float* means = scratch.get() + worker * padded;
+    float* means = scratch.get() + worker * 2 * padded;
     for (int64_t row = begin; row < end; ++row) {
-      pool_row(f, data + row * f.row_stride, means);
+      pool_row(f, data + row * f.row_stride, means, means + padded);
       for (int64_t c = 0; c < f.channels; ++c) store(pooled + row * f.channels + c, means[c]);
     }
   });

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -78,9 +79,27 @@ inline Vec load(const float* from) {
   return vec;
 }
 
+// Two registers of elements, added up lane by lane in some order.
+template <class T>
+static inline Vec sum_of_two(const T* from) {
+  return load(from) + load(from + kLanes);
+}
+
+template <>
+inline Vec sum_of_two(const bfloat16* from) {
+  UintVec pairs;  // each the upper half of a float
+  std::memcpy(&pairs, from, sizeof pairs);
+  return bit_cast<Vec>(pairs << 16) + bit_cast<Vec>(pairs & 0xffff0000u);
+}
+
 // The first n < kLanes elements, then `fill`; nothing behind them is read.
 template <class T>
 static inline Vec load_partial(const T* from, int64_t n, float fill = 0.0f) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto mask = (__mmask16)((1u << n) - 1);
+  return (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask,
+                                 (__m512)widen((HalfVec)_mm256_maskz_loadu_epi16(mask, from), T{}));
+#else
   alignas(64) float lanes[kLanes];
   HalfVec half = {};
   std::memcpy(&half, from, n * sizeof(T));
@@ -88,6 +107,7 @@ static inline Vec load_partial(const T* from, int64_t n, float fill = 0.0f) {
   std::memcpy(lanes, &vec, sizeof lanes);
   for (int64_t i = n; i < kLanes; ++i) lanes[i] = fill;
   return load(lanes);
+#endif
 }
 
 template <>
@@ -111,30 +131,66 @@ static inline float to_float(float16 x) {
 }
 
 // Rounded to nearest, ties to even; NaN stays NaN.
-static inline void store(float* to, float x) { *to = x; }
-static inline void store(bfloat16* to, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+static inline HalfVec narrow(Vec x, bfloat16) {
+  const UintVec bits = bit_cast<UintVec>(x);
+  const UintVec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : UintVec{} + 0x7fc0, HalfVec);
 }
-static inline void store(float16* to, float x) {
-#if defined(__F16C__) || defined(__AVX512F__)
-  to->bits = (uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT), 0);
+
+static inline HalfVec narrow(Vec x, float16) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (HalfVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) {
-    to->bits = sign | 0x7e00;
-  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more
-    to->bits = sign | 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 makes the float's own rounding cut at 2^-24
-    to->bits = sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000);
-  } else {
-    to->bits = sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  }
+  const UintVec bits = bit_cast<UintVec>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  // Subnormal: adding 0.5 makes the float's own rounding cut at 2^-24.
+  const UintVec subnormal = bit_cast<UintVec>(bit_cast<Vec>(magnitude) + 0.5f) - 0x3f000000;
+  const UintVec normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  UintVec half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? UintVec{} + 0x7c00 : half;  // rounds to 2^16 or more
+  half = magnitude > 0x7f800000 ? UintVec{} + 0x7e00 : half;
+  return __builtin_convertvector(sign | half, HalfVec);
 #endif
 }
 
-static inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
-static inline void store_partial(float* to, Vec vec, int64_t n) { std::memcpy(to, &vec, n * sizeof(float)); }
+template <class T>
+static inline void store(T* to, Vec x) {
+  const HalfVec half = narrow(x, T{});
+  std::memcpy(to, &half, sizeof half);
+}
+
+template <>
+inline void store(float* to, Vec x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// The first n < kLanes elements; nothing behind them is written.
+template <class T>
+static inline void store_partial(T* to, Vec x, int64_t n) {
+  const HalfVec half = narrow(x, T{});
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(to, (__mmask16)((1u << n) - 1), (__m256i)half);
+#else
+  std::memcpy(to, &half, n * sizeof(T));
+#endif
+}
+
+template <>
+inline void store_partial(float* to, Vec x, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+  std::memcpy(to, &x, n * sizeof(float));
+#endif
+}
+
+static inline void store(float* to, float x) { *to = x; }
+template <class T>
+static inline void store(T* to, float x) {
+  const HalfVec half = narrow(splat(x), T{});
+  std::memcpy(to, &half, sizeof(T));
+}
 
 static inline float sum(Vec v) {
 #if defined(__AVX512F__)
@@ -146,6 +202,28 @@ static inline float sum(Vec v) {
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
+}
+
+// Lane i of a for even i / S, of b for odd; the lanes S apart change places with Flip.
+template <int S, bool Flip, int... I>
+static inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & S ? kLanes : 0) + (Flip ? I ^ S : I))...);
+}
+
+// Lane i is the sum over the lanes of v[i]: pairs, then pairs of pairs, each step halving the registers.
+template <int S = 1>
+static inline Vec sum_each(const Vec (&v)[kLanes / S]) {
+  if constexpr (S == kLanes) {
+    return v[0];
+  } else {
+    const auto lanes = std::make_integer_sequence<int, kLanes>();
+    Vec sums[kLanes / S / 2];
+    for (int i = 0; i < kLanes / S / 2; ++i) {
+      const Vec a = v[2 * i], b = v[2 * i + 1];
+      sums[i] = interleave<S, false>(a, b, lanes) + interleave<S, true>(a, b, lanes);
+    }
+    return sum_each<S * 2>(sums);
+  }
 }
 
 static inline float max(Vec v) {

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
 
+KEPT_MEMORY = (32 << 20) - 4096
+"""Bytes up to which glibc keeps freed memory; larger allocations are mapped afresh, page by page when written."""
+
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
-_SMALL_BYTES = 1 << 16
 
 
 class Compaction(NamedTuple):
@@ -79,7 +81,8 @@ def split(order: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return order.new_empty(0), order
     if count == rows:
         return order, order.new_empty(0)
-    return order.narrow(0, 0, count), order.narrow(0, count, rows - count)
+    staying, leaving = order.split_with_sizes((count, rows - count))
+    return staying, leaving
 
 
 def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: Tensor) -> list[Tensor]:
@@ -88,9 +91,11 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
     moved, moves = [], []
     for tensor, dim in zip(tensors, dims, strict=True):
         contiguous = tensor.is_contiguous()
-        # For small tensors torch's own call, which takes a microsecond, beats describing them to the kernel.
-        small = contiguous and tensor.numel() * tensor.element_size() < _SMALL_BYTES
-        if small or needs_grad((tensor,)) or (not contiguous and tensor.stride(dim) == 0):
+        if contiguous and tensor.numel() * tensor.element_size() < KEPT_MEMORY:
+            # A microsecond of torch's, which the kernels beat only on strided and on fresh memory.
+            moved.append(tensor.index_select(dim, staying))
+            continue
+        if needs_grad((tensor,)) or (not contiguous and tensor.stride(dim) == 0):
             moved.append(_take(tensor, dim, staying))
             continue
         source = tensor
@@ -173,7 +178,8 @@ def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tenso
     """Refuse tensors that do not hold so many rows where ``dims`` says."""
     if len(dims) != len(tensors):
         raise ValueError(f"{op}: {len(dims)} dims for {len(tensors)} tensors; give one per tensor")
-    for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
+    for index, tensor in enumerate(tensors):
+        dim = dims[index]
         if not 0 <= dim < tensor.ndim or tensor.shape[dim] != rows:
             raise ValueError(
                 f"{op}: tensors[{index}] has shape {tuple(tensor.shape)}, whose dimension {dim} does not hold {rows} "

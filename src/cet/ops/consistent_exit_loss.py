@@ -53,7 +53,9 @@ def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, swi
         mask = (confidence.exp() >= switches.min_confidence).float()
         student = F.log_softmax(perturbed_k.float(), dim=1)
         if switches.target == "soft":
-            divergence = F.kl_div(student, teacher_k, reduction="none", log_target=True).sum(dim=1)
+            divergences = F.kl_div(student, teacher_k, reduction="none", log_target=True)
+            # A class that the teacher rules out adds nothing, whatever the student's logit.
+            divergence = divergences.masked_fill(teacher_k == -math.inf, 0.0).sum(dim=1)
         else:
             divergence = F.nll_loss(student, prediction, reduction="none")
         s = F.cross_entropy(clean_k.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
@@ -109,9 +111,9 @@ class _ConsistentExitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, labels: Tensor, switches: _Switches, *logits: Tensor) -> ExitLosses:
-        losses, ctx.gradients = _losses_and_gradients_cpp(
-            kernels, logits, labels, switches, wanted=ctx.needs_input_grad[3:]
-        )
+        wanted = ctx.needs_input_grad[3:]
+        losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted)
+        ctx.save_for_backward(*gradients)  # which lets go of them in time for a leaf to keep, rather than copy, its own
         ctx.mark_non_differentiable(*losses[1:])
         return losses
 
@@ -120,8 +122,8 @@ class _ConsistentExitLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
         # Mostly the loss is what backward() starts from: then there is nothing to scale.
         if grad.item() == 1.0:
-            return None, None, None, *ctx.gradients
-        return None, None, None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.gradients)
+            return None, None, None, *ctx.saved_tensors
+        return None, None, None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
 
 
 # The four fields of ExitLosses, then the gradients of the loss: what a custom operator can return.

@@ -9,15 +9,9 @@ from torch import Tensor
 
 from cet.heads import Layout, Pool
 from cet.ops.backend import is_tracing, kernels_for, needs_grad
-from cet.ops.compact import Compaction, check_rows, compact, move, split
+from cet.ops.compact import KEPT_MEMORY, Compaction, check_rows, compact, move, split
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
 from cet.policy import ScoreName
-
-# Smaller features are still in cache when they are compacted, and need no copy where all rows stay.
-_MOVED_ON_THE_WAY = 1 << 20
-# glibc keeps freed memory up to this size and maps larger allocations afresh, which costs more than a second reading.
-# Moving on the way allocates for all rows what afterwards may need less.
-_KEPT_MEMORY = 32 << 20
 
 
 def exit_step(
@@ -35,8 +29,8 @@ def exit_step(
 ) -> tuple[Tensor, Tensor, Compaction]:
     """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
 
-    Where the features themselves are one of ``tensors`` and larger than a cache, each row is moved right after its
-    gate, and is not read again; their new tensor then has the capacity of the old one.
+    Where the features themselves are one of ``tensors``, each row is moved right after its gate, while it is in cache;
+    their new tensor then has the capacity of the old one.
 
     Returns:
         Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
@@ -64,13 +58,22 @@ def exit_step(
         )
         return logits, scores, compact(leaves, tensors, dims)
 
-    # The first position alone is read for pool "first": the rest of the row is not in cache then.
-    if own is not None and (pool == "first" or dims[own] != 0 or not _moves_on_the_way(features)):
+    if own is not None and not (dims[own] == 0 and _moves_on_the_way(features, pool)):
         own = None
     survivors = None if own is None else torch.empty_like(features)
     order = features.new_empty(rows, dtype=torch.int64)
-    logits, scores, _, count = fused_cpp(
-        kernels, features, weight, bias, layout, pool, score, threshold, temperature, survivors, order
+    logits, scores, count = fused_cpp(
+        kernels,
+        features,
+        weight,
+        bias,
+        layout,
+        pool,
+        score,
+        threshold,
+        temperature,
+        order=order,
+        survivors=survivors,
     )
     staying, leaving = split(order, count)
     if count == rows:
@@ -78,8 +81,8 @@ def exit_step(
     if own is None or survivors is None:
         return logits, scores, Compaction(staying, leaving, move(kernels, tensors, dims, staying))
     others = [i for i in range(len(tensors)) if i != own]
-    moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying)
-    moved.insert(own, survivors.narrow(0, 0, count))
+    moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying) if others else []
+    moved.insert(own, survivors[:count])
     return logits, scores, Compaction(staying, leaving, moved)
 
 
@@ -90,11 +93,14 @@ def _index_of(features: Tensor, tensors: Sequence[Tensor]) -> int | None:
     return None
 
 
-def _moves_on_the_way(features: Tensor) -> bool:
+def _moves_on_the_way(features: Tensor, pool: Pool) -> bool:
     """Whether each row of the features is one piece of memory, and moving it right after its gate pays."""
-    size = features.numel() * features.element_size()
-    if size < _MOVED_ON_THE_WAY or _KEPT_MEMORY < size <= 2 * _KEPT_MEMORY:
-        return False
+    if features.shape[0] == 1:
+        return False  # it leaves, or it stays where it is
+    if pool == "first" and features.ndim > 2:
+        return False  # the rest of the row is not in cache
+    if KEPT_MEMORY < features.numel() * features.element_size() <= 2 * KEPT_MEMORY:
+        return False  # it takes memory for all rows; for those that stay there may be kept memory, which saves more
     return features.is_contiguous() or (
         features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
     )
