@@ -55,9 +55,11 @@ static inline void finish_streams() {
 }
 
 // Fresh memory is mapped when it is first written. In pages of 4 KiB that takes ten times as long as the copy itself
-// (measured, 64 MiB in a virtual machine), in huge pages less than the copy. Advice that is not taken does no harm.
+// (measured, 64 MiB in a virtual machine), in huge pages less than the copy. Smaller memory is mostly not fresh, as glibc
+// keeps what is freed, and the system call then costs more than it saves. Advice that is not taken does no harm.
 static inline void advise_huge_pages(char* to, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
+  if (bytes < 32 << 20) return;
   constexpr intptr_t kHugePage = 2 << 20;
   const intptr_t begin = (reinterpret_cast<intptr_t>(to) + kHugePage - 1) & -kHugePage;
   const intptr_t end = (reinterpret_cast<intptr_t>(to) + bytes) & -kHugePage;

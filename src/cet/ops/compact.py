@@ -91,7 +91,8 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
     moved, moves = [], []
     for tensor, dim in zip(tensors, dims, strict=True):
         contiguous = tensor.is_contiguous()
-        if contiguous and tensor.numel() * tensor.element_size() < KEPT_MEMORY:
+        row_bytes = tensor.numel() * tensor.element_size() // max(tensor.shape[dim], 1)
+        if contiguous and count * row_bytes < KEPT_MEMORY:
             # A microsecond of torch's, which the kernels beat only on strided and on fresh memory.
             moved.append(tensor.index_select(dim, staying))
             continue
