@@ -10,7 +10,7 @@ help:
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
-	@echo "make fuzz       the kernels on random shapes, strides and dtypes, for minutes"
+	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
 
 # torch comes first and pinned: whatever asks for a torch later finds this one. The stamp is younger than the
@@ -47,8 +47,11 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
 	  $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k "not compiled and not promises and not memory" $(ARGS)
 
+# New examples in each run; what fails is printed with the decorator that repeats it.
+FUZZ_EXAMPLES := 2000
+
 fuzz: setup
-	$(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
+	CET_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
 benchmark: setup
 	$(BIN)/python benchmarks/end_to_end.py

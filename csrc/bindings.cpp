@@ -119,7 +119,7 @@ struct Pooling {
 int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,
                   bool channels_last, bool mean, Pointer weight, Pointer bias, int64_t classes, Pointer logits, int score,
                   float threshold, float temperature, Pointer scores, Pointer leaves, Pointer order, Pointer survivors,
-                  int threads) {
+                  int64_t capacity, int threads) {
   const Pooling pooling(features, dtype, shape, strides, channels_last, mean);
   const py::gil_scoped_release release;
   std::unique_ptr<bool[]> flags;
@@ -127,7 +127,7 @@ int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Siz
   const cet::Head head = {at<void>(weight), at<void>(bias), at<void>(logits), classes};
   const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores),
                                   leaves ? at<bool>(leaves) : flags.get()};
-  const cet::Survivors moved = {at<char>(survivors), at<int64_t>(order)};
+  const cet::Survivors moved = {at<char>(survivors), capacity, at<int64_t>(order)};
   return kernels.exit_gate(pooling.features, head, decision, order ? &moved : nullptr, threads);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,10 +16,10 @@ import cet
 from cet.ops import backend as backends
 from families import FAMILIES, Family
 
-# Fuzzing: 20 examples each in a test run, as many as time allows with --hypothesis-profile=fuzz.
+# Fuzzing: 20 examples each in a test run, CET_FUZZ_EXAMPLES each with --hypothesis-profile=fuzz.
 _FUZZ: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("test", max_examples=20, derandomize=True, **_FUZZ)
-settings.register_profile("fuzz", max_examples=2000, **_FUZZ)
+settings.register_profile("fuzz", max_examples=int(os.environ.get("CET_FUZZ_EXAMPLES", 2000)), print_blob=True, **_FUZZ)
 settings.load_profile("test")
 
 Built = tuple[Family, cet.EarlyExit]

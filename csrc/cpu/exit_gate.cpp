@@ -280,7 +280,7 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
   const Buffer<float> scratch(workers * (kRows + 1) * padded);
   const bool streaming = exceeds_cache(f.rows * bytes);
   const bool moving = survivors && survivors->to;
-  if (moving) advise_huge_pages(survivors->to, f.rows * bytes);
+  if (moving) advise_huge_pages(survivors->to, survivors->capacity * bytes);
   Chain survived;
   for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
     float* partial = scratch.get() + worker * (kRows + 1) * padded;
@@ -300,7 +300,9 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
     if (moving) {
       int64_t staying = 0;
       for (int64_t row = begin; row < end; ++row) staying += !decision.leaves[row];
-      char* to = survivors->to + survived.add(task, staying) * bytes;
+      const int64_t before = survived.add(task, staying);
+      if (before + staying > survivors->capacity) return;
+      char* to = survivors->to + before * bytes;
       const auto* from = static_cast<const char*>(f.data);
       move_survivors(from, f.row_stride * int64_t{sizeof(T)}, bytes, decision.leaves, begin, end, to, streaming);
     }

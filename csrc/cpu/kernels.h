@@ -46,9 +46,11 @@ struct Head {
 };
 
 // Where the features of the rows that stay go while they are in cache, or null. The rows of the features must each be one
-// piece of memory, and are so in the destination, (rows, ...), of which the first are filled.
+// piece of memory, and are so in the destination, (capacity, ...), of which the first are filled; where more rows stay, what
+// it holds means nothing.
 struct Survivors {
   char* to;
+  int64_t capacity;
   int64_t* order;  // (rows,), as partition() writes it
 };
 

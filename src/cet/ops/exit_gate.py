@@ -201,8 +201,8 @@ def fused_cpp(
     """Logits and scores in one pass over the features, and which rows leave in one of two forms, or both.
 
     The flags are written to ``leaves``, ``(B,)`` bool. The indices of the rows that stay, then those of the others, are
-    written to ``order``, ``(B,)`` int64, and the last result is how many stay. With ``survivors`` too, in the shape and
-    strides of the features, the rows that stay are moved there while they are in cache.
+    written to ``order``, ``(B,)`` int64, and the last result is how many stay. With ``survivors`` too, in rows of the
+    same layout, the rows that stay are moved there while they are in cache, unless it has room for fewer.
     """
     rows, classes = features.shape[0], weight.shape[0]
     weight = weight.contiguous()
@@ -222,6 +222,7 @@ def fused_cpp(
         0 if leaves is None else leaves.data_ptr(),
         0 if order is None else order.data_ptr(),
         0 if survivors is None else survivors.data_ptr(),
+        0 if survivors is None else survivors.shape[0],
         torch.get_num_threads(),
     )
     return logits, scores, count

@@ -30,7 +30,7 @@ def exit_step(
     """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
 
     Where the features themselves are one of ``tensors``, each row is moved right after its gate, while it is in cache;
-    their new tensor then has the capacity of the old one.
+    their new tensor then is a part of one with room for more rows.
 
     Returns:
         Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
@@ -60,7 +60,7 @@ def exit_step(
 
     if own is not None and not (dims[own] == 0 and _moves_on_the_way(features, pool)):
         own = None
-    survivors = None if own is None else torch.empty_like(features)
+    survivors = None if own is None else _room_for_survivors(features)
     order = features.new_empty(rows, dtype=torch.int64)
     logits, scores, count = fused_cpp(
         kernels,
@@ -78,7 +78,7 @@ def exit_step(
     staying, leaving = split(order, count)
     if count == rows:
         return logits, scores, Compaction(staying, leaving, list(tensors))
-    if own is None or survivors is None:
+    if own is None or survivors is None or count > survivors.shape[0]:
         return logits, scores, Compaction(staying, leaving, move(kernels, tensors, dims, staying))
     others = [i for i in range(len(tensors)) if i != own]
     moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying) if others else []
@@ -99,8 +99,18 @@ def _moves_on_the_way(features: Tensor, pool: Pool) -> bool:
         return False  # it leaves, or it stays where it is
     if pool == "first" and features.ndim > 2:
         return False  # the rest of the row is not in cache
-    if KEPT_MEMORY < features.numel() * features.element_size() <= 2 * KEPT_MEMORY:
-        return False  # it takes memory for all rows; for those that stay there may be kept memory, which saves more
     return features.is_contiguous() or (
         features.ndim == 4 and features.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _room_for_survivors(features: Tensor) -> Tensor:
+    """Memory for all rows; where kept memory has room for half of them or more, only for so many.
+
+    Fresh memory would cost more than moving the rows afterwards, if more should stay.
+    """
+    rows = features.shape[0]
+    size = features.numel() * features.element_size()
+    if KEPT_MEMORY < size <= 2 * KEPT_MEMORY:
+        features = features[: rows * KEPT_MEMORY // size]
+    return torch.empty_like(features)
