@@ -72,15 +72,14 @@ def _teacher_log_probabilities(logits: Tensor) -> Tensor:
 
 
 def _losses_and_gradients_cpp(
-    kernels: Any, logits: Sequence[Tensor], labels: Tensor, switches: _Switches, wanted: Sequence[bool]
-) -> tuple[ExitLosses, list[Tensor | None]]:
-    """The losses, and the gradient of the loss with respect to those logits for which it is wanted."""
+    kernels: Any, logits: Sequence[Tensor], labels: Tensor, switches: _Switches, gradients: Sequence[Tensor | None]
+) -> ExitLosses:
+    """The losses; the gradients of the loss are written to those ``gradients``, one per logits, that are given."""
     logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
     exits = len(switches.exit_weights)
     rows, classes = logits[0].shape
     loss = logits[0].new_empty((), dtype=torch.float32)
     supervised, consistency, confident = (loss.new_empty((exits,)) for _ in range(3))
-    gradients = [x.new_empty((rows, classes)) if want else None for x, want in zip(logits, wanted, strict=True)]
     pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
     kernels.consistent_exit_loss(
         [
@@ -103,7 +102,7 @@ def _losses_and_gradients_cpp(
         confident.data_ptr(),
         torch.get_num_threads(),
     )
-    return ExitLosses(loss, supervised, consistency, confident), gradients
+    return ExitLosses(loss, supervised, consistency, confident)
 
 
 class _ConsistentExitLoss(torch.autograd.Function):
@@ -111,8 +110,11 @@ class _ConsistentExitLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernels: Any, labels: Tensor, switches: _Switches, *logits: Tensor) -> ExitLosses:
+        # In one piece: glibc keeps one large piece when it is freed, and gives many back to the system each time.
         wanted = ctx.needs_input_grad[3:]
-        losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted)
+        pieces = iter(logits[0].new_empty((sum(wanted), *logits[0].shape)).unbind())
+        gradients = [next(pieces) if want else None for want in wanted]
+        losses = _losses_and_gradients_cpp(kernels, logits, labels, switches, gradients)
         ctx.save_for_backward(*gradients)  # which lets go of them in time for a leaf to keep, rather than copy, its own
         ctx.mark_non_differentiable(*losses[1:])
         return losses
@@ -146,8 +148,8 @@ def _loss_op(
             "cet::consistent_exit_loss was recorded for the kernels, which are not there or not chosen now; "
             "record it under use_backend('reference')"
         )
-    losses, gradients = _losses_and_gradients_cpp(kernels, logits, labels, switches, wanted=(True,) * len(logits))
-    return [*losses, *(g for g in gradients if g is not None)]
+    gradients = [x.new_empty(x.shape) for x in logits]
+    return [*_losses_and_gradients_cpp(kernels, logits, labels, switches, gradients), *gradients]
 
 
 @_loss_op.register_fake
