@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+import gpu
 from harness import (
     MIN_BLOCKS,
     Case,
     Row,
     Timings,
     WrongResultError,
+    cache_eviction,
     keep_freed_memory,
     measure,
     provenance,
-    wall_clock,
+    timer_for,
     write_results,
 )
 
@@ -49,15 +51,30 @@ def command(
     @click.command()
     @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: torch's own choice]")
     @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=1.5, show_default=True)
+    @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+    @click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
+    @click.option("--skip", multiple=True, help="Leave out this provider.")
     @click.option("--quick", is_flag=True, help="A smoke test: its figures mean nothing.")
     @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
-    def main(threads: int | None, seconds: float, quick: bool, output: Path | None) -> None:
+    def main(
+        threads: int | None,
+        seconds: float,
+        device: str,
+        cold: bool,
+        skip: Sequence[str],
+        quick: bool,
+        output: Path | None,
+    ) -> None:
+        require_device(device)
+        place = torch.device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
         output.mkdir(parents=True, exist_ok=True)
         settings = {"seconds": 0.02 if quick else seconds, "min_blocks": 3 if quick else MIN_BLOCKS}
         kept = keep_freed_memory()
+        evict = cache_eviction(place) if cold else None
+        ceilings = gpu.ceilings(place) if device == "cuda" else {}
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
         table = Table(*points[0], "us", *(f"{slow}/{fast}" for slow, fast in ratios), title=name)
@@ -65,7 +82,9 @@ def command(
             torch.compiler.reset()
             torch.manual_seed(0)
             try:
-                timings = measure(set_up(point), timer=wall_clock, **settings)
+                with place:
+                    case = set_up(point).without(skip)
+                timings = measure(case, timer=timer_for(place), evict=evict, **settings)
             except WrongResultError as error:
                 rows.append((point, Row("cet", "s", note=f"not timed: {error}")))
                 continue
@@ -79,8 +98,9 @@ def command(
         console.print(verdicts(measured))
         description = {
             "benchmark": name,
-            **provenance(torch.device("cpu"), shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
-            "settings": {**settings, "keep_freed_memory": kept},
+            **provenance(place, shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
+            "settings": {**settings, "cold": cold, "keep_freed_memory": kept},
+            "ceilings": ceilings,
             "measures": verdicts(measured),
         }
         for path in write_results(output, name, rows, description, _plot(name, measured, ratios)):
@@ -91,13 +111,18 @@ def command(
     return main
 
 
+def require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def speedup(timings: Timings, over: Sequence[str]) -> float:
+def speedup(timings: Timings, over: Iterable[str], of: str = "cet") -> float:
     """How many times as long the best of the others takes."""
-    return min(timings.ratio(name, "cet").median for name in over)
+    return min(timings.ratio(name, of).median for name in over)
 
 
 def _rows(timings: Timings, ratios: Sequence[Ratio]) -> Iterator[Row]:
