@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint sanitize fuzz demo benchmark clean
+.PHONY: help setup test lint sanitize fuzz demo benchmark gpu gpu-report clean
 
 help:
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
@@ -12,6 +12,8 @@ help:
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
+	@echo "make gpu        build, tests, sanitizers and benchmarks on this machine's GPU, into OUT"
+	@echo "make gpu-report the tables of docs/gpu.md, from benchmarks/results/gpu"
 
 # torch comes first and pinned: whatever asks for a torch later finds this one. The stamp is younger than the
 # files that decide what is installed, or the set-up runs again.
@@ -56,6 +58,15 @@ fuzz: setup
 benchmark: setup
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/recipe.py
+
+# With the Python that is given, which has PyTorch: no virtual environment and no network.
+OUT ?= runs/gpu
+
+gpu:
+	$(PYTHON) benchmarks/gpu_session.py $(OUT)
+
+gpu-report: setup
+	$(BIN)/python benchmarks/gpu_report.py
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

@@ -1,16 +1,22 @@
 """Build script: the compiled kernels, which are optional; everything else is in pyproject.toml.
 
-``CET_BUILD_CPP=1`` makes a failing build of the kernels an error, ``CET_BUILD_CPP=0`` leaves them out. When it is unset
-they are built if a compiler works.
+``CET_BUILD_CPP=1`` makes a failing build of the CPU kernels an error, ``CET_BUILD_CPP=0`` leaves them out. When it is
+unset they are built if a compiler works. ``CET_BUILD_CUDA`` is the same for the CUDA part and nvcc; no GPU is needed.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("kernels", "exit_gate", "compact", "consistent_exit_loss")]
 # One build serves every processor: the instructions are chosen when the program runs.
@@ -23,10 +29,28 @@ FLAGS = ["-std=gnu++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-W
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
+CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "compact.cu", "switch_graph.cu")]
+CUDA_ARCHITECTURES = (80, 90, 100)
+
+
+def cuda_targets(nvcc):
+    """nvcc's options for those of the architectures that it knows, and for PTX, which newer devices compile."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed.stdout)}
+    targets = [number for number in CUDA_ARCHITECTURES if number in known]
+    if not targets:
+        raise CompileError(f"{nvcc} compiles for none of sm_80, sm_90 and sm_100; install CUDA 12 or newer")
+    options = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in targets]
+    return [*options, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+
+
 class BuildKernels(build_ext):
-    """Compiles the kernels once per capability."""
+    """Compiles the CPU kernels once per capability, and the CUDA part with nvcc."""
 
     def build_extension(self, ext):
+        if ext.name == "cet._cuda":
+            self.build_cuda(ext)
+            return
         ext.extra_objects = [
             kernel
             for capability, flags in CAPABILITIES.items()
@@ -40,24 +64,48 @@ class BuildKernels(build_ext):
         ]
         super().build_extension(ext)
 
+    def build_cuda(self, ext):
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise CompileError("nvcc is not on the PATH; install the CUDA toolkit, or leave CET_BUILD_CUDA unset")
+        path = Path(self.get_ext_fullpath(ext.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "-shared"]
+        command = [nvcc, "-std=c++17", "-O3", *cuda_targets(nvcc), *includes, *host, *ext.sources, "-o", str(path)]
+        print(*command)
+        if subprocess.run(command).returncode != 0:
+            raise CompileError("nvcc failed; its messages are above")
 
-wanted = os.environ.get("CET_BUILD_CPP", "")
-if wanted not in ("", "0", "1"):
-    raise SystemExit(f"CET_BUILD_CPP is {wanted!r}; set it to 0 or 1, or leave it unset")
 
-extension = Pybind11Extension(
-    "cet._C",
-    ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"],
-    depends=[*KERNELS, *(str(path) for path in sorted(Path("csrc").rglob("*.h")))],
-    extra_compile_args=FLAGS,
-    cxx_std=17,
-    optional=wanted != "1",
-)
+def wanted(variable):
+    """``"1"``, ``"0"``, or ``""`` for a part that is left out where it cannot be built."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable} is {value!r}; set it to 0 or 1, or leave it unset")
+    return value
+
+
+cpp, cuda = wanted("CET_BUILD_CPP"), wanted("CET_BUILD_CUDA")
+extensions = []
+if cpp != "0":
+    extensions.append(
+        Pybind11Extension(
+            "cet._C",
+            ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"],
+            depends=[*KERNELS, *(str(path) for path in sorted(Path("csrc").rglob("*.h")))],
+            extra_compile_args=FLAGS,
+            cxx_std=17,
+            optional=cpp != "1",
+        )
+    )
+if cuda == "1" or (cuda == "" and shutil.which("nvcc")):
+    extensions.append(Extension("cet._cuda", CUDA_SOURCES, optional=cuda != "1"))
 
 setup(
-    package_dir={"": "src"},
-    packages=find_packages("src"),
+    package_dir={"": "src", "cet.kernels": "kernels"},
+    packages=[*find_packages("src"), "cet.kernels"],
     package_data={"cet": ["py.typed"]},
-    ext_modules=[] if wanted == "0" else [extension],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import gpu
 from cet import ops
+from cet.ops.padded import move_rows
 from harness import Case, WrongResultError
 from operations import Measured, Point, command, geometric_mean, speedup
 
@@ -36,16 +39,37 @@ def set_up(point: Point) -> Case:
         return [tensor[stays] for tensor in tensors]
 
     target = torch.empty_like(tensors[0])
+    order = torch.cat([(~leaves).nonzero(), leaves.nonzero()]).squeeze(1).int()
+    positions = torch.arange(rows, dtype=torch.int32)
+    staying, count = torch.tensor([int((~leaves).sum()), rows], dtype=torch.int32)
+
+    def padded(_leaves: Tensor, *tensors: Tensor, move: Callable[..., None] = move_rows) -> list[Tensor]:
+        """The move of the graph runners, whose counts are on the device."""
+        moved = [torch.empty_like(tensor) for tensor in tensors]
+        move(order, positions, staying, count, list(zip(tensors, moved, strict=True)), [])
+        return moved
+
     providers: dict[str, Callable[..., Any]] = {
         "cet": cet_compact,
         "index_select": index_select,
         "boolean_mask": boolean_mask,
         "copy": lambda _leaves, x, *_others: target.copy_(x),
     }
+    if leaves.is_cuda:
+        from cet.kernels.compact import move_rows as move_rows_triton
+
+        triton = partial(padded, move=move_rows_triton)
+        providers |= {
+            "padded": padded,
+            "graphed": gpu.graphed(padded, leaves, *tensors),
+            "triton": gpu.graphed(triton, leaves, *tensors),
+        }
 
     def check(results: Mapping[str, Any]) -> None:
-        for name in ("cet", "index_select", "boolean_mask"):
-            if not all(torch.equal(got, x[~leaves]) for got, x in zip(results[name], tensors, strict=True)):
+        stays = ~leaves
+        for name in results.keys() - {"copy"}:
+            pairs = zip(results[name], tensors, strict=True)
+            if not all(torch.equal(got[: int(staying)], x[stays]) for got, x in pairs):
                 raise WrongResultError(f"{name} moves other rows than those that stay")
 
     return Case((leaves, *tensors), providers, check)
@@ -56,7 +80,15 @@ def verdicts(measured: Measured) -> dict[str, Any]:
     return {"speedup_geometric_mean": geometric_mean(speedups), "speedup_least": min(speedups)}
 
 
-main = command("compact", POINTS, set_up, [("index_select", "cet"), ("boolean_mask", "cet"), ("copy", "cet")], verdicts)
+RATIOS = [
+    ("index_select", "cet"),
+    ("boolean_mask", "cet"),
+    ("copy", "cet"),
+    ("boolean_mask", "graphed"),
+    ("copy", "graphed"),
+    ("triton", "graphed"),
+]
+main = command("compact", POINTS, set_up, RATIOS, verdicts)
 
 if __name__ == "__main__":
     with torch.inference_mode():

@@ -17,7 +17,7 @@ POINTS = [
     {"classes": classes, "dtype": dtype, "target": target}
     for dtype in ("float32", "bfloat16")
     for target in ("soft", "hard")
-    for classes in (7, 100, 1000)
+    for classes in (7, 100, 1000, 32000)
 ]
 
 Result = tuple[Tensor, ...]
@@ -39,18 +39,17 @@ def set_up(point: Point) -> Case:
     def loss_alone(*logits: Tensor) -> Tensor:
         return ops.consistent_exit_loss(logits[:EXITS], logits[EXITS:], labels, target=point["target"]).loss
 
-    with ops.use_backend("reference"):
-        compiled_loss = torch.compile(loss_alone, fullgraph=True, dynamic=False)
-        compiled_loss(*logits)
+    compiled_loss = torch.compile(loss_alone, fullgraph=True, dynamic=False)
 
     def compiled(*logits: Tensor) -> Result:
-        loss = compiled_loss(*logits)
+        with ops.use_backend("reference"):
+            loss = compiled_loss(*logits)
         return loss.detach(), *torch.autograd.grad(loss, logits)
 
     providers: dict[str, Callable[..., Any]] = {"cet": forward_and_backward, "eager": eager, "compiled": compiled}
 
     def check(results: Mapping[str, Any]) -> None:
-        for name in ("cet", "compiled"):
+        for name in results.keys() & {"cet", "compiled"}:
             for got, expected in zip(results[name], results["eager"], strict=True):
                 check_close(name, got.float(), expected.float(), 1e-4 if dtype is torch.float32 else 1e-2)
 
@@ -62,7 +61,9 @@ def verdicts(measured: Measured) -> dict[str, Any]:
     return {
         "speedup_over_eager_geometric_mean": geometric_mean(over_eager),
         "speedup_over_eager_least": min(over_eager),
-        "speedup_over_compiled_least": min(speedup(timings, ("compiled",)) for _, timings in measured),
+        "speedup_over_compiled_least": min(
+            (speedup(timings, ("compiled",)) for _, timings in measured if "compiled" in timings.seconds), default=None
+        ),
     }
 
 

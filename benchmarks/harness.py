@@ -16,8 +16,8 @@ import platform
 import random
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+import gpu
 from cet.checkpoint import write_atomically
 from cet.machine import host, installed_version
 
@@ -57,6 +58,10 @@ class Case:
     providers: Mapping[str, Callable[..., Any]]
     check: Callable[[Mapping[str, Any]], None]
     absent: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, names: Collection[str]) -> Case:
+        """The case without these providers."""
+        return replace(self, providers={name: call for name, call in self.providers.items() if name not in names})
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,7 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
         **machine,
         "python": platform.python_version(),
         **{package: installed_version(package) for package in PACKAGES},
+        **({"gpu": gpu.state(device)} if device.type == "cuda" else {}),
     }
 
 

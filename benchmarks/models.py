@@ -44,9 +44,18 @@ def sensor_cnn() -> Net:
 
 def vit_tiny() -> Net:
     """ViT-Ti/16 at 224 pixels (Touvron et al. 2021, arXiv 2012.12877), left after 3, 6 and 9 of its 12 layers."""
+    return _vit(hidden_size=192, num_attention_heads=3, intermediate_size=768)
+
+
+def vit_base() -> Net:
+    """ViT-B/16 at 224 pixels (Dosovitskiy et al. 2021, arXiv 2010.11929), left after 3, 6 and 9 of its 12 layers."""
+    return _vit(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+
+
+def _vit(**sizes: int) -> Net:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000)
+    config = ViTConfig(num_labels=1000, **sizes)
     net = ViTForImageClassification(config)
     vit, layers = net.vit, net.vit.layers
     head = cet.HeadSpec(pool="first")
@@ -66,9 +75,18 @@ def vit_tiny() -> Net:
 
 def resnet18() -> Net:
     """ResNet-18 at 224 pixels (He et al. 2016, arXiv 1512.03385), left after its first three stages."""
+    return _resnet([64, 128, 256, 512], [2, 2, 2, 2], "basic")
+
+
+def resnet50() -> Net:
+    """ResNet-50 at 224 pixels (He et al. 2016, arXiv 1512.03385), left after its first three stages."""
+    return _resnet([256, 512, 1024, 2048], [3, 4, 6, 3], "bottleneck")
+
+
+def _resnet(widths: list[int], depths: list[int], layer_type: str) -> Net:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000)
+    config = ResNetConfig(hidden_sizes=widths, depths=depths, layer_type=layer_type, num_labels=1000)
     net = ResNetForImageClassification(config)
     resnet, stages = net.resnet, net.resnet.encoder.stages
     return Net(
@@ -84,7 +102,13 @@ def resnet18() -> Net:
     )
 
 
-NETS: dict[str, Callable[[], Net]] = {"sensor_cnn": sensor_cnn, "vit_tiny": vit_tiny, "resnet18": resnet18}
+NETS: dict[str, Callable[[], Net]] = {
+    "sensor_cnn": sensor_cnn,
+    "vit_tiny": vit_tiny,
+    "resnet18": resnet18,
+    "vit_base": vit_base,
+    "resnet50": resnet50,
+}
 
 
 def random_inputs(net: Net, rows: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+import gpu
 import harness
 from harness import (
     MIN_BLOCKS,
@@ -22,9 +23,10 @@ from harness import (
     Row,
     Timings,
     WrongResultError,
+    cache_eviction,
     measure,
     provenance,
-    wall_clock,
+    timer_for,
     write_results,
 )
 
@@ -54,9 +56,23 @@ def command(
         is_flag=True,
         help="Have glibc keep all freed memory, so that no provider pays for fresh pages; written as NAME_kept_memory.",
     )
+    @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+    @click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
+    @click.option("--skip", multiple=True, help="Leave out this provider.")
     @click.option("--quick", is_flag=True, help="A smoke test: its figures mean nothing.")
     @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
-    def main(threads: int | None, seconds: float, keep_freed_memory: bool, quick: bool, output: Path | None) -> None:
+    def main(
+        threads: int | None,
+        seconds: float,
+        keep_freed_memory: bool,
+        device: str,
+        cold: bool,
+        skip: Sequence[str],
+        quick: bool,
+        output: Path | None,
+    ) -> None:
+        require_device(device)
+        place = torch.device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
@@ -64,6 +80,8 @@ def command(
         settings = {"seconds": 0.02 if quick else seconds, "min_blocks": 3 if quick else MIN_BLOCKS}
         if keep_freed_memory and not harness.keep_freed_memory():
             raise click.ClickException("--keep-freed-memory needs glibc's allocator")
+        evict = cache_eviction(place) if cold else None
+        ceilings = gpu.ceilings(place) if device == "cuda" else {}
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
         table = Table(*points[0], "us", *(f"{slow}/{fast}" for slow, fast in ratios), title=name)
@@ -71,7 +89,9 @@ def command(
             torch.compiler.reset()
             torch.manual_seed(0)
             try:
-                timings = measure(set_up(point), timer=wall_clock, **settings)
+                with place:
+                    case = set_up(point).without(skip)
+                timings = measure(case, timer=timer_for(place), evict=evict, **settings)
             except WrongResultError as error:
                 rows.append((point, Row("cet", "s", note=f"not timed: {error}")))
                 continue
@@ -85,8 +105,9 @@ def command(
         console.print(verdicts(measured))
         description = {
             "benchmark": name,
-            **provenance(torch.device("cpu"), shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
-            "settings": {**settings, "keep_freed_memory": keep_freed_memory},
+            **provenance(place, shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
+            "settings": {**settings, "cold": cold, "keep_freed_memory": keep_freed_memory},
+            "ceilings": ceilings,
             "measures": verdicts(measured),
         }
         file = f"{name}_kept_memory" if keep_freed_memory else name
@@ -98,13 +119,18 @@ def command(
     return main
 
 
+def require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def speedup(timings: Timings, over: Sequence[str]) -> float:
+def speedup(timings: Timings, over: Iterable[str], of: str = "cet") -> float:
     """How many times as long the best of the others takes."""
-    return min(timings.ratio(name, "cet").median for name in over)
+    return min(timings.ratio(name, of).median for name in over)
 
 
 def _rows(timings: Timings, ratios: Sequence[Ratio]) -> Iterator[Row]:

@@ -8,19 +8,27 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU Triton's kernels are interpreted. Triton reads this once, when it is imported, as cet.ops does.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 import cet
 from cet.ops import backend as backends
 from families import FAMILIES, Family
 
-# Fuzzing: 20 examples each in a test run, CET_FUZZ_EXAMPLES each with --hypothesis-profile=fuzz.
+# Fuzzing: 20 examples each in a test run, CET_FUZZ_EXAMPLES each with --hypothesis-profile=fuzz, and
+# few under tools that slow all down.
 _FUZZ: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 settings.register_profile("test", max_examples=20, derandomize=True, **_FUZZ)
+settings.register_profile("quick", max_examples=2, derandomize=True, **_FUZZ)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("CET_FUZZ_EXAMPLES", 2000)), print_blob=True, **_FUZZ)
 settings.load_profile("test")
+
+collect_ignore = [] if torch.cuda.is_available() else ["test_runners_cuda.py"]
 
 Built = tuple[Family, cet.EarlyExit]
 
@@ -54,6 +62,28 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield backend
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads_before)
+
+
+def _convert_float(values: Any, source: Any, target: Any, _rounding: Any) -> Any:
+    """Between float32 and bfloat16, which NumPy lacks: Triton's interpreter cuts off where GPUs round to nearest."""
+    bits = torch.from_numpy(np.ascontiguousarray(values))
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    converted = bits.view(dtypes[source.name]).to(dtypes[target.name])
+    return converted.view(torch.uint16 if target.name == "bf16" else torch.uint32).numpy()
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Triton's kernels, on the GPU where there is one, which tensors then are made on; else interpreted.
+
+    A test file that imports this as ``backend`` runs the tests that it imports on Triton.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr("triton.runtime.interpreter._convert_float", _convert_float)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device, backends.use_backend("triton"), np.errstate(all="ignore"):
+        yield "triton"
+    torch.use_deterministic_algorithms(False)
 
 
 kernels_only = pytest.mark.parametrize(

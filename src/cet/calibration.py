@@ -167,12 +167,14 @@ def calibrate(
     exit_index = simulate(point.thresholds, sign * scores)
     right, right_at_final = correct[np.arange(len(correct)), exit_index], correct[:, -1]
     lost, won = int((right_at_final & ~right).sum()), int((right & ~right_at_final).sum())
+    fractions = np.bincount(exit_index, minlength=model.num_exits) / len(labels)
+    survival = tuple((1.0 - fractions.cumsum()[:-1]).clip(0, 1).tolist())
     columns = zip(
         model.exit_names,
         correct.mean(axis=0).tolist(),
         temperatures,
         (*thresholds, None),
-        (np.bincount(exit_index, minlength=model.num_exits) / len(labels)).tolist(),
+        fractions.tolist(),
         costs.cumulative([t is not None for t in thresholds]).tolist(),
         strict=True,
     )
@@ -190,7 +192,7 @@ def calibrate(
         full_cost=costs.full,
         unit=costs.unit,
     )
-    return Calibration(ExitPolicy(score, thresholds, temperatures if temperature else None), report)
+    return Calibration(ExitPolicy(score, thresholds, temperatures if temperature else None, survival), report)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from torch.utils import _pytree as pytree
 from cet.checkpoint import read_checkpoint, write_checkpoint
 from cet.heads import ExitHead, HeadSpec
 from cet.inputs import Call, InputFormat, copies
+from cet.ops.backend import is_tracing
 from cet.policy import ExitPolicy
-from cet.runner import run_batch
+from cet.runners import Capture, GraphRunner, RunnerName, check_runner, runner_for
+from cet.runners.eager import run_batch
+from cet.runners.graphs import Request
 from cet.stages import StagedProgram, evaluating, first_tensor, logits_of
 from cet.staging import TRACE_LOCK, Staging
 
@@ -64,11 +67,14 @@ class EarlyExit(nn.Module):
         example_inputs: what one call of the backbone takes, with ``B >= 2`` rows: a tuple of positional inputs or a
             dict of keyword inputs. Sizes other than the batch may differ later; the stages are then cut again.
         policy: when samples leave; every exit is closed when not given.
+        runner: how batches run in eval mode, see :mod:`cet.runners`: ``"eager"`` anywhere, ``"graphs"`` or ``"device"``
+            on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run eagerly.
 
     Raises:
         ValueError: for an exit that is unknown, repeated, out of order or whose features the head cannot pool, for a
             value that crosses an exit without the batch as a dimension, and for a backbone that cannot be exported.
         TypeError: for inputs that do not fit the backbone and a backbone that returns no logits.
+        RuntimeError: for ``runner="device"`` where it cannot run, with the reason.
     """
 
     def __init__(
@@ -78,12 +84,15 @@ class EarlyExit(nn.Module):
         example_inputs: Any,
         *,
         policy: ExitPolicy | None = None,
+        runner: RunnerName | None = None,
     ) -> None:
         super().__init__()
+        self.runner = runner
         requested = _requested_heads(exits)
         modules = [_submodule(backbone, path) for path in requested]
         self.backbone = backbone
         self.exit_names = (*requested, FINAL)
+        self._graphs = GraphRunner(self.exit_names)
         self._inputs = InputFormat(backbone, example_inputs)
         features, logits = self._run_example()
         self.num_classes = logits.shape[1]
@@ -111,6 +120,25 @@ class EarlyExit(nn.Module):
             raise TypeError(f"policy is {policy!r}; give a cet.ExitPolicy")
         policy.check_num_exits(self.num_exits)
         self._policy = policy
+
+    @property
+    def runner(self) -> RunnerName | None:
+        """How batches run in eval mode, see :mod:`cet.runners`; ``None`` is ``"eager"``."""
+        return self._runner
+
+    @runner.setter
+    def runner(self, runner: RunnerName | None) -> None:
+        check_runner(runner)
+        self._runner = runner
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The CUDA graphs that are kept, with their buckets and memory; latest first."""
+        return self._graphs.captures
+
+    def free_graphs(self) -> None:
+        """Give the memory of the CUDA graphs back; the next call captures them again."""
+        self._graphs.forget()
 
     @property
     def example_inputs(self) -> Call:
@@ -196,16 +224,34 @@ class EarlyExit(nn.Module):
             program = self._staging.program(self.backbone, leaves)
             try:
                 with TRACE_LOCK:
-                    given = copies(leaves) if self._changes_inputs else leaves
-                    return run_batch(
-                        program, list(self.heads), self._policy, given, batch_size, with_scores=with_scores
-                    )
+                    return self._run_batch(program, leaves, batch_size, with_scores=with_scores)
             except KeyError:
                 # A weight has another name since the cut: pruning and parametrizations rename them.
                 if not may_have_changed:
                     raise
                 self._staging.forget()
         raise AssertionError("unreachable: the second turn returns or raises")
+
+    def _run_batch(
+        self, program: StagedProgram, leaves: Sequence[Any], batch_size: int, *, with_scores: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        heads = list(self.heads)
+        runner = runner_for(self._inputs.device(leaves), self._runner)
+        if runner != "eager" and not is_tracing():
+            inputs = self._inputs
+            request = Request(
+                program, (self.backbone, *heads), self._policy, leaves, inputs.is_batched, inputs.names, batch_size
+            )
+            answers = self._graphs.run(request, linked=runner == "device", with_scores=with_scores)
+            if answers is not None:
+                return answers
+        given = copies(leaves) if self._changes_inputs else leaves
+        return run_batch(program, heads, self._policy, given, batch_size, with_scores=with_scores)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``.to()`` and the like call: the weights move, so that graphs which read them are of no more use."""
+        self.free_graphs()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
         """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""

@@ -87,6 +87,11 @@ class InputFormat:
         rows: int = leaves[self.is_batched.index(True)].shape[0]
         return rows
 
+    def device(self, leaves: Sequence[Any]) -> torch.device:
+        """Where the rows of such a call are."""
+        device: torch.device = leaves[self.is_batched.index(True)].device
+        return device
+
     def example_for(self, weight: Tensor | None) -> list[Any]:
         """The example's leaves on the device of ``weight``; those that had the dtype of the weights when the example
         was given are in the dtype of ``weight``."""

@@ -24,20 +24,32 @@ class ExitPolicy:
         temperatures: one per exit, the final one included; logits are divided by it before the softmax
             (Guo et al. 2017, arXiv 1706.04599). It changes scores, never the logits that are returned.
             ``None`` means 1 everywhere.
+        survival: one per early exit, the fraction of samples that is expected to be still on its way behind it, as
+            calibration found it. It changes no answer: runners that pad batches choose by it what to pad to.
+            ``None``: nothing is known.
 
     Raises:
-        ValueError: for an unknown score, a NaN threshold, a temperature that is not positive and finite, or
-            lengths that disagree.
+        ValueError: for an unknown score, a NaN threshold, a temperature that is not positive and finite, a survival
+            outside [0, 1], or lengths that disagree.
     """
 
     score: ScoreName = "entropy"
     thresholds: tuple[float | None, ...] = ()
     temperatures: tuple[float, ...] | None = None
+    survival: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.score not in SCORE_NAMES:
             raise ValueError(f"score {self.score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
+        if self.survival is not None:
+            object.__setattr__(self, "survival", _numbers("survival", self.survival, optional=False))
+            if len(self.survival) != len(self.thresholds):
+                raise ValueError(
+                    f"survival has {len(self.survival)} entries for {len(self.thresholds)} thresholds; give one each"
+                )
+            if not all(0 <= fraction <= 1 for fraction in self.survival):
+                raise ValueError(f"survival is {self.survival}; give fractions in [0, 1]")
         if self.temperatures is None:
             return
         object.__setattr__(self, "temperatures", _numbers("temperatures", self.temperatures, optional=False))
@@ -73,7 +85,12 @@ class ExitPolicy:
         JSON has no infinity, so infinite thresholds are written as the strings that ``float`` reads.
         """
         thresholds = [str(t) if t is not None and math.isinf(t) else t for t in self.thresholds]
-        return {"score": self.score, "thresholds": thresholds, "temperatures": self.temperatures}
+        return {
+            "score": self.score,
+            "thresholds": thresholds,
+            "temperatures": self.temperatures,
+            "survival": self.survival,
+        }
 
 
 def _numbers(name: str, values: Sequence[float | None], *, optional: bool) -> tuple[float | None, ...]:

@@ -111,7 +111,7 @@ class Staging:
             warnings.warn(
                 f"more than {_MAX_PROGRAMS} kinds of inputs were seen, and cutting the backbone for each takes long; "
                 "pad inputs to few sizes",
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
         self._programs = [program, *self._programs[: _MAX_PROGRAMS - 1]]
         return program
@@ -208,7 +208,7 @@ class Staging:
             )
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """How far up the stack, from the caller of this function, the code is that uses cet."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):

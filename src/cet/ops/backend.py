@@ -1,6 +1,7 @@
-"""Which code runs an operation: the reference in plain PyTorch, or the compiled kernels.
+"""Which code runs an operation: the reference in plain PyTorch, or kernels.
 
-Left to itself an operation runs on the kernels where they are built and can take the tensors, else on the reference.
+Left to itself an operation on CPU tensors runs on the compiled kernels, where these are installed and can take them,
+and every other on the reference. The Triton kernels serve where they are chosen: they have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Backend = Literal["reference", "cpp"]
+Backend = Literal["reference", "cpp", "triton"]
 
 CAPABILITY_VARIABLE = "CET_CPU_CAPABILITY"
 
@@ -30,12 +31,14 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
     The choice holds for the current thread and context (:mod:`contextvars`).
 
     Args:
-        name: ``"reference"``, plain PyTorch, or ``"cpp"``, the compiled kernels, for CPU tensors. An operation that the
-            chosen backend cannot run then raises. ``None`` leaves the choice to each call, as in the beginning.
+        name: ``"reference"``, plain PyTorch; ``"cpp"``, the compiled kernels, for CPU tensors; or ``"triton"``, those
+            for CUDA tensors, which Triton's interpreter (``TRITON_INTERPRET=1``) runs on CPU tensors too. An operation
+            that the chosen backend cannot run then raises. ``None`` leaves the choice to each call, as at first.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: for ``"cpp"`` where cet was installed without its kernels.
+        RuntimeError: for ``"cpp"`` where cet was installed without its kernels, and for ``"triton"`` without Triton, or
+            with neither a CUDA device nor the interpreter.
     """
 
     def __init__(self, name: Backend | None) -> None:
@@ -45,6 +48,13 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
             raise RuntimeError(
                 "backend 'cpp' cannot run: cet was installed without its compiled kernels; "
                 "install it with a C++17 compiler and CET_BUILD_CPP=1"
+            )
+        if name == "triton" and not has_triton():
+            raise RuntimeError("backend 'triton' cannot run: the package triton is not installed; install it")
+        if name == "triton" and not (torch.cuda.is_available() or triton_kernels().is_interpreted()):
+            raise RuntimeError(
+                "backend 'triton' cannot run: there is no CUDA device; to interpret the kernels on CPU tensors, set "
+                "TRITON_INTERPRET=1 before Triton is imported"
             )
         self._token = _chosen.set(name)
 
@@ -76,10 +86,34 @@ def kernels() -> Any:
     return extension.kernels(capability)
 
 
+@cache
+def cuda_extension() -> Any:
+    """The CUDA part of cet, ``None`` where it was installed without it."""
+    return importlib.import_module("cet._cuda") if importlib.util.find_spec("cet._cuda") else None
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; it is imported when a kernel is needed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_kernels(op: str | None = None) -> Any:
+    """The module of an operation's Triton kernels, or of what they share."""
+    return importlib.import_module("cet.kernels" if op is None else f"cet.kernels.{op}")
+
+
+def chosen_backend() -> Backend | None:
+    """What :class:`use_backend` chose."""
+    return _chosen.get()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def traced_backend() -> Backend:
-    """What a traced call is recorded as: ``"cpp"``, the custom operator, or ``"reference"``, its plain operations."""
-    return _chosen.get() or ("reference" if kernels() is None else "cpp")
+def traced_backend(device_type: str) -> Backend:
+    """What a traced call is recorded as: the custom operator, or, for ``"reference"``, its plain operations."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return "reference" if device_type != "cpu" or kernels() is None else "cpp"
 
 
 def is_tracing() -> bool:
@@ -100,23 +134,45 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
     if available is None:
         return None
     for tensor in tensors:
-        # What can be read at an address as its shape and strides say.
-        plain = (
-            tensor.is_cpu
-            and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-            and tensor.layout is torch.strided
-            and not tensor.is_neg()
-            and (tensor.dtype in dtypes if dtypes is not None else not tensor.is_conj())
-        )
-        if not plain:
+        if not (tensor.is_cpu and _is_plain(tensor, dtypes)):
             if chosen == "cpp":
-                raise ValueError(
-                    f"{op}: backend 'cpp' cannot take a {tensor.dtype} {type(tensor).__name__} on {tensor.device} with "
-                    f"layout {tensor.layout}; give strided CPU tensors of a dtype that it supports, or "
-                    "use_backend('reference')"
-                )
+                raise _cannot_take(op, "cpp", "CPU", tensor)
             return None
     return available
+
+
+def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtype] | None = None) -> bool:
+    """Whether a call with these tensors runs on the Triton kernels.
+
+    Raises:
+        ValueError: when ``"triton"`` was chosen and cannot take the tensors.
+    """
+    if _chosen.get() != "triton":
+        return False
+    device = tensors[0].device
+    for tensor in tensors:
+        reachable = tensor.is_cuda or (tensor.is_cpu and triton_kernels().is_interpreted())
+        if not (reachable and tensor.device == device and _is_plain(tensor, dtypes)):
+            raise _cannot_take(op, "triton", "CUDA", tensor)
+    return True
+
+
+def _is_plain(tensor: Tensor, dtypes: Container[torch.dtype] | None) -> bool:
+    """Whether it can be read at its address as its shape and strides say."""
+    return (
+        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and (tensor.dtype in dtypes if dtypes is not None else not tensor.is_conj())
+    )
+
+
+def _cannot_take(op: str, backend: Backend, devices: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{op}: backend {backend!r} cannot take a {tensor.dtype} {type(tensor).__name__} on {tensor.device} with "
+        f"layout {tensor.layout}; give strided {devices} tensors, on one device, of a dtype that it supports, or "
+        "use_backend('reference')"
+    )
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
+from cet.ops.backend import is_tracing, kernels_for, needs_grad, runs_on_triton, traced_backend, triton_kernels
 
 KEPT_MEMORY = (32 << 20) - 4096
 """Bytes up to which glibc keeps freed memory; larger allocations are mapped afresh, page by page when written."""
@@ -42,7 +42,7 @@ def _take(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor.index_select(dim, index)
     core = _without_repeats(tensor)
-    order = _memory_order(core)
+    order = memory_order(core)
     if tensor.stride(dim) != 0:
         core = core.permute(order).index_select(order.index(dim), index)
         core = core.permute(sorted(range(tensor.ndim), key=order.__getitem__))
@@ -57,7 +57,7 @@ def _without_repeats(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _memory_order(tensor: Tensor) -> list[int]:
+def memory_order(tensor: Tensor) -> list[int]:
     strides = tensor.stride()
     return sorted(range(tensor.ndim), key=lambda d: -strides[d])
 
@@ -106,7 +106,7 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
         else:
             source = _without_repeats(tensor)
             sizes = (*source.shape[:dim], count, *source.shape[dim + 1 :])
-            target = torch.empty_permuted(sizes, _memory_order(source), dtype=tensor.dtype, device=tensor.device)
+            target = torch.empty_permuted(sizes, memory_order(source), dtype=tensor.dtype, device=tensor.device)
             result = target.expand(*shape)
         moved.append(result)
         if count > 0:
@@ -118,6 +118,9 @@ def move(kernels: Any, tensors: Sequence[Tensor], dims: Sequence[int], staying: 
 
 
 def _compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int], *, may_alias: bool) -> Compaction:
+    if runs_on_triton("compact", (leaves, *tensors)) and not needs_grad(tensors):
+        compaction: Compaction = triton_kernels("compact").compact(leaves, tensors, dims)
+        return compaction
     kernels = kernels_for("compact", (leaves, *tensors))
     if kernels is None:
         return compact_reference(leaves, tensors, dims)
@@ -162,7 +165,7 @@ def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | Non
     check_rows("compact", leaves.shape[0], leaves.device, tensors, dims)
     if not is_tracing():
         return _compact(leaves, tensors, dims, may_alias=True)
-    if traced_backend() == "cpp" and not needs_grad(tensors):
+    if traced_backend(leaves.device.type) != "reference" and not needs_grad(tensors):
         staying, leaving, *moved = _compact_op(leaves, list(tensors), list(dims))
         return Compaction(staying, leaving, moved)
     return compact_reference(leaves, tensors, dims)
@@ -197,10 +200,14 @@ def put_rows_reference(output: Tensor, rows: Tensor, index: Tensor, positions: T
 
 def _put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
     indices = (index,) if positions is None else (index, positions)
-    kernels = kernels_for("put_rows", (output, rows, *indices))
+    on_triton = runs_on_triton("put_rows", (output, rows, *indices))
+    kernels = triton_kernels("compact") if on_triton else kernels_for("put_rows", (output, rows, *indices))
     together = all(tensor.is_contiguous() for tensor in (output, rows, *indices))
     if kernels is None or not together or rows.dtype != output.dtype or needs_grad((output, rows)):
         put_rows_reference(output, rows, index, positions)
+        return
+    if on_triton:
+        kernels.put_rows(output, rows, index, positions)
         return
     row_bytes = output.element_size() * math.prod(output.shape[1:])
     where = 0 if positions is None else positions.data_ptr()
@@ -241,7 +248,7 @@ def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | No
         raise ValueError(f"put_rows: positions are {tuple(positions.shape)} for {rows.shape[0]} rows; give one per row")
     if not is_tracing():
         _put_rows(output, rows, index, positions)
-    elif traced_backend() == "cpp" and not needs_grad((output, rows)):
+    elif traced_backend(output.device.type) != "reference" and not needs_grad((output, rows)):
         _put_rows_op(output, rows, index, positions)
     else:
         put_rows_reference(output, rows, index, positions)

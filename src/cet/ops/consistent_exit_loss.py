@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cet.ops.backend import is_tracing, kernels_for, traced_backend
+from cet.ops.backend import is_tracing, kernels_for, runs_on_triton, traced_backend, triton_kernels
 from cet.ops.exit_gate import DTYPES
 
 Target = Literal["soft", "hard"]
@@ -22,7 +22,7 @@ UNLABELLED = -100
 
 
 @dataclass(frozen=True)
-class _Switches:
+class Switches:
     consistency_weight: float
     target: Target
     teacher: Teacher
@@ -39,7 +39,7 @@ class ExitLosses(NamedTuple):
     confident: Tensor
 
 
-def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, switches: _Switches) -> ExitLosses:
+def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, switches: Switches) -> ExitLosses:
     """The definition of :func:`consistent_exit_loss`; ``logits`` are the clean ones, then the perturbed."""
     clean, perturbed = logits[: len(logits) // 2], logits[len(logits) // 2 :]
     labelled = (labels != UNLABELLED).sum().clamp(min=1)
@@ -72,7 +72,7 @@ def _teacher_log_probabilities(logits: Tensor) -> Tensor:
 
 
 def _losses_and_gradients_cpp(
-    kernels: Any, logits: Sequence[Tensor], labels: Tensor, switches: _Switches, gradients: Sequence[Tensor | None]
+    kernels: Any, logits: Sequence[Tensor], labels: Tensor, switches: Switches, gradients: Sequence[Tensor | None]
 ) -> ExitLosses:
     """The losses; the gradients of the loss are written to those ``gradients``, one per logits, that are given."""
     logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
@@ -109,7 +109,7 @@ class _ConsistentExitLoss(torch.autograd.Function):
     """Forward computes the gradients too: both softmaxes of a row are at hand then."""
 
     @staticmethod
-    def forward(ctx: Any, kernels: Any, labels: Tensor, switches: _Switches, *logits: Tensor) -> ExitLosses:
+    def forward(ctx: Any, kernels: Any, labels: Tensor, switches: Switches, *logits: Tensor) -> ExitLosses:
         # In one piece: glibc keeps one large piece when it is freed, and gives many back to the system each time.
         wanted = ctx.needs_input_grad[3:]
         pieces = iter(logits[0].new_empty((sum(wanted), *logits[0].shape)).unbind())
@@ -139,9 +139,13 @@ def _loss_op(
     min_confidence: float,
     exit_weights: list[float],
 ) -> list[Tensor]:
-    switches = _Switches(
+    switches = Switches(
         consistency_weight, cast(Target, target), cast(Teacher, teacher), min_confidence, tuple(exit_weights)
     )
+    if runs_on_triton("consistent_exit_loss", logits, DTYPES):
+        run = triton_kernels("consistent_exit_loss").losses_and_gradients
+        losses, gradients = run(logits, labels, switches, wanted=(True,) * len(logits))
+        return [*losses, *gradients]
     kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
     if kernels is None:
         raise RuntimeError(
@@ -213,20 +217,25 @@ def consistent_exit_loss(
         ``m = 1``. Gradients flow from the loss alone, and to the logits alone: not through the teacher, and not twice.
 
     Raises:
-        ValueError: for shapes or devices that do not fit, switches out of range, and for labels
-            out of range on the kernels.
+        ValueError: for shapes or devices that do not fit, switches out of range, and for labels out of range on the
+            compiled kernels; on a GPU, where looking would wait for the device, these make the loss NaN.
         TypeError: for logits of different or not floating dtypes, or labels that are not int64.
     """
     check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
     weights = (1.0 / max(1, len(clean)),) * len(clean) if exit_weights is None else tuple(exit_weights)
     logits = [*clean, *perturbed]
     _check(logits, labels, num_clean=len(clean), num_weights=len(weights))
-    switches = _Switches(consistency_weight, target, teacher, min_confidence, weights)
+    switches = Switches(consistency_weight, target, teacher, min_confidence, weights)
     if is_tracing():
-        if traced_backend() == "cpp" and logits[0].is_cpu and logits[0].dtype in DTYPES:
+        backend = traced_backend(logits[0].device.type)
+        takes = logits[0].is_cpu if backend == "cpp" else backend == "triton"
+        if takes and logits[0].dtype in DTYPES:
             losses = _loss_op(logits, labels, consistency_weight, target, teacher, min_confidence, list(weights))[:4]
             return ExitLosses(losses[0], *(part.detach() for part in losses[1:]))
         return consistent_exit_loss_reference(logits, labels, switches)
+    if runs_on_triton("consistent_exit_loss", logits, DTYPES) and len(labels) > 0:
+        autograd = triton_kernels("consistent_exit_loss").ConsistentExitLoss
+        return ExitLosses(*autograd.apply(labels, switches, *logits))
     kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
     if kernels is None or len(labels) == 0:
         return consistent_exit_loss_reference(logits, labels, switches)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cet.heads import Layout, Pool, pool_features
-from cet.ops.backend import is_tracing, kernels_for, needs_grad, traced_backend
+from cet.ops.backend import is_tracing, kernels_for, needs_grad, runs_on_triton, traced_backend, triton_kernels
 from cet.policy import SCORE_NAMES, ScoreName
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -65,6 +65,9 @@ def _gate_cpp(
 
 
 def _gate(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    if runs_on_triton("gate", (logits,), DTYPES):
+        decided: tuple[Tensor, Tensor] = triton_kernels("exit_gate").gate(logits, score, threshold, temperature)
+        return decided
     kernels = kernels_for("gate", (logits,), DTYPES)
     if kernels is None:
         return gate_reference(logits, score, threshold, temperature)
@@ -128,7 +131,7 @@ def gate(
     check_decision("gate", score, threshold, temperature)
     if not is_tracing():
         return _gate(logits, score, threshold, temperature)
-    if traced_backend() == "reference":
+    if traced_backend(logits.device.type) == "reference":
         return gate_reference(logits, score, threshold, temperature)
     decided: tuple[Tensor, Tensor] = _gate_op(logits.detach(), score, threshold, temperature)
     return decided
@@ -245,6 +248,14 @@ def _exit_gate(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (features, weight) if bias is None else (features, weight, bias)
+    if runs_on_triton("exit_gate", tensors, DTYPES):
+        if needs_grad(tensors) or torch.is_autocast_enabled(features.device.type):
+            logits = F.linear(pool_features(features, layout, pool), weight, bias)
+            return logits, *_gate(logits.detach(), score, threshold, temperature)
+        gated: tuple[Tensor, Tensor, Tensor] = triton_kernels("exit_gate").exit_gate(
+            features, weight, bias, layout, pool, score, threshold, temperature
+        )
+        return gated
     kernels = kernels_for("exit_gate", tensors, DTYPES)
     if kernels is None:
         return exit_gate_reference(features, weight, bias, layout, pool, score, threshold, temperature)
@@ -325,7 +336,7 @@ def exit_gate(
     check_head(features, weight, bias, layout, pool)
     check_decision("exit_gate", score, threshold, temperature)
     if is_tracing():
-        if traced_backend() == "cpp" and not needs_grad((features, weight, bias)):
+        if traced_backend(features.device.type) != "reference" and not needs_grad((features, weight, bias)):
             answer: tuple[Tensor, Tensor, Tensor] = _exit_gate_op(
                 features, weight, bias, layout, pool, score, threshold, temperature
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cet.heads import Layout, Pool
-from cet.ops.backend import is_tracing, kernels_for, needs_grad
+from cet.ops.backend import chosen_backend, is_tracing, kernels_for, needs_grad, runs_on_triton, triton_kernels
 from cet.ops.compact import KEPT_MEMORY, Compaction, check_rows, compact, move, split
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
 from cet.policy import ScoreName
@@ -44,10 +44,22 @@ def exit_step(
         dims = (0,) * len(tensors)
     rows = features.shape[0]
     check_rows("exit_step", rows, features.device, tensors, dims)
+    head = (weight,) if bias is None else (weight, bias)
+    if (
+        chosen_backend() == "triton"
+        and not is_tracing()
+        and features.dtype in DTYPES
+        and runs_on_triton("exit_step", (features, *head, *tensors))
+        and not needs_grad((features, *head, *tensors))
+        and not torch.is_autocast_enabled(features.device.type)
+    ):
+        logits, scores, order, on_device = triton_kernels("exit_gate").exit_gate_and_order(
+            features, weight, bias, layout, pool, score, threshold, temperature
+        )
+        return logits, scores, triton_kernels("compact").compact_by(order, on_device, tensors, dims)
     own = _index_of(features, tensors)
     kernels = None
     if not is_tracing() and not prefers_gemm(rows, weight) and not torch.is_autocast_enabled("cpu"):
-        head = (weight,) if bias is None else (weight, bias)
         if own is None:
             head = (features, *head)
         if features.dtype in DTYPES and not needs_grad((features, *head)):

@@ -1,4 +1,4 @@
-"""Runs one batch through the stages: stage, exit step, compact, next stage."""
+"""Stage, exit step, compact, next stage, on any device; on a GPU the host waits at each exit."""
 
 from __future__ import annotations
 

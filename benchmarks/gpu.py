@@ -1,0 +1,102 @@
+"""What benchmarks need on a GPU besides: its ceilings, its state, any call as a CUDA graph, joules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pynvml
+import torch
+from torch import Tensor
+
+COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device does at best, measured on random data: bytes per second of a large copy, counting those read and
+    those written, and operations per second of a large bfloat16 matrix product. Medians of ten."""
+    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).bfloat16() for _ in range(2))
+    product = torch.empty_like(a)
+    return {
+        "copy_bytes_per_s": 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source)),
+        "bf16_matmul_flops": 2 * MATMUL_SIZE**3 / _median_seconds(lambda: torch.mm(a, b, out=product)),
+    }
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+    for _ in range(3):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return sorted(seconds)[repeats // 2]
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """Driver, power limit (W), clocks (MHz) and temperature (degrees Celsius) now, as NVML tells them."""
+    pynvml.nvmlInit()
+    try:
+        handle = _handle(device)
+        return {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "cuda": torch.version.cuda,
+            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def joules_per_call(call: Callable[[], Any], seconds: float) -> float | None:
+    """Joules of the whole board for one call, idle power included, from the total-energy counter over so many seconds;
+    None where there is no counter."""
+    pynvml.nvmlInit()
+    try:
+        handle = _handle(torch.device("cuda", torch.cuda.current_device()))
+        torch.cuda.synchronize()
+        before, calls, end = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            call()
+            torch.cuda.synchronize()
+            calls += 1
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
+    except pynvml.NVMLError_NotSupported:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _handle(device: torch.device) -> Any:
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+
+def graphed(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+    """The call as one CUDA graph with its inputs copied into it; what it returns is overwritten by the next call."""
+    static = [tensor.clone() for tensor in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(*static)
+
+    def replay(*given: Tensor) -> Any:
+        for target, source in zip(static, given, strict=True):
+            target.copy_(source)
+        graph.replay()
+        return result
+
+    return replay

@@ -1,0 +1,48 @@
+"""The operations on the GPU, in Triton: one file each, imported when a call needs it.
+
+A file reads: jit kernels, launchers that write into given outputs, functions that allocate them. Arguments are checked
+by :mod:`cet.ops`, not here. Counts stay on the device.
+
+Names in kernels:
+
+=========  ====================================================================
+``x_ptr``  argument: address of a tensor
+``s_x``    argument: stride in elements, for :func:`multiple_of` in units
+``i_x``    a scalar index, int64 before it meets a stride
+``o_x``    a block of indices
+``m_x``    the mask that belongs to it
+``b_x``    a block of values
+``UPPER``  a compile-time constant
+=========  ====================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+VECTOR_BYTES = 16  # the widest load and store of a thread
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device and its current stream: make it that of the tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def alignment(itemsize: int, *extents: int) -> int:
+    """The most elements that a thread can load at once where rows and strides are these multiples."""
+    return math.gcd(VECTOR_BYTES // itemsize, *extents)
+
+
+def block_size(extent: int, largest: int, smallest: int = 1) -> int:
+    """The power of two that covers the extent, within limits."""
+    return max(smallest, min(largest, int(triton.next_power_of_2(max(1, extent)))))

@@ -1,0 +1,271 @@
+"""Stable compaction: which rows stay, and the move of their bytes by (source, destination)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cet.kernels import VECTOR_BYTES, block_size, on_device_of
+from cet.ops.compact import Compaction, _take, _without_repeats, memory_order
+
+SCAN_BLOCK = 1024
+_WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
+_TILE_UNITS = 1024  # what a program copies: 8 units of up to 16 bytes in flight for each of its 128 threads
+_MAX_MOVES = 8  # tensors in one launch
+
+RowPairs = Sequence[tuple[Tensor, Tensor]]
+
+
+@triton.jit
+def write_order(leaves_ptr, order_ptr, rows, valid, staying, BLOCK: tl.constexpr):
+    """One program writes the indices of the rows that stay, then those that leave, both ascending, then the others.
+
+    Those from ``valid`` on are padding and keep their places.
+    """
+    before = 0
+    for i_row in range(0, rows, BLOCK):
+        o_row = i_row + tl.arange(0, BLOCK)
+        m_valid = o_row < valid
+        b_stays = tl.load(leaves_ptr + o_row, mask=m_valid, other=1) == 0
+        b_stay = b_stays.to(tl.int32)
+        b_rank = before + tl.cumsum(b_stay, axis=0) - b_stay  # how many of the rows before stay
+        b_place = tl.where(b_stays, b_rank, tl.where(m_valid, staying + o_row - b_rank, o_row))
+        tl.store(order_ptr + b_place, o_row.to(order_ptr.dtype.element_ty), mask=o_row < rows)
+        before += tl.sum(b_stay, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def partition_kernel(leaves_ptr, order_ptr, staying_ptr, rows, BLOCK: tl.constexpr):
+    b_staying = tl.zeros([BLOCK], tl.int32)
+    for i_row in range(0, rows, BLOCK):
+        o_row = i_row + tl.arange(0, BLOCK)
+        b_leaves = tl.load(leaves_ptr + o_row, mask=o_row < rows, other=1)
+        b_staying += (b_leaves == 0).to(tl.int32)
+    staying = tl.sum(b_staying, axis=0)
+    tl.store(staying_ptr, staying.to(staying_ptr.dtype.element_ty))
+    write_order(leaves_ptr, order_ptr, rows, rows, staying, BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def move_rows_kernel(
+    moves,
+    order_ptr,
+    positions_ptr,
+    staying_ptr,
+    count_ptr,
+    rows,
+    MOVES: tl.constexpr,
+    LEAVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Each move is ``(outer, rows, units)``, a unit being ``WORDS`` words.
+
+    One of rows that stay: ``target[:, j] = source[:, order[j]]`` for ``j < staying``. One of rows that leave:
+    ``target[:, positions[order[j]]] = source[:, order[j]]`` for ``staying <= j < count``.
+    """
+    i_tile = tl.program_id(0).to(tl.int64)
+    staying = 0
+    count = rows
+    if staying_ptr is not None:
+        staying = tl.load(staying_ptr)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+    for i_move in tl.static_range(MOVES):
+        move = moves[i_move]
+        unit_tiles = tl.cdiv(move.units, UNITS[i_move])
+        row_tiles = tl.cdiv(rows, ROWS[i_move])
+        tiles = move.outer * row_tiles * unit_tiles
+        if (i_tile >= 0) & (i_tile < tiles):
+            begin = staying if LEAVE[i_move] else 0
+            end = count if LEAVE[i_move] else staying
+            i_row = i_tile // unit_tiles % row_tiles * ROWS[i_move]
+            if (i_row < end) & (i_row + ROWS[i_move] > begin):
+                o_row = i_row + tl.arange(0, ROWS[i_move])
+                m_row = (o_row >= begin) & (o_row < end)
+                b_source = tl.load(order_ptr + o_row, mask=m_row, other=0).to(tl.int64)
+                b_target = o_row
+                if LEAVE[i_move]:
+                    b_target = b_source
+                    if positions_ptr is not None:
+                        b_target = tl.load(positions_ptr + b_source, mask=m_row, other=0).to(tl.int64)
+
+                i_outer = i_tile // unit_tiles // row_tiles
+                b_source = i_outer * move.s_source_outer + b_source * move.s_source_row
+                b_target = i_outer * move.s_target_outer + b_target * move.s_target_row
+                o_unit = i_tile % unit_tiles * UNITS[i_move] + tl.arange(0, UNITS[i_move])
+                # The product with WORDS lets the compiler see that a unit is aligned as a whole, whatever the strides.
+                o_word = tl.arange(0, WORDS[i_move])[None, None, :]
+                o_from = (b_source[:, None, None] + o_unit[None, :, None] * move.s_source_unit) * WORDS[i_move] + o_word
+                o_to = (b_target[:, None, None] + o_unit[None, :, None] * move.s_target_unit) * WORDS[i_move] + o_word
+                mask = m_row[:, None, None] & (o_unit < move.units)[None, :, None]
+                tl.store(move.target_ptr + o_to, tl.load(move.source_ptr + o_from, mask=mask), mask=mask)
+        i_tile -= tiles  # the next move's programs come behind
+
+
+class _Move(NamedTuple):
+    """One tensor in a launch of :func:`move_rows_kernel`; strides in units.
+
+    What changes with the number of rows is not here, because another divisibility would compile another kernel.
+    """
+
+    source_ptr: object
+    target_ptr: object
+    outer: int
+    units: int
+    s_source_outer: int
+    s_source_row: int
+    s_source_unit: int
+    s_target_outer: int
+    s_target_row: int
+    s_target_unit: int
+
+
+class _Span(NamedTuple):
+    """Some dimensions seen as one: its size, and its stride in the source and in the target."""
+
+    size: int
+    source: int
+    target: int
+
+
+def _as_one(source: Tensor, target: Tensor, dims: Sequence[int]) -> _Span | None:
+    """The dimensions, outermost first, as one; ``None`` where their entries are not evenly apart."""
+    span = _Span(1, 0, 0)
+    for dim in reversed(dims):
+        size, strides = source.shape[dim], (source.stride(dim), target.stride(dim))
+        if size == 1:
+            continue
+        if span.size == 1:
+            span = _Span(size, *strides)
+        elif strides == (span.size * span.source, span.size * span.target):
+            span = span._replace(size=span.size * size)
+        else:
+            return None
+    return span
+
+
+def _as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | None:
+    """The move and the bytes of its unit; ``None`` where what lies on one side of the rows is not one dimension."""
+    order = memory_order(target)
+    split = order.index(dim)
+    outer, inner = _as_one(source, target, order[:split]), _as_one(source, target, order[split + 1 :])
+    if outer is None or inner is None:
+        return None
+    unit = itemsize = source.element_size()
+    units = inner.size
+    s_source, s_target = [outer.source, source.stride(dim)], [outer.target, target.stride(dim)]
+    s_unit = inner[1:]
+    if inner.size == 1 or s_unit == (1, 1):
+        extents = [itemsize * extent for extent in (units, *s_source, *s_target)]
+        unit = math.gcd(VECTOR_BYTES, source.data_ptr(), target.data_ptr(), *extents)
+        units = units * itemsize // unit
+        s_source, s_target = ([stride * itemsize // unit for stride in strides] for strides in (s_source, s_target))
+        s_unit = 1, 1
+    word = _WORDS[min(unit, 4)]
+    pointers = triton.reinterpret(source, word), triton.reinterpret(target, word)
+    return _Move(*pointers, outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1]), unit
+
+
+def _move_into(
+    stay: Sequence[tuple[_Move, int]],
+    leave: Sequence[tuple[_Move, int]],
+    rows: int,
+    order: Tensor,
+    positions: Tensor | None,
+    staying: Tensor | None,
+    count: Tensor | None,
+) -> None:
+    all_moves = [(*move, False) for move in stay] + [(*move, True) for move in leave]
+    for begin in range(0, len(all_moves), _MAX_MOVES):
+        moves, units, leaves = zip(*all_moves[begin : begin + _MAX_MOVES], strict=True)
+        unit_blocks = tuple(block_size(move.units, _TILE_UNITS) for move in moves)
+        row_blocks = tuple(_TILE_UNITS // block for block in unit_blocks)
+        programs = sum(
+            move.outer * triton.cdiv(rows, row_block) * triton.cdiv(move.units, unit_block)
+            for move, row_block, unit_block in zip(moves, row_blocks, unit_blocks, strict=True)
+        )
+        with on_device_of(order):
+            move_rows_kernel[(programs,)](
+                moves,
+                order,
+                positions,
+                staying,
+                count,
+                rows,
+                MOVES=len(moves),
+                LEAVE=leaves,
+                ROWS=row_blocks,
+                UNITS=unit_blocks,
+                WORDS=tuple(max(1, unit // 4) for unit in units),
+            )
+
+
+def move_rows(
+    order: Tensor, positions: Tensor, staying: Tensor, count: Tensor, stay: RowPairs, leave: RowPairs
+) -> None:
+    """:func:`cet.ops.padded.move_rows`, in one launch for up to eight pairs."""
+    moves = [[_as_move(*pair, 0) for pair in pairs if pair[0].numel() > 0] for pairs in (stay, leave)]
+    _move_into(*moves, order.shape[0], order, positions, staying, count)
+
+
+def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
+    """:func:`cet.ops.put_rows` of contiguous tensors."""
+    if index.shape[0] > 0 and output.numel() > 0:
+        _move_into([], [_as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
+
+
+def partition_into(leaves: Tensor, order: Tensor, staying: Tensor) -> None:
+    with on_device_of(leaves):
+        partition_kernel[(1,)](leaves, order, staying, leaves.shape[0], BLOCK=SCAN_BLOCK)
+
+
+def take_rows(
+    tensors: Sequence[Tensor], dims: Sequence[int], order: Tensor, staying: Tensor, capacity: int
+) -> list[Tensor]:
+    """New tensors for ``capacity`` rows, laid out as the given ones; the first ``staying`` are those of ``order``.
+
+    What the row copy cannot describe, PyTorch's operations move.
+    """
+    moved, moves = [], []
+    for tensor, dim in zip(tensors, dims, strict=True):
+        source = _without_repeats(tensor)
+        shape = (*source.shape[:dim], capacity, *source.shape[dim + 1 :])
+        target = torch.empty_permuted(shape, memory_order(source), dtype=tensor.dtype, device=tensor.device)
+        move = None if tensor.stride(dim) == 0 else _as_move(source, target, dim)
+        if move is None:
+            moved.append(_take(tensor, dim, order[:capacity]))
+            continue
+        moved.append(target.expand(*tensor.shape[:dim], capacity, *tensor.shape[dim + 1 :]))
+        if target.numel() > 0:
+            moves.append(move)
+    _move_into(moves, [], capacity, order, None, staying, None)
+    return moved
+
+
+def compact_by(order: Tensor, staying: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]) -> Compaction:
+    """:func:`cet.ops.compact` where the rows are in order already. It waits for the device once, to say how many stay.
+
+    The copy is launched before that, into tensors for all rows, where cutting these off afterwards leaves the strides
+    that tensors of the right size have.
+    """
+    cut_off = all(memory_order(_without_repeats(tensor))[0] == dim for tensor, dim in zip(tensors, dims, strict=True))
+    moved = take_rows(tensors, dims, order, staying, order.shape[0] if cut_off else int(staying))
+    count = int(staying)
+    kept = [tensor.narrow(dim, 0, count) for tensor, dim in zip(moved, dims, strict=True)]
+    return Compaction(order[:count], order[count:], kept)
+
+
+def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]) -> Compaction:
+    """:func:`cet.ops.compact`."""
+    order = leaves.new_empty(leaves.shape, dtype=torch.int64)
+    staying = leaves.new_empty((), dtype=torch.int64)
+    partition_into(leaves.contiguous(), order, staying)
+    return compact_by(order, staying, tensors, dims)
