@@ -21,6 +21,8 @@ settings.register_profile("test", max_examples=20, derandomize=True, **_FUZZ)
 settings.register_profile("fuzz", max_examples=2000, **_FUZZ)
 settings.load_profile("test")
 
+pytest_plugins = ("nvml.fixtures",)
+
 Built = tuple[Family, cet.EarlyExit]
 
 

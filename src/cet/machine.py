@@ -10,21 +10,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import pynvml
 import torch
 from torch import nn
 
 import cet
+from cet.energy import Domain, EnergyError, EnergyMeter
 from cet.ops.backend import kernels
-
-POWERCAP = Path("/sys/class/powercap")
-
-_NVML_MENDS = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "install the NVIDIA driver, whose libnvidia-ml.so.1 was not found",
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the NVIDIA kernel module, or start the container with --gpus all",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "restart the machine: library and loaded driver differ in version",
-    pynvml.NVML_ERROR_NO_PERMISSION: "run as a user who may open /dev/nvidiactl",
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,14 @@ def backends() -> list[Finding]:
 
 
 def counters() -> list[Finding]:
-    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain of Linux's powercap."""
-    return [*_nvml(), *_rapl()]
+    """What energy can be measured of, one finding per GPU of NVML and per RAPL domain of the CPU."""
+    meter = EnergyMeter()
+    try:
+        with meter.opened():
+            measured = [Finding(domain.name, True, _counter(domain)) for domain in meter.domains]
+    except EnergyError as error:
+        return [Finding("gpu", False, str(error))]
+    return measured + [Finding(row.domain, False, row.reason, row.mend) for row in meter.unavailable]
 
 
 def extras() -> list[Finding]:
@@ -139,63 +136,9 @@ def _cuda() -> Finding:
     return Finding("cuda", False, f"{none}; the reference runs on {devices}")
 
 
-def _nvml() -> list[Finding]:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        if count == 0:
-            return [Finding("nvml", False, "the NVIDIA driver is loaded but shows no GPU", "give this process a GPU")]
-        return [_nvml_device(index) for index in range(count)]
-    except pynvml.NVMLError as error:
-        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _nvml_device(index: int) -> Finding:
-    name = f"nvml:{index}"
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        device = pynvml.nvmlDeviceGetName(handle)
-        try:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except pynvml.NVMLError_NotSupported:
-            return Finding(name, False, f"{device} has no total-energy counter; GPUs have one from Volta on")
-    except pynvml.NVMLError as error:
-        return Finding(name, False, str(error), _NVML_MENDS.get(error.value))
-    return Finding(name, True, f"{device}: total-energy counter, in mJ since the driver was loaded")
-
-
-def _rapl() -> list[Finding]:
-    if platform.system() != "Linux":
-        return [Finding("rapl", False, f"RAPL is read through Linux's {POWERCAP}; this is {platform.system()}")]
-    domains = sorted(POWERCAP.glob("intel-rapl:*"))
-    if not domains:
-        return [
-            Finding(
-                "rapl",
-                False,
-                f"no intel-rapl domain in {POWERCAP}; virtual machines and containers hide it",
-                "run on bare metal, with the kernel module intel_rapl_msr loaded",
-            )
-        ]
-    return [_rapl_domain(domain) for domain in domains]
-
-
-def _rapl_domain(domain: Path) -> Finding:
-    name = f"rapl:{domain.name.removeprefix('intel-rapl:')}"
-    counter = domain / "energy_uj"
-    try:
-        label = (domain / "name").read_text().strip()
-        int(counter.read_text())
-    except PermissionError:
-        return Finding(name, False, f"{counter} is readable by root only", f"sudo chmod a+r {counter}")
-    except (OSError, ValueError) as error:
-        return Finding(name, False, f"{counter} cannot be read: {error}")
-    return Finding(name, True, f"{label}: energy counter in uJ, which wraps")
+def _counter(domain: Domain) -> str:
+    how = "energy counter" if domain.source == "counter" else f"power only ({domain.reason})"
+    return f"{domain.device}: {how}, scope: {domain.scope}"
 
 
 def _processor() -> str:
