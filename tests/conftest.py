@@ -29,6 +29,7 @@ settings.register_profile("fuzz", max_examples=int(os.environ.get("CET_FUZZ_EXAM
 settings.load_profile("test")
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_runners_cuda.py"]
+pytest_plugins = ("nvml.fixtures",)
 
 Built = tuple[Family, cet.EarlyExit]
 

@@ -22,17 +22,28 @@ import torch
 from torch import Tensor, nn
 
 import cet
-from cet import machine
 from cet.cli import main
 from cet.cost import exit_costs
 from cet.demo import run, timing
+from cet.demo.energy import measure_energy
 from cet.demo.folder import RunFolder
-from cet.demo.markdown import SCOPE, time_verdict
+from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
 from cet.demo.report import Report, at, verdict
 from cet.demo.timing import Speed, Speedup
+from cet.energy import MonotonicClock
 from cet.training import JOINT, Split, build, find_dataset, load_windows, split_by_person
+from powercap import Powercap
 
-TINY = replace(run.QUICK, epochs=3, threads=1, test_windows=128, timed_batches=4, timed_windows=12)
+TINY = replace(
+    run.QUICK,
+    epochs=3,
+    threads=1,
+    test_windows=128,
+    timed_batches=4,
+    timed_windows=12,
+    energy_rounds=1,
+    energy_window=0.1,
+)
 SPARSE = partial(load_windows, stride=256)
 BY_SUBPROCESS = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_demo; test_demo."
 
@@ -141,8 +152,6 @@ def test_report_is_what_its_types_say(report: Report) -> None:
     persons = report["data"]["persons"]
     assert sorted(person for part in persons.values() for person in part) == list(range(1, 11))
     assert report["data"]["windows"]["test"] == TINY.test_windows
-    assert report["timing"]["joules"]["value"] is None
-    assert report["timing"]["joules"]["reason"]
 
 
 def test_report_holds_together(report: Report) -> None:
@@ -180,7 +189,7 @@ def test_markdown_says_what_the_figures_are_and_are_not(folder: RunFolder, repor
     text = (folder / "report.md").read_text()
     assert SCOPE in text
     assert "not a reproduction of its tables" in SCOPE
-    assert report["timing"]["joules"]["reason"] in text
+    assert energy_verdict(report) in text
     assert time_verdict(report) in text
     early = at(report["recipes"]["consistent"], 1.0)["early"]
     assert f"{100 * early['accuracy']:.1f} %" in text
@@ -281,13 +290,25 @@ def test_overwrite_replaces_the_run_and_spares_everything_else(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_joules_name_the_counters_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [machine.Finding("nvml:0", True, "NVIDIA New"), machine.Finding("rapl", False, "hidden")]
-    monkeypatch.setattr(machine, "counters", lambda: found)
-    joules = run._joules()
-    assert joules["value"] is None
-    assert "nvml:0" in joules["reason"]
-    assert "rapl" not in joules["reason"]
+def test_joules_are_measured_where_there_is_a_counter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, report: Report, split: Split
+) -> None:
+    powercap = Powercap(tmp_path)
+    powercap.zone("intel-rapl:0", "package-0")
+    monkeypatch.setenv("CET_POWERCAP_ROOT", str(tmp_path))
+    model = cet.load(folder / "consistent.safetensors", build(JOINT, split, 0).backbone)
+    stop = powercap.follow(MonotonicClock(), "intel-rapl:0", 25)
+    try:
+        joules = measure_energy(model, "consistent", split.test.x, batch_size=16, rounds=1, window=0.1, seed=0)
+    finally:
+        stop()
+    assert joules["ratio"] == pytest.approx((joules["early"] or 0) / (joules["full"] or 1))
+    assert joules["source"] == "counter"
+    assert joules["reason"] is None
+    assert "short-window" in (joules["flags"] or "")
+    text = energy_verdict({**report, "timing": {**report["timing"], "joules": joules}})
+    assert text.startswith(f"Early exit of consistent takes {joules['ratio']:.2f}x the full network's energy: ")
+    assert "by the CPU's counter; flagged: " in text
 
 
 class Clocked(nn.Module):

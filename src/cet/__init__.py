@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cet import ops, perturb
+    from cet import energy, ops, perturb
     from cet.calibration import Calibration, CalibrationReport, calibrate
     from cet.cost import ExitCosts, exit_costs
     from cet.early_exit import EarlyExit, ExitOutput, load
@@ -31,6 +31,7 @@ __all__ = [
     "HeadSpec",
     "Stages",
     "calibrate",
+    "energy",
     "exit_costs",
     "load",
     "ops",

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import pynvml
 import torch
 from torch import nn
 
 import cet
-from cet.ops.backend import kernels
-
-POWERCAP = Path("/sys/class/powercap")
-
-_NVML_MENDS = {
-    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "install the NVIDIA driver, whose libnvidia-ml.so.1 was not found",
-    pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the NVIDIA kernel module, or start the container with --gpus all",
-    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "restart the machine: library and loaded driver differ in version",
-    pynvml.NVML_ERROR_NO_PERMISSION: "run as a user who may open /dev/nvidiactl",
-}
+from cet.energy import Domain, EnergyError, EnergyMeter
+from cet.ops.backend import cuda_extension, kernels
+from cet.runners.cuda_graphs import why_no_switch
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,14 @@ def backends() -> list[Finding]:
 
 
 def counters() -> list[Finding]:
-    """The energy counters: NVML, one finding per GPU, and RAPL, one per domain of Linux's powercap."""
-    return [*_nvml(), *_rapl()]
+    """What energy can be measured of, one finding per GPU of NVML and per RAPL domain of the CPU."""
+    meter = EnergyMeter()
+    try:
+        with meter.opened():
+            measured = [Finding(domain.name, True, _counter(domain)) for domain in meter.domains]
+    except EnergyError as error:
+        return [Finding("gpu", False, str(error))]
+    return measured + [Finding(row.domain, False, row.reason, row.mend) for row in meter.unavailable]
 
 
 def extras() -> list[Finding]:
@@ -125,77 +123,39 @@ def _compiled_extension() -> Finding:
 
 def _triton() -> Finding:
     version = installed_version("triton")
-    installed = f"triton {version} is installed" if version else "triton is not installed"
-    return Finding("triton", False, f"cet {cet.__version__} has no Triton kernels; {installed}")
+    if version is None:
+        return Finding("triton", False, "the package triton is not installed", "pip install triton")
+    no_device = _no_cuda_device()
+    if no_device:
+        return Finding("triton", False, f"kernels for triton {version}; {no_device}")
+    return Finding("triton", True, f"kernels for triton {version}; they serve after cet.ops.use_backend('triton')")
 
 
 def _cuda() -> Finding:
-    none = f"cet {cet.__version__} has no CUDA kernels"
-    if torch.version.cuda is None:
-        return Finding("cuda", False, f"{none}; this PyTorch is built without CUDA")
-    if not torch.cuda.is_available():
-        return Finding("cuda", False, f"{none}; PyTorch, built for CUDA {torch.version.cuda}, finds no usable device")
+    if cuda_extension() is None:
+        mend = "install cet again where nvcc is, with CET_BUILD_CUDA=1 to see why it fails"
+        return Finding("cuda", False, "installed without the CUDA extension", mend)
+    no_device = _no_cuda_device()
+    if no_device:
+        return Finding("cuda", False, f"the CUDA extension is installed; {no_device}")
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Finding("cuda", False, f"{none}; the reference runs on {devices}")
+    no_switch = why_no_switch()
+    if no_switch:
+        return Finding("cuda", True, f"runner 'graphs' on {devices}; not runner 'device', as {no_switch}")
+    return Finding("cuda", True, f"runners 'graphs' and 'device' on {devices}")
 
 
-def _nvml() -> list[Finding]:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        if count == 0:
-            return [Finding("nvml", False, "the NVIDIA driver is loaded but shows no GPU", "give this process a GPU")]
-        return [_nvml_device(index) for index in range(count)]
-    except pynvml.NVMLError as error:
-        return [Finding("nvml", False, str(error), _NVML_MENDS.get(error.value))]
-    finally:
-        pynvml.nvmlShutdown()
+def _no_cuda_device() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"PyTorch, built for CUDA {torch.version.cuda}, finds no usable device"
+    return None
 
 
-def _nvml_device(index: int) -> Finding:
-    name = f"nvml:{index}"
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        device = pynvml.nvmlDeviceGetName(handle)
-        try:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except pynvml.NVMLError_NotSupported:
-            return Finding(name, False, f"{device} has no total-energy counter; GPUs have one from Volta on")
-    except pynvml.NVMLError as error:
-        return Finding(name, False, str(error), _NVML_MENDS.get(error.value))
-    return Finding(name, True, f"{device}: total-energy counter, in mJ since the driver was loaded")
-
-
-def _rapl() -> list[Finding]:
-    if platform.system() != "Linux":
-        return [Finding("rapl", False, f"RAPL is read through Linux's {POWERCAP}; this is {platform.system()}")]
-    domains = sorted(POWERCAP.glob("intel-rapl:*"))
-    if not domains:
-        return [
-            Finding(
-                "rapl",
-                False,
-                f"no intel-rapl domain in {POWERCAP}; virtual machines and containers hide it",
-                "run on bare metal, with the kernel module intel_rapl_msr loaded",
-            )
-        ]
-    return [_rapl_domain(domain) for domain in domains]
-
-
-def _rapl_domain(domain: Path) -> Finding:
-    name = f"rapl:{domain.name.removeprefix('intel-rapl:')}"
-    counter = domain / "energy_uj"
-    try:
-        label = (domain / "name").read_text().strip()
-        int(counter.read_text())
-    except PermissionError:
-        return Finding(name, False, f"{counter} is readable by root only", f"sudo chmod a+r {counter}")
-    except (OSError, ValueError) as error:
-        return Finding(name, False, f"{counter} cannot be read: {error}")
-    return Finding(name, True, f"{label}: energy counter in uJ, which wraps")
+def _counter(domain: Domain) -> str:
+    how = "energy counter" if domain.source == "counter" else f"power only ({domain.reason})"
+    return f"{domain.device}: {how}, scope: {domain.scope}"
 
 
 def _processor() -> str:

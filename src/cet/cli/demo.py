@@ -107,7 +107,7 @@ def _demo(
 def _print_summary(console: Console, report: Report) -> None:
     from rich.table import Table
 
-    from cet.demo.markdown import SCOPE, calibration_verdict, time_verdict
+    from cet.demo.markdown import SCOPE, calibration_verdict, energy_verdict, time_verdict
     from cet.demo.report import at
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -140,7 +140,7 @@ def _print_summary(console: Console, report: Report) -> None:
     for text in (
         calibration_verdict(report),
         time_verdict(report),
-        f"Joules: {report['timing']['joules']['reason']}.",
+        energy_verdict(report),
         SCOPE,
     ):
         console.print()

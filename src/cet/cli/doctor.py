@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 TITLES = {
     "backends": "Backends",
-    "counters": f"Energy counters, found but not read: cet {cet.__version__} has no meter",
+    "counters": "Energy counters (more: cet energy doctor)",
     "extras": "Extras",
 }
 

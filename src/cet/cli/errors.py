@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import click
 
@@ -11,6 +15,47 @@ INTERRUPTED = 130
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 """What cet raises itself, with a message made for the user."""
+
+
+class OutputError(OSError):
+    """A file or folder that cannot be written."""
+
+    exit_code = 20
+
+
+class LoadError(ValueError):
+    """A model or data that cannot be loaded."""
+
+    exit_code = 21
+
+
+class NoSuchExitError(ValueError):
+    """An exit that the model does not have."""
+
+    exit_code = 22
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to stop."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise :class:`Stopped` in the main thread on SIGINT and SIGTERM, so that what is finished can be kept."""
+
+    def stop(signum: int, _frame: object) -> NoReturn:
+        raise Stopped(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @dataclass

@@ -31,7 +31,7 @@ def to_markdown(report: Report) -> str:
         _time_table(report),
         time_verdict(report),
         "## Energy",
-        f"Not measured: {report['timing']['joules']['reason']}.",
+        energy_verdict(report),
         *(text for name, recipe in report["recipes"].items() for text in _recipe_section(report, name, recipe)),
         f"All figures with all their digits, settings and versions are in [{REPORT}]({REPORT}).\n",
     ]
@@ -69,6 +69,20 @@ def time_verdict(report: Report) -> str:
     if not cases["faster"]:
         sentences.append("It was faster in no case measured.")
     return " ".join(sentences)
+
+
+def energy_verdict(report: Report) -> str:
+    """What early exit takes of the full network's energy."""
+    joules = report["timing"]["joules"]
+    if joules["ratio"] is None:
+        return f"Joules are not known: {joules['reason']}."
+    interval = "" if joules["low"] is None else f", {joules['low']:.2f} to {joules['high']:.2f}"
+    flags = f"; flagged: {joules['flags']}" if joules["flags"] else ""
+    return (
+        f"Early exit of {joules['recipe']} takes {joules['ratio']:.2f}x the full network's energy{interval}: "
+        f"{joules['early']:.2e} J against {joules['full']:.2e} J per sample of clean input in batches of "
+        f"{joules['batch_size']}, gross, by the CPU's {joules['source']}{flags}."
+    )
 
 
 def speeds(report: Report) -> Iterator[tuple[str, str, Condition, Speed]]:

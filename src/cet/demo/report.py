@@ -46,10 +46,22 @@ class RecipeReport(TypedDict):
 
 
 class Joules(TypedDict):
-    """Energy, ``None`` where it was not measured, and why."""
+    """Energy of early exit against the full network, in joules per sample of clean input; ``None`` where it is unknown.
 
-    value: float | None
-    reason: str
+    ``ratio`` is early exit's over the full network's, ``low`` and ``high`` are the ends of its 95 % interval, ``flags``
+    names what makes it less than it seems, and ``reason`` says why it is unknown.
+    """
+
+    recipe: str
+    batch_size: int
+    full: float | None
+    early: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    source: str | None
+    flags: str | None
+    reason: str | None
 
 
 class Timing(TypedDict):

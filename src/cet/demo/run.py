@@ -23,10 +23,11 @@ from cet import machine
 from cet.calibration import calibrate
 from cet.cost import exit_costs
 from cet.demo import plots
+from cet.demo.energy import measure_energy
 from cet.demo.evaluation import accuracy_compute_curve, at_severity, curve_thresholds, perturbed
 from cet.demo.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STATE, SUMMARY, RunFolder
 from cet.demo.markdown import to_markdown
-from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Cost, Data, Joules, RecipeReport, Report, Speeds, Timing
+from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Cost, Data, RecipeReport, Report, Speeds, Timing
 from cet.demo.timing import measure_latency, measure_throughput
 from cet.early_exit import EarlyExit
 from cet.training import (
@@ -60,6 +61,8 @@ class Settings:
         test_windows: how many windows of the test persons to use; all when not given.
         timed_batches: rounds of the throughput measurement.
         timed_windows: windows of the latency measurement.
+        energy_rounds: rounds of the energy measurement, where there is an energy counter.
+        energy_window: s of each of its windows.
     """
 
     seed: int = 0
@@ -69,9 +72,11 @@ class Settings:
     test_windows: int | None = None
     timed_batches: int = 100
     timed_windows: int = 400
+    energy_rounds: int = 5
+    energy_window: float = 5.0
 
 
-QUICK = Settings(epochs=2, test_windows=512, timed_batches=30, timed_windows=100)
+QUICK = Settings(epochs=2, test_windows=512, timed_batches=30, timed_windows=100, energy_rounds=3, energy_window=1.0)
 
 
 class Step(Protocol):
@@ -148,6 +153,17 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
                 evaluated[recipe.name] = _evaluate(model, recipe, split.calibration, test, settings.seed)
             model.save(folder / f"{recipe.name}.safetensors")
         throughput, latency = _measure(models, test, settings, stages)
+        with stages.stage("Measure energy") as step:
+            joules = measure_energy(
+                models[CONSISTENT.name],
+                CONSISTENT.name,
+                test.x,
+                batch_size=THROUGHPUT_BATCH,
+                rounds=settings.energy_rounds,
+                window=settings.energy_window,
+                seed=settings.seed,
+                progress=lambda done, total, _: step.advance(done, total),
+            )
         host = machine.host()
     report = Report(
         schema_version=SCHEMA_VERSION,
@@ -163,7 +179,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
             stages=stages.seconds,
             throughput=throughput,
             latency=latency,
-            joules=_joules(),
+            joules=joules,
         ),
     )
     with stages.stage("Write report"):
@@ -233,16 +249,6 @@ def _measure(
             )
             latency[name][condition] = measure_latency(model, x, windows=settings.timed_windows, seed=seed)
     return throughput, latency
-
-
-def _joules() -> Joules:
-    counters = machine.counters()
-    usable = [counter for counter in counters if counter.available]
-    if usable:
-        names = " and ".join(counter.name for counter in usable)
-        return Joules(value=None, reason=f"cet {cet.__version__} reads no energy counter; this machine has {names}")
-    reasons = "; ".join(f"{counter.name}: {counter.detail}" for counter in counters)
-    return Joules(value=None, reason=f"no energy counter ({reasons})")
 
 
 def _describe(path: Path, split: Split, test: Windows) -> Data:

@@ -1,0 +1,182 @@
+"""What `--model`, `--backbone` and `--data` name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import cet
+from cet.batches import call, check_batch
+from cet.cli.errors import LoadError, NoSuchExitError, one_sentence
+
+Batch = tuple[Any, Tensor]
+"""Inputs, a tensor, a tuple or a dict of tensors ``(B, ...)``, and labels ``(B,)`` int64."""
+
+
+def torch_device(name: str | None) -> torch.device | None:
+    """Where to run; ``None`` where the model is.
+
+    Raises:
+        click.BadParameter: for a device that torch does not have.
+    """
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise click.BadParameter(f"{name!r} cannot be used: {reason}.", param_hint="--device") from error
+
+
+def load_model(spec: str, backbone: str | None, device: torch.device | None) -> nn.Module:
+    """The model in eval mode.
+
+    Args:
+        spec: ``module:name`` of a module or of a function without arguments that returns one, or the path of a
+            checkpoint that :meth:`cet.EarlyExit.save` wrote.
+        backbone: for a checkpoint, ``module:name`` of its backbone.
+        device: where to move the model; ``None`` leaves it where it is.
+
+    Raises:
+        LoadError: when it cannot be loaded.
+    """
+    if _is_checkpoint(spec):
+        if backbone is None:
+            raise LoadError(f"{spec} is a checkpoint, which holds no code; name its backbone by --backbone MODULE:NAME")
+        try:
+            model: nn.Module = cet.load(spec, _module(backbone))
+        except (OSError, ValueError) as error:
+            raise LoadError(one_sentence(error)) from error
+    else:
+        model = _module(spec)
+    return model.to(device).eval()
+
+
+def load_early_exit(
+    spec: str, backbone: str | None, device: torch.device | None, exits: Sequence[str]
+) -> cet.EarlyExit:
+    """As :func:`load_model`, a model that has the early exits ``exits``.
+
+    Raises:
+        LoadError: when it cannot be loaded, or is something else.
+        NoSuchExitError: for an early exit that it has not.
+    """
+    model = load_model(spec, backbone, device)
+    if not isinstance(model, cet.EarlyExit):
+        raise LoadError(f"{spec} gives {type(model).__name__}; give a cet.EarlyExit, or a checkpoint of one")
+    early = model.exit_names[:-1]
+    for name in exits:
+        if name not in early:
+            raise NoSuchExitError(f"the model has no early exit {name!r}; give one of {', '.join(early)}")
+    return model
+
+
+def load_data(spec: str, samples: int, num_classes: int | None, device: torch.device) -> Batch:
+    """The first samples of labelled data as one batch on ``device``.
+
+    Args:
+        spec: ``module:name`` of an iterable of batches ``(x, y)``, or of a function without arguments that returns one.
+        samples: how many to take at most.
+        num_classes: the labels' upper bound; None when not known.
+        device: where the model is.
+
+    Raises:
+        LoadError: when it cannot be loaded, holds no sample, or holds something else than labelled batches.
+    """
+    loader = _made(spec)
+    if not isinstance(loader, Iterable):
+        raise LoadError(f"{spec} gives {type(loader).__name__}; it must give an iterable of batches (x, y)")
+    parts: list[Batch] = []
+    rows = 0
+    try:
+        for batch in loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"a batch is {type(batch).__name__}; give pairs (x, y)")
+            x, y = batch
+            rows += check_batch(x, y, num_classes)
+            parts.append((x, y))
+            if rows >= samples:
+                break
+    except Exception as error:  # whatever the user's own iterable raises
+        raise LoadError(f"{spec}: {one_sentence(error)}") from error
+    if rows == 0:
+        raise LoadError(f"{spec} gives no sample; give at least one batch (x, y)")
+    return _joined(parts, samples, device)
+
+
+def batches_of(data: Batch, size: int) -> list[Batch]:
+    """Cut into batches of exactly ``size``; a shorter rest is left out.
+
+    Raises:
+        LoadError: when there are fewer samples than that.
+    """
+    rows = data[1].shape[0]
+    if rows < size:
+        raise LoadError(f"--data gives {rows} samples, too few for a batch of {size}; give more, or a smaller --batch")
+
+    def rows_from(start: int) -> Batch:
+        batch: Batch = pytree.tree_map_only(Tensor, lambda leaf: leaf[start : start + size], data)
+        return batch
+
+    return [rows_from(start) for start in range(0, rows - size + 1, size)]
+
+
+def runner(model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None]:
+    """A function that runs the model over all batches, without gradients."""
+
+    @torch.no_grad()
+    def run() -> None:
+        for x, _ in batches:
+            call(model, x)
+
+    return run
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are; the CPU if it has none."""
+    weight = next(model.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
+
+
+def _joined(parts: list[Batch], samples: int, device: torch.device) -> Batch:
+    try:
+        joined: Batch = pytree.tree_map(lambda *leaves: torch.cat(leaves)[:samples].to(device), *parts)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LoadError(f"--data gives batches that do not fit together ({one_sentence(error)})") from error
+    return joined
+
+
+def _is_checkpoint(spec: str) -> bool:
+    return ":" not in spec or spec.endswith(".safetensors") or Path(spec).is_file()
+
+
+def _module(spec: str) -> nn.Module:
+    made = _made(spec)
+    if not isinstance(made, nn.Module):
+        raise LoadError(f"{spec} gives {type(made).__name__}; it must give a torch.nn.Module")
+    return made
+
+
+def _made(spec: str) -> Any:
+    """What ``module:name`` is, or what it returns when it is a function."""
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise LoadError(f"{spec!r} is not MODULE:NAME, such as mynet:build")
+    if os.getcwd() not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, os.getcwd())
+    try:
+        value: Any = import_module(module)
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value() if callable(value) and not isinstance(value, nn.Module) else value
+    except Exception as error:  # whatever the user's own code raises
+        raise LoadError(f"{spec} cannot be loaded: {one_sentence(error)}") from error

@@ -1,0 +1,122 @@
+"""Options that several commands of `cet energy` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cet.energy import EnergyMeter
+
+Command = Callable[..., Any]
+
+SECONDS = click.FloatRange(min=0, min_open=True)
+WATTS = click.FloatRange(min=0, min_open=True)
+
+FORMAT = click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="JSON has everything, CSV one figure per line.",
+)
+
+REQUIRE_GPU = click.option("--require-gpu", is_flag=True, help="Fail where no GPU's joules can be measured.")
+NO_RAPL = click.option("--no-rapl", is_flag=True, help="Leave the counters of the CPU out.")
+
+METER = (
+    REQUIRE_GPU,
+    NO_RAPL,
+    click.option("--integral", is_flag=True, help="Sample power as well, to check the counter and to plot it."),
+    click.option(
+        "--estimate-watts",
+        type=WATTS,
+        metavar="W",
+        help="Where nothing can be measured, assume so many watts; all joules are then marked as modelled.",
+    ),
+)
+
+FILES = (
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write everything as JSON.",
+    ),
+    click.option(
+        "--prometheus",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write metrics for the text-file collector.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace the file of --output."),
+)
+
+MEASUREMENT = (
+    click.option("--blocks", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Rounds."),
+    click.option("--window", type=SECONDS, metavar="S", help="Least seconds of a window.  [default: 5]"),
+    click.option(
+        "--warm-up", type=SECONDS, default=3.0, show_default=True, metavar="S", help="Least seconds before each window."
+    ),
+    click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the order.  [default: 0]"),
+    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: torch's choice]"),
+    click.option("--plots", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw PNG files into it."),
+)
+
+BACKBONE = click.option("--backbone", metavar="MODULE:NAME", help="The backbone of a checkpoint.")
+BATCH = click.option(
+    "--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Rows of a batch."
+)
+SAMPLES = click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="How many of the data to use, the first ones.",
+)
+DEVICE = click.option(
+    "--device", metavar="DEVICE", help="Where to run, as torch names it.  [default: where the model is]"
+)
+DATA = (
+    click.option(
+        "--data",
+        required=True,
+        metavar="MODULE:NAME",
+        help="Labelled batches (x, y): an iterable, or a function that returns one.",
+    ),
+    SAMPLES,
+    DEVICE,
+)
+
+
+def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several decorators as one, in the order in which help shows them."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(groups), command)
+
+
+def check_meter(meter: EnergyMeter, *, require_gpu: bool, estimate_watts: float | None) -> None:
+    """Refuse to measure with what an open meter has.
+
+    Raises:
+        NoCounterError: when a GPU is required and none can be measured.
+        click.UsageError: for an estimate where there is a measurement.
+    """
+    from cet.energy import NoCounterError
+
+    measured = [domain.name for domain in meter.domains]
+    if require_gpu and not any(name.startswith("gpu") for name in measured):
+        reasons = "; ".join(
+            f"{missing.domain}: {missing.reason}" for missing in meter.unavailable if missing.domain.startswith("gpu")
+        )
+        raise NoCounterError(f"no GPU's joules can be measured ({reasons}); cet energy doctor shows the mend")
+    if estimate_watts is not None and measured:
+        raise click.UsageError(
+            f"--estimate-watts is for machines without a counter; here {', '.join(measured)} can be measured, so "
+            "leave it out."
+        )

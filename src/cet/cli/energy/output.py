@@ -1,0 +1,74 @@
+"""Where the results of a measurement go."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cet.cli.errors import OutputError
+from cet.energy import report
+from cet.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that the user asked for; ``None`` where not.
+
+    Attributes:
+        document: JSON, written again after every block.
+        prometheus: metrics for the text-file collector of Prometheus' node exporter.
+        plots: a folder of PNG files.
+    """
+
+    document: Path | None
+    prometheus: Path | None
+    plots: Path | None = None
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse what cannot be written, before anything is measured.
+
+        Raises:
+            OutputError: for a file or folder that cannot be written, and a document that exists without ``overwrite``.
+        """
+        if self.plots is not None:
+            try:
+                self.plots.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _not_writable(self.plots, error) from error
+            _check_folder(self.plots, self.plots)
+        for path in filter(None, (self.document, self.prometheus)):
+            if path.is_dir():
+                raise OutputError(f"{path} is a folder; give a file")
+            _check_folder(path.parent, path)
+        if self.document is not None and self.document.exists() and not overwrite:
+            raise OutputError(f"{self.document} exists; give another file, or replace it with --overwrite")
+
+    def save(self, document: Mapping[str, Any]) -> None:
+        """Write the document and the metrics, each at once or not at all."""
+        if self.document is not None:
+            write_atomically(self.document, report.to_json(document).encode())
+        if self.prometheus is not None:
+            write_atomically(self.prometheus, report.to_prometheus(document).encode())
+
+    def draw(self, document: Mapping[str, Any]) -> None:
+        """Draw the plots that the document has figures for."""
+        if self.plots is not None:
+            from cet.energy import plots
+
+            for name, content in plots.draw(document).items():
+                write_atomically(self.plots / name, content)
+
+
+def _check_folder(folder: Path, path: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written ({error.strerror}); give another path")

@@ -1,0 +1,72 @@
+"""`cet energy run`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from cet.cli.energy.options import FILES, FORMAT, METER, check_meter, options
+from cet.cli.errors import debug_option
+
+
+@click.command("run", context_settings={"allow_interspersed_args": False})
+@click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.option(
+    "--idle",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="S",
+    help="Measure the idle machine for S seconds before and after, and take it off.  [default: 0]",
+)
+@options(*METER, *FILES, FORMAT, debug_option)
+@click.pass_context
+def command(
+    context: click.Context,
+    arguments: tuple[str, ...],
+    idle: float,
+    require_gpu: bool,
+    no_rapl: bool,
+    integral: bool,
+    estimate_watts: float | None,
+    output: Path | None,
+    prometheus: Path | None,
+    overwrite: bool,
+    form: str,
+) -> None:
+    """Joules while a command runs.
+
+    They are those of everything on the devices, from the command's start to its end. The result goes to stderr, since
+    stdout is the command's. Signals are passed on to the command. The exit code is the command's own; if that is 0 and
+    the measurement failed, that of the failure.
+
+    \b
+    Examples:
+      cet energy run -- python train.py
+      cet energy run --idle 5 --output run.json -- ./server --port 80
+    """
+    if idle and estimate_watts is not None:
+        raise click.UsageError("--idle measures what --estimate-watts assumes; leave one of them out.")
+    if not hasattr(signal, "sigtimedwait"):
+        raise click.UsageError("cet energy run passes signals on by what only Linux has; run it there.")
+    from cet.cli.energy import process
+
+    process.check_command(arguments[0])
+    with process.signals_held() as mask:
+        # Not before: what starts threads must find the signals held.
+        from cet.cli.energy.output import Outputs
+        from cet.cli.energy.tables import show
+        from cet.cli.energy.text import of_run
+        from cet.cli.energy.window import measure
+        from cet.energy import EnergyMeter
+
+        outputs = Outputs(output, prometheus)
+        outputs.check(overwrite=overwrite)
+        with EnergyMeter(rapl=not no_rapl, integral=integral).opened() as meter:
+            check_meter(meter, require_gpu=require_gpu, estimate_watts=estimate_watts)
+            measured = measure(meter, arguments, mask, idle=idle, estimate_watts=estimate_watts)
+        document = measured.document()
+        outputs.save(document)
+    show(document, form, of_run(document), to_stderr=True)
+    context.exit(measured.exit_code)

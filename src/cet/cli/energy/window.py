@@ -1,0 +1,155 @@
+"""Measures a command: one window from its start to its end."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cet.cli.energy import process
+from cet.cli.errors import Stopped
+from cet.energy import (
+    CounterFrozenError,
+    CounterUnstableError,
+    DeviceLostError,
+    DeviceState,
+    EnergyError,
+    EnergyMeter,
+    EnergyReading,
+    Flag,
+    report,
+)
+from cet.energy.domains import unique
+from cet.energy.protocol import estimated, idle_drifts, window_flags
+
+WRAP = 30.0
+"""s, within which counters that wrap are read."""
+
+
+@dataclass(frozen=True)
+class MeasuredCommand:
+    """A command that ended, and its window.
+
+    Attributes:
+        arguments: the program and its arguments.
+        ended: how it ended.
+        reading: of its window.
+        idle: windows of the idle machine, before and after.
+        flags: what makes the figures less than they seem.
+        failure: of the measurement.
+        stopped: why the document is partial; ``None`` if it is complete.
+    """
+
+    arguments: tuple[str, ...]
+    ended: process.Ended
+    reading: EnergyReading
+    idle: tuple[EnergyReading, ...]
+    flags: tuple[Flag, ...]
+    failure: EnergyError | None
+    stopped: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """The command's own, or that of the failure if the command succeeded."""
+        return self.ended.exit_code or (self.failure.exit_code if self.failure else 0)
+
+    def document(self) -> dict[str, Any]:
+        """For the report."""
+        measurement = {
+            "window": report.plain_reading(self.reading),
+            "idle": [report.plain_reading(reading) for reading in self.idle],
+            "unavailable": [asdict(missing) for missing in self.reading.unavailable],
+        }
+        about = {
+            "command": list(self.arguments),
+            "exit_code": self.ended.exit_code,
+            "host": {"platform": platform.platform()},
+        }
+        figures = report.window_figures(self.reading, self.idle)
+        return report.document("run", figures, [measurement], flags=self.flags, stopped=self.stopped, about=about)
+
+
+def measure(
+    meter: EnergyMeter,
+    arguments: tuple[str, ...],
+    mask: process.Mask,
+    *,
+    idle: float,
+    estimate_watts: float | None,
+) -> MeasuredCommand:
+    """Run a command within :func:`process.signals_held`, and measure it.
+
+    Args:
+        meter: an open one.
+        arguments: the program and its arguments.
+        mask: the signal mask for it.
+        idle: s to measure the idle machine before and after.
+        estimate_watts: W to assume; ``None`` to measure.
+
+    Raises:
+        CommandError: when it cannot be started.
+        Stopped: for a signal that comes before it was.
+        DeviceLostError: for a GPU that is lost then.
+    """
+    for domain in meter.domains:
+        meter.measure_tick(domain.name)
+    idle_readings = [_idle(meter, idle)] if idle else []
+    before = _states(meter)
+    meter.start()
+    ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
+    failure: EnergyError | None
+    try:
+        reading = meter.stop()
+        failure = failure_of(reading)
+    except DeviceLostError as error:
+        if error.reading is None:
+            raise
+        reading, failure = error.reading, error
+    flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
+    stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
+    if idle and failure is None:
+        try:
+            idle_readings.append(_idle(meter, idle))
+        except Stopped as signal:
+            stopped = stopped or f"{signal} while the idle machine was measured"
+        if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
+            flags.append(Flag.IDLE_DRIFT)
+    if estimate_watts is not None:
+        reading = estimated(reading, estimate_watts)
+        flags.append(Flag.MODELLED)
+    return MeasuredCommand(
+        arguments,
+        ended,
+        reading,
+        tuple(idle_readings),
+        unique(flags),
+        failure,
+        str(failure) if failure else stopped,
+    )
+
+
+def _idle(meter: EnergyMeter, seconds: float) -> EnergyReading:
+    meter.start()
+    try:
+        process.sleep(seconds)
+    finally:
+        reading = meter.stop()
+    return reading
+
+
+def _states(meter: EnergyMeter) -> dict[str, DeviceState]:
+    """Of each GPU; none after one was lost, which the end of the window reports."""
+    try:
+        return {domain.name: meter.state(domain.name) for domain in meter.domains if domain.name.startswith("gpu:")}
+    except DeviceLostError:
+        return {}
+
+
+def failure_of(reading: EnergyReading) -> EnergyError | None:
+    """What went wrong with a counter that worked when the window began; ``None`` if nothing did."""
+    for part in reading.domains:
+        too_short = reading.seconds < 2 * (part.tick or 0)  # for the counter to move
+        if part.joules is None and not too_short:
+            kind = CounterFrozenError if Flag.COUNTER_FROZEN in part.flags else CounterUnstableError
+            return kind(part.reason)
+    return None

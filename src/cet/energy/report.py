@@ -1,0 +1,348 @@
+"""What `cet energy` writes: one document with every figure and the raw windows behind it, as JSON, CSV and metrics.
+
+The document is plain data. Its ``figures`` are a flat list from which tables, CSV, metrics and plots are made; its
+``measurements`` hold settings, devices and the windows with the counters as they were read.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import cet
+from cet.energy.domains import EnergyReading, Flag
+
+if TYPE_CHECKING:
+    from cet.energy.comparison import Comparison, Verdict
+    from cet.energy.measurement import Block, Measurement
+    from cet.energy.profile import BatchProfile
+    from cet.energy.statistics import Estimate
+
+SCHEMA = "cet-energy"
+SCHEMA_VERSION = 1
+
+POLICY = "policy"
+"""In the place of an exit's name: the figures of the policy."""
+
+UNLABELLED = "the data has no labels"
+UNCOUNTED = "the model has no operation whose FLOPs are counted"
+UNFINISHED = "not finished"
+"""Why a document is partial that was written amid a measurement."""
+
+Kind = Literal["run", "profile", "compare", "benchmark"]
+Document = dict[str, Any]
+PlainFigure = Mapping[str, Any]
+"""A :class:`Figure` as it stands in a document."""
+
+_PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure with what it is of.
+
+    Attributes:
+        name: ``"joules"``, ``"net_joules"`` (above idle), ``"seconds"``, ``"watts"``, ``"flops"``, ``"rate"``,
+            ``"accuracy"``.
+        unit: ``"J"``, ``"s"``, ``"W"``, ``"FLOP"``, or ``"1"``.
+        value: ``None`` if unknown, never 0 for it.
+        low: lower end of the interval of the statistical error; ``None`` without one.
+        high: its upper end.
+        systematic: half width of the error that repetition does not show; ``None`` where nobody knows it.
+        rounds: that the figure is of.
+        source: ``"counter"``, ``"integral"``, ``"model"``, joined by ``+`` where it has several.
+        reason: why ``value`` is ``None``.
+        per: ``"window"`` or ``"sample"``.
+        batch: rows per batch.
+        exit: the exit, ``"policy"`` for the mixed run.
+        part: ``"cumulative"``, ``"marginal"``, ``"backbone"``, ``"head"``, ``"gate"``; ``"predicted"``, ``"measured"``,
+            ``"residual"``, ``"ratio"``.
+        workload: what was run.
+        domain: of this domain alone; ``None`` for the total.
+        verdict: of a comparison: whether the first workload takes ``"less"`` or ``"more"``, they are ``"not
+            distinguishable"``, or it is ``"unknown"``.
+    """
+
+    name: str
+    unit: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    systematic: float | None = None
+    rounds: int | None = None
+    source: str | None = None
+    reason: str | None = None
+    per: str | None = None
+    batch: int | None = None
+    exit: str | None = None
+    part: str | None = None
+    workload: str | None = None
+    domain: str | None = None
+    verdict: Verdict | None = None
+
+    @classmethod
+    def of(cls, name: str, estimate: Estimate, **labels: Any) -> Figure:
+        """From an estimate."""
+        return cls(
+            name,
+            estimate.unit,
+            estimate.value,
+            estimate.low,
+            estimate.high,
+            estimate.systematic,
+            estimate.rounds,
+            "+".join(estimate.sources) or None,
+            estimate.reason,
+            **labels,
+        )
+
+
+def document(
+    kind: Kind,
+    figures: Iterable[Figure],
+    measurements: Sequence[Mapping[str, Any]],
+    *,
+    flags: Iterable[Flag] = (),
+    stopped: str | None = None,
+    about: Mapping[str, Any],
+) -> Document:
+    """The document of one command.
+
+    Args:
+        kind: which command.
+        figures: what it found.
+        measurements: the windows behind them, see :func:`plain_measurement` and :func:`plain_reading`.
+        flags: all that were raised; they are explained in the document.
+        stopped: why it is partial; ``None`` if it is complete.
+        about: what was measured, and where.
+    """
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "status": "complete" if stopped is None else "partial",
+        "stopped": stopped,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cet": cet.__version__,
+        **about,
+        "flags": {str(flag): flag.explanation for flag in flags},
+        "figures": [asdict(figure) for figure in figures],
+        "measurements": list(measurements),
+    }
+
+
+def plain_reading(reading: EnergyReading) -> dict[str, Any]:
+    """A window as the meter read it, with the sum over its domains; what is not available is said once, elsewhere."""
+    domains = [asdict(part) for part in reading.domains]
+    return {"start": reading.start, "seconds": reading.seconds, "joules": reading.joules, "domains": domains}
+
+
+def plain_block(block: Block) -> dict[str, Any]:
+    """A window of the protocol."""
+    return {**asdict(block), "reading": plain_reading(block.reading), "seconds": block.seconds, "watts": block.watts}
+
+
+def plain_measurement(measurement: Measurement, **labels: Any) -> dict[str, Any]:
+    """A measurement with its windows."""
+    plain = {field.name: getattr(measurement, field.name) for field in fields(measurement)}
+    return {
+        **labels,
+        **plain,
+        "settings": asdict(measurement.settings),
+        "domains": [asdict(domain) for domain in measurement.domains],
+        "unavailable": [asdict(missing) for missing in measurement.unavailable],
+        "preflight": {name: asdict(facts) for name, facts in measurement.preflight.items()},
+        "blocks": [plain_block(block) for block in measurement.blocks],
+    }
+
+
+def profile_figures(profile: BatchProfile) -> Iterator[Figure]:
+    """Of one batch size."""
+    batch = profile.batch_size
+    for row in profile.exits:
+        labels: dict[str, Any] = {"batch": batch, "exit": row.name}
+        yield Figure("rate", "1", row.rate, **labels)
+        yield Figure("accuracy", "1", row.accuracy, reason=_unless(row.accuracy, UNLABELLED), **labels)
+        yield Figure("flops", "FLOP", row.flops, per="sample", reason=_unless(row.flops, UNCOUNTED), **labels)
+        for name in ("seconds", "joules", "net_joules"):
+            split = getattr(row, name)
+            for field in fields(split):
+                yield Figure.of(name, getattr(split, field.name), per="sample", part=field.name, **labels)
+    policy: dict[str, Any] = {"batch": batch, "exit": POLICY}
+    yield Figure(
+        "accuracy", "1", profile.accuracy, reason=_unless(profile.accuracy, "the data has no labels"), **policy
+    )
+    for name in ("seconds", "joules", "net_joules"):
+        prediction = getattr(profile, name)
+        for field in fields(prediction):
+            yield Figure.of(name, getattr(prediction, field.name), per="sample", part=field.name, **policy)
+
+
+def comparison_figures(comparison: Comparison) -> Iterator[Figure]:
+    """Of both models and of their ratio."""
+    for contrast in comparison.contrasts:
+        name, domain = contrast.quantity, contrast.domain
+        for workload, estimate in ((comparison.a, contrast.a), (comparison.b, contrast.b)):
+            yield Figure.of(name, estimate, per="sample", workload=workload, domain=domain)
+        labels: dict[str, Any] = {
+            "workload": f"{comparison.a}/{comparison.b}",
+            "domain": domain,
+            "verdict": contrast.verdict,
+        }
+        yield Figure.of(name, contrast.ratio, part="ratio", **labels)
+
+
+def window_figures(reading: EnergyReading, idle: Sequence[EnergyReading] = ()) -> Iterator[Figure]:
+    """Of a lone window: its length, and joules and mean watts of each domain and in total.
+
+    Args:
+        reading: the window.
+        idle: windows of the idle machine, for the joules above idle; their mean power is taken off.
+    """
+    yield Figure("seconds", "s", reading.seconds, per="window")
+    for domain in (*(part.domain for part in reading.domains), None):
+        joules, source, reason = _of_domain(reading, domain)
+        labels: dict[str, Any] = {"source": source, "reason": reason, "per": "window", "domain": domain}
+        yield Figure("joules", "J", joules, **labels)
+        yield Figure("watts", "W", None if joules is None else joules / reading.seconds, **labels)
+        idle_watts, why_not = _idle_watts(idle, domain)
+        if joules is None or idle_watts is None:
+            yield Figure("net_joules", "J", None, **{**labels, "reason": reason or why_not})
+        else:
+            yield Figure("net_joules", "J", joules - idle_watts * reading.seconds, **labels)
+    for missing in reading.unavailable:
+        for name, unit in (("joules", "J"), ("watts", "W"), ("net_joules", "J")):
+            yield Figure(name, unit, None, reason=missing.reason, per="window", domain=missing.domain)
+
+
+def _of_domain(reading: EnergyReading, domain: str | None) -> tuple[float | None, str | None, str | None]:
+    """Joules, source and why there are none, of a domain or in total."""
+    if domain is not None:
+        part = reading[domain]
+        return part.joules, part.source, part.reason if part.joules is None else None
+    if reading.joules is None:
+        return None, None, f"nothing is known of {' and '.join(reading.reasons) or 'any domain'}"
+    sources = {part.source for part in reading.domains if part.in_total and part.source}
+    return reading.joules, "+".join(sorted(sources)), None
+
+
+def _idle_watts(idle: Sequence[EnergyReading], domain: str | None) -> tuple[float | None, str | None]:
+    """Mean idle power, and why there is none."""
+    if not idle:
+        return None, "the idle machine was not measured"
+    watts = []
+    for reading in idle:
+        joules, _, reason = _of_domain(reading, domain)
+        if joules is None:
+            return None, reason
+        watts.append(joules / reading.seconds)
+    return sum(watts) / len(watts), None
+
+
+class Figures:
+    """The figures of a document, found by their labels."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._figures: list[PlainFigure] = document["figures"]
+
+    def __call__(self, name: str, **labels: Any) -> PlainFigure:
+        """The one figure with these labels; those that are not named are None."""
+        wanted = {"batch": None, "exit": None, "part": None, "workload": None, "domain": None, **labels}
+        return next(
+            figure
+            for figure in self._figures
+            if figure["name"] == name and all(figure[key] == value for key, value in wanted.items())
+        )
+
+    @property
+    def modelled(self) -> bool:
+        """Whether joules are assumed watts times time."""
+        return any(figure["source"] == "model" for figure in self._figures)
+
+    def values(self, label: str) -> list[Any]:
+        """The values of a label, each once, in order."""
+        return list(dict.fromkeys(figure[label] for figure in self._figures if figure[label] is not None))
+
+
+def si_prefix(value: float) -> tuple[int, str]:
+    """The power of ten and the SI prefix with which a value has one to three digits before the point."""
+    power = 3 * math.floor(math.log10(abs(value)) / 3) if value else 0
+    power = min(max(power, min(_PREFIXES)), max(_PREFIXES))
+    return power, _PREFIXES[power]
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """Indented, with a newline at the end; NaN and infinity are refused by ``ValueError``."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def to_csv(document: Mapping[str, Any]) -> str:
+    """The figures, one per line; what is unknown is an empty field."""
+    text = io.StringIO()
+    columns = ["kind", "status", *(field.name for field in fields(Figure))]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    common = {"kind": document["kind"], "status": document["status"]}
+    writer.writerows({**common, **figure} for figure in document["figures"])
+    return text.getvalue()
+
+
+_LABELS = ("per", "batch", "exit", "part", "workload", "domain", "source")
+_BOUNDS = {"value": "", "low": "_low", "high": "_high"}
+_HELP = {
+    "joules": "Energy, gross.",
+    "net_joules": "Energy above that of the idle machine.",
+    "seconds": "Time.",
+    "watts": "Mean power.",
+    "flops": "Floating-point operations.",
+    "rate": "Fraction of the samples that leave at the exit.",
+    "accuracy": "Fraction of the samples that are classified correctly.",
+    "ratio": "Quotient of two figures.",
+}
+
+
+def to_prometheus(document: Mapping[str, Any]) -> str:
+    """The figures in the text format of Prometheus (exposition format 0.0.4), all of them gauges.
+
+    A known figure is a sample of ``cet_energy_NAME``, and the ends of its interval are samples of
+    ``cet_energy_NAME_low`` and ``_high``. An unknown one has a sample of ``cet_energy_unknown`` with the reason as a
+    label, and none else.
+    """
+    kind, complete = document["kind"], int(document["status"] == "complete")
+    metrics = {"complete": ("Whether nothing stopped the measurement.", [({"kind": kind}, complete)])}
+    for figure in document["figures"]:
+        labels = {"kind": kind, **{key: figure[key] for key in _LABELS if figure[key] is not None}}
+        name = figure["name"]
+        if figure["part"] == "ratio":
+            name, labels["of"] = "ratio", name
+        if figure["value"] is None:
+            labels |= {"of": figure["name"], "reason": figure["reason"]}
+            metrics.setdefault("unknown", ("A figure that is not known, and why.", []))[1].append((labels, 1))
+            continue
+        for bound, suffix in _BOUNDS.items():
+            if figure[bound] is not None:
+                text = f"{_HELP[name]} The {bound} end of the interval." if suffix else _HELP[name]
+                metrics.setdefault(name + suffix, (text, []))[1].append((labels, figure[bound]))
+    return "".join(
+        f"# HELP cet_energy_{name} {text}\n# TYPE cet_energy_{name} gauge\n"
+        + "".join(f"cet_energy_{name}{{{_inside(labels)}}} {value!r}\n" for labels, value in samples)
+        for name, (text, samples) in metrics.items()
+    )
+
+
+def _inside(labels: Mapping[str, Any]) -> str:
+    return ",".join(f'{key}="{_escaped(str(value))}"' for key, value in labels.items())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _unless(value: float | None, reason: str) -> str | None:
+    return reason if value is None else None

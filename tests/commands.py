@@ -1,0 +1,65 @@
+"""Runs `cet energy` as a process of its own, on the simulated NVML."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nvml.simulation import environment
+
+CET = Path(sysconfig.get_path("scripts"), "cet")
+TESTS = Path(__file__).parent
+FAST = ("--blocks", "1", "--window", "0.2", "--warm-up", "0.05", "--batch", "8", "--threads", "1")
+"""Windows as short as they can be told from each other; they are flagged for it."""
+
+
+class Commands:
+    """Commands on one simulated GPU whose counter ticks every 4 ms, and no RAPL.
+
+    Args:
+        library: the simulated libnvidia-ml.so.1.
+        folder: where to keep scripts and outputs.
+    """
+
+    def __init__(self, library: Path, folder: Path) -> None:
+        self._library = library
+        self.folder = folder
+        self.output = folder / "output.json"
+        self.environment: dict[str, str] = {"CET_POWERCAP_ROOT": str(folder / "no-powercap"), "OMP_NUM_THREADS": "1"}
+
+    def inject(self, *fault: str) -> None:
+        """Commands of nvml.c for the net ``simulated_net:small`` to carry out when the first block has been saved."""
+        self.environment |= {"SIMULATED_FAULT": ";".join(fault), "SIMULATED_FAULT_AFTER": str(self.output)}
+
+    def start(self, *args: str, script: Sequence[str] = (), **more: Any) -> subprocess.Popen[str]:
+        """``cet energy ARGS``, under way; ``script`` are commands of nvml.c."""
+        path = self.folder / "script"
+        path.write_text("\n".join(["clock real", "gpus 1", "gpu 0 tick 0.004", *script]))
+        unset = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "COLUMNS", "NO_COLOR", "FORCE_COLOR")
+        env = {key: value for key, value in environment(self._library, path).items() if key not in unset}
+        return subprocess.Popen(
+            [CET, "energy", *args],
+            cwd=TESTS,
+            env={**env, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **more,
+        )
+
+    def run(self, *args: str, script: Sequence[str] = (), **more: Any) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of ``cet energy ARGS``."""
+        process = self.start(*args, script=script, **more)
+        out, err = process.communicate(timeout=600)
+        assert "Traceback" not in err, err
+        return process.returncode, out, err
+
+    def measure(self, *args: str, script: Sequence[str] = (), **more: Any) -> tuple[int, dict[str, Any], str]:
+        """Exit code, the document of ``--output``, and stdout and stderr as one line."""
+        code, out, err = self.run(args[0], "--output", str(self.output), *args[1:], script=script, **more)
+        assert self.output.exists(), f"exit code {code}: {err}"
+        return code, json.loads(self.output.read_text()), " ".join((out + err).split())

@@ -1,0 +1,1 @@
+"""A simulated NVML whose GPUs draw a known power."""

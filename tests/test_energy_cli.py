@@ -1,0 +1,455 @@
+"""`cet energy`: what its commands print, write and pass on. The faults of counters are in test_energy_faults.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import simulated_net
+from cet.cli import main
+from cet.cli.energy.loading import batches_of, load_data, load_early_exit, load_model
+from cet.cli.energy.window import failure_of
+from cet.cli.errors import LoadError, NoSuchExitError
+from cet.energy import CounterFrozenError, CounterUnstableError, DomainEnergy, EnergyError, EnergyReading, Flag
+from commands import CET, FAST, Commands
+from nvml.simulation import Simulation
+
+CPU = torch.device("cpu")
+SHORT = (*FAST, "--blocks", "3")
+PROFILE = ("profile", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", *SHORT)
+COMPARE = ("compare", "simulated_net:small", "simulated_net:large", "--data", "simulated_net:data", *SHORT)
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(simulation: Simulation, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """``cet energy ARGS`` in this process, on a simulated GPU in real time, without RAPL: exit code, stdout, stderr."""
+    simulation.reset(real_time=True)
+    simulation.gpu(0, tick=0.004)
+    monkeypatch.setenv("CET_POWERCAP_ROOT", "/no-powercap")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NVML_SIMULATION", "")  # nets of simulated_net then load the GPU
+    threads = torch.get_num_threads()
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["energy", *args])
+        torch.set_num_threads(threads)
+        return int(stop.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def figure(document: dict[str, Any], name: str, **labels: Any) -> dict[str, Any]:
+    (found,) = (
+        row for row in document["figures"] if row["name"] == name and all(row[key] == labels[key] for key in labels)
+    )
+    return dict(found)
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["", "doctor", "run", "profile", "compare", "watch"])
+    def test_it_has_examples_and_waits_for_nothing(self, command: str) -> None:
+        heavy = "{'torch', 'numpy', 'scipy', 'matplotlib'}"
+        code = (
+            "import sys; from cet.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            f"finally: assert not {heavy} & set(sys.modules), 'imported for help'"
+        )
+        args = [sys.executable, "-c", code, "energy", *filter(None, [command]), "--help"]
+        done = subprocess.run(args, capture_output=True, text=True, check=True)
+        assert "Examples:\n" in done.stdout
+        assert "cet energy " in done.stdout
+
+    def test_every_exit_code_is_listed(self, run: Run) -> None:
+        from cet.cli import errors
+        from cet.energy import domains
+
+        kinds = [*vars(domains).values(), *vars(errors).values()]
+        codes = {
+            kind.exit_code for kind in kinds if isinstance(kind, type) and isinstance(vars(kind).get("exit_code"), int)
+        }
+        assert len(codes) == 10
+        _, out, _ = run("--help")
+        assert codes <= {int(word) for word in out.replace(",", " ").split() if word.isdigit()}
+
+
+class TestCompletion:
+    @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+    def test_script(self, shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["completion", shell])
+        assert not stop.value.code
+        assert "_CET_COMPLETE" in capsys.readouterr().out
+
+    def test_commands_and_options_are_completed(self) -> None:
+        def complete(words: str, index: int) -> str:
+            env = {**os.environ, "_CET_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+            return subprocess.run([CET], env=env, capture_output=True, text=True, check=True).stdout
+
+        assert "plain,profile" in complete("cet energy pro", 2)
+        assert "plain,--estimate-watts" in complete("cet energy run --est", 3)
+
+
+class TestDoctor:
+    def test_table(self, run: Run) -> None:
+        code, out, err = run("doctor")
+        assert (code, err) == (0, "")
+        text = " ".join(out.split())
+        assert "gpu:0 NVIDIA Simulated GPU (GPU-00000000-0000-4000-8000-000000000000)" in text
+        assert "energy counter, scope: board, tick 4" in text
+        assert "Not measured here rapl there is no RAPL zone in /no-powercap" in text
+        assert "mend: run on bare metal" in text
+
+    def test_json(self, run: Run) -> None:
+        code, out, _ = run("doctor", "--format", "json", "--require-gpu")
+        assert code == 0
+        document = json.loads(out)
+        assert (document["kind"], document["schema_version"]) == ("doctor", 1)
+        (gpu,) = document["domains"]
+        assert gpu["tick"] == pytest.approx(0.004, rel=0.2)
+        assert gpu["state"]["watts"] == pytest.approx(71.1, rel=0.01)
+        assert document["unavailable"][0]["domain"] == "rapl"
+
+    def test_what_disturbs_is_told(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, persistence=0, throttle=0x20, process=4711)
+        text = " ".join(run("doctor")[1].split())
+        assert "sudo nvidia-smi -pm 1" in text
+        assert "clocks are lowered: SwThermalSlowdown" in text
+        assert "other processes compute on it: 4711" in text
+
+
+class TestRun:
+    def test_stdout_is_the_commands_and_stderr_has_the_result(self, run: Run) -> None:
+        code, out, err = run("run", "--", "sh", "-c", "echo hello; echo spam >&2; sleep 0.2")
+        assert (code, out) == (0, "hello\n")
+        assert err.startswith("spam\nsh -c 'echo hello; echo spam >&2; sleep 0.2': 0.2")
+        assert "gpu:0" in err
+        assert "short-window" in err
+
+    def test_joules_are_power_times_time(self, run: Run, tmp_path: Path) -> None:
+        output = tmp_path / "run.json"
+        assert run("run", "--output", str(output), "--", "sleep", "0.3")[0] == 0
+        document = json.loads(output.read_text())
+        seconds = document["measurements"][0]["window"]["seconds"]
+        assert 0.3 < seconds < 1
+        joules = figure(document, "joules", domain="gpu:0")
+        assert joules["value"] == pytest.approx(71.1 * seconds, rel=0.05)
+        assert joules["source"] == "counter"
+        assert (document["kind"], document["command"], document["exit_code"]) == ("run", ["sleep", "0.3"], 0)
+
+    def test_idle_is_taken_off(self, run: Run, tmp_path: Path) -> None:
+        output = tmp_path / "run.json"
+        assert run("run", "--idle", "0.3", "--output", str(output), "--", "sleep", "0.3")[0] == 0
+        document = json.loads(output.read_text())
+        assert len(document["measurements"][0]["idle"]) == 2
+        assert abs(figure(document, "net_joules", domain=None)["value"]) < 3
+
+    @pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -KILL $$", 128 + signal.SIGKILL)])
+    def test_the_exit_code_is_passed_on(self, run: Run, script: str, code: int) -> None:
+        assert run("run", "--", "sh", "-c", script)[0] == code
+
+    def test_its_options_are_not_taken_for_ours(self, run: Run) -> None:
+        assert run("run", "echo", "--format", "--idle")[1] == "--format --idle\n"
+
+    def test_the_command_has_no_signal_blocked_or_ignored(self, run: Run) -> None:
+        code = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        assert run("run", "--", sys.executable, "-c", code)[1] == "set()\n"
+        assert run("run", "--", "sh", "-c", "kill -PIPE $$")[0] == 128 + signal.SIGPIPE
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+    @pytest.mark.parametrize("form", ["json", "csv"])
+    def test_formats(self, run: Run, form: str) -> None:
+        code, out, err = run("run", "--format", form, "--", "true")
+        assert (code, out) == (0, "")
+        if form == "json":
+            assert json.loads(err)["status"] == "complete"
+        else:
+            assert err.startswith("kind,status,name,unit,value")
+
+    def test_metrics(self, run: Run, tmp_path: Path) -> None:
+        metrics = tmp_path / "cet.prom"
+        for _ in range(2):  # an older file is replaced
+            assert run("run", "--prometheus", str(metrics), "--", "sleep", "0.1")[0] == 0
+        text = metrics.read_text()
+        assert 'cet_energy_joules{kind="run",per="window",domain="gpu:0",source="counter"} ' in text
+        assert 'domain="rapl",of="joules",reason="there is no RAPL zone' in text
+
+    def test_overwrite(self, run: Run, tmp_path: Path) -> None:
+        output = tmp_path / "run.json"
+        output.write_text("mine")
+        args = ("--output", str(output), "--", "true")
+        assert run("run", *args)[0] == 20
+        assert output.read_text() == "mine"
+        assert run("run", "--overwrite", *args)[0] == 0
+        assert json.loads(output.read_text())
+
+    def test_an_estimate_is_refused_where_there_is_a_counter(self, run: Run) -> None:
+        code, out, err = run("run", "--estimate-watts", "50", "--", "echo", "ran")
+        assert (code, out) == (2, "")
+        assert "here gpu:0 can be measured" in err
+
+    def test_an_estimate_is_marked(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        code, _, err = run("run", "--estimate-watts", "50", "--format", "json", "--", "sleep", "0.1")
+        assert code == 0
+        document = json.loads(err)
+        joules = figure(document, "joules", domain=None)
+        assert joules["source"] == "model"
+        assert joules["value"] == pytest.approx(50 * document["measurements"][0]["window"]["seconds"])
+        assert "modelled" in document["flags"]
+
+    @pytest.mark.parametrize(
+        ("flag", "seconds", "failure"),
+        [
+            (Flag.COUNTER_FROZEN, 0.15, None),  # too short for the counter to move
+            (Flag.COUNTER_FROZEN, 5.0, CounterFrozenError),
+            (Flag.COUNTER_BACKWARDS, 5.0, CounterUnstableError),
+            (Flag.COUNTER_FAILED, 5.0, CounterUnstableError),
+        ],
+    )
+    def test_a_counter_that_fails_is_a_failure(
+        self, flag: Flag, seconds: float, failure: type[EnergyError] | None
+    ) -> None:
+        gpu = DomainEnergy("gpu:0", "", "board", True, None, None, reason="why", tick=0.1, flags=(flag,))
+        found = failure_of(EnergyReading(0.0, seconds, (gpu,)))
+        assert type(found) is (failure or type(None))
+        assert found is None or str(found) == "why"
+
+
+class TestProfile:
+    def test_a_checkpoint_at_two_batch_sizes(self, run: Run, tmp_path: Path) -> None:
+        checkpoint, output, plots = tmp_path / "m.safetensors", tmp_path / "profile.json", tmp_path / "plots"
+        simulated_net.early_exit().save(checkpoint)
+        model = ("--model", str(checkpoint), "--backbone", "simulated_net:backbone", "--data", "simulated_net:data")
+        more = ("--batch", "12", "--exit", "1", "--output", str(output), "--plots", str(plots), "--integral")
+        code, out, err = run("profile", *model, *FAST, *more)
+        assert code == 0, err
+        assert max(map(len, out.splitlines())) <= 80
+        assert "Batch 8, per sample" in out
+        assert "Batch 12, per sample" in out
+        assert "measured / predicted" in out
+        assert "attributed, not measured" in " ".join(out.split())
+        document = json.loads(output.read_text())
+        assert document["status"] == "complete"
+        assert document["exits"] == ["0", "1", "final"]
+        assert [row["batch_size"] for row in document["measurements"]] == [8, 12]
+        for size in (8, 12):
+            assert figure(document, "joules", batch=size, exit="1", part="cumulative")["value"] > 0
+            assert figure(document, "flops", batch=size, exit="final")["value"] > 0
+        samples = document["measurements"][0]["blocks"][0]["reading"]["domains"][0]["samples"]
+        assert len(samples) >= 2
+        assert {path.name for path in plots.iterdir()} == {"per_exit.png", "accuracy.png", "power.png"}
+
+    def test_without_a_counter_there_is_time_and_compute(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        code, out, _ = run(*PROFILE, "--window", "0.01", "--warm-up", "0.01", "--format", "json")
+        assert code == 0
+        document = json.loads(out)
+        assert figure(document, "seconds", exit="final", part="cumulative")["value"] > 0
+        assert figure(document, "flops", exit="final")["value"] > 0
+        joules = figure(document, "joules", exit="final", part="cumulative")
+        assert joules["value"] is None
+        assert "NVML error 9" in joules["reason"]
+
+    def test_without_labels_there_is_no_accuracy(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        args = (*PROFILE, "--data", "simulated_net:unlabelled", "--window", "0.01", "--warm-up", "0.01")
+        code, out, _ = run(*args, "--estimate-watts", "50", "--format", "json")
+        assert code == 0
+        accuracy = figure(json.loads(out), "accuracy", exit="final")
+        assert (accuracy["value"], accuracy["reason"]) == (None, "the data has no labels")
+
+    @pytest.mark.parametrize(
+        ("args", "code", "named"),
+        [
+            (("--device", "cuda:9x"), 2, "--device"),
+            (("--warm-up", "0"), 2, "--warm-up"),
+            (("--model", "simulated_net:small"), 21, "give a cet.EarlyExit"),
+            (("--model", "simulated_net:broken"), 21, "unexpected KeyError: 'spam'"),
+            (("--batch", "64"), 21, "24 samples, too few for a batch of 64"),
+            (("--data", "simulated_net:not_a_model"), 21, "it must give an iterable"),
+        ],
+    )
+    def test_what_cannot_be_measured_is_refused_before_the_first_window(
+        self, run: Run, tmp_path: Path, args: tuple[str, ...], code: int, named: str
+    ) -> None:
+        exit_code, out, err = run(*PROFILE, *args, "--output", str(tmp_path / "profile.json"))
+        assert (exit_code, out) == (code, "")
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
+        assert named in err
+        assert not list(tmp_path.iterdir())
+
+
+class TestCompare:
+    def test_table(self, run: Run) -> None:
+        code, out, err = run(*COMPARE)
+        assert code == 0, err
+        assert max(map(len, out.splitlines())) <= 80
+        assert out.startswith("A: simulated_net:small\nB: simulated_net:large\n")
+        for title in ("time", "energy", "above idle"):
+            assert re.search(rf"^{title}, .*\[\d\.\d+, \d", out, re.MULTILINE)
+            assert re.search(
+                rf"^{title}: A (takes (less|more) than B|and B are not distinguishable)$", out, re.MULTILINE
+            )
+
+    def test_progress_goes_to_stderr_and_json_to_stdout(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cet.cli.energy.progress.PERIOD", 0.0)
+        code, out, err = run(*COMPARE, "--blocks", "1", "--format", "json")
+        assert code == 0
+        document = json.loads(out)
+        assert document["models"] == {"A": "simulated_net:small", "B": "simulated_net:large"}
+        assert "A against B: window 2 of 5, about " in err
+        assert " left\n" in err
+
+    def test_an_exception_in_the_model_keeps_the_blocks(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = tmp_path / "compare.json"
+
+        def fails_later(module: Any, _: Any) -> None:
+            if output.exists():
+                raise RuntimeError("out of memory")
+
+        model = simulated_net.small()
+        model.register_forward_pre_hook(fails_later)
+        monkeypatch.setattr(simulated_net, "small", model)
+        code, out, err = run(*COMPARE, "--output", str(output))
+        assert (code, out) == (1, "")
+        assert err.endswith("Error: out of memory\n")
+        document = json.loads(output.read_text())
+        assert (document["status"], document["stopped"]) == ("partial", "out of memory")
+        assert document["measurements"][0]["blocks"]
+
+    def test_three_backbones_are_too_many(self, run: Run) -> None:
+        code, _, err = run(*COMPARE, *("--backbone", "a:b") * 3)
+        assert code == 2
+        assert "--backbone" in err
+
+
+class TestWatch:
+    def test_lines(self, run: Run) -> None:
+        code, out, err = run("watch", "--interval", "0.1", "--duration", "0.3")
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert len(lines) == 3
+        assert all("gpu:0 71.1 W  rapl –" in line for line in lines)
+
+    def test_exit_rates_as_json_lines(self, run: Run) -> None:
+        model = ("--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch", "8")
+        code, out, _ = run("watch", *model, "--interval", "0.1", "--duration", "0.2", "--format", "json")
+        assert code == 0
+        looks = [json.loads(line) for line in out.splitlines()]
+        assert len(looks) == 2
+        for look in looks:
+            assert look["watts"] == {"gpu:0": pytest.approx(71.1, rel=0.01), "rapl": None}
+            assert "no RAPL zone" in look["reasons"]["rapl"]
+            assert sum(look["exit_rates"].values()) == pytest.approx(1)
+            assert look["samples_per_second"] > 0
+
+    def test_the_energy_counter_is_left_alone(self, run: Run, simulation: Simulation) -> None:
+        run("watch", "--interval", "0.01", "--duration", "0.01")
+        simulation.fault("nvmlDeviceGetTotalEnergyConsumption", 15, first=1)
+        assert run("watch", "--interval", "0.05", "--duration", "0.3")[0] == 0
+
+    def test_a_lost_gpu_ends_it(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlDeviceGetTemperature", 15, first=2)
+        code, out, err = run("watch", "--interval", "0.05", "--duration", "5")
+        assert code == 14
+        assert len(out.splitlines()) == 2
+        assert "NVML error 15" in err
+
+    def test_nothing_to_see_is_refused(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        code, out, err = run("watch")
+        assert (code, out) == (11, "")
+        assert "no power can be seen (gpu: " in err
+
+    def test_ctrl_c_ends_it(self, nvml_library: Path, tmp_path: Path) -> None:
+        process = Commands(nvml_library, tmp_path).start("watch", "--interval", "0.1")
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 130
+        assert err.split() == ["Stopped", "by", "SIGINT."]
+
+
+class TestLoading:
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("simulated_net:", "'simulated_net:' is not MODULE:NAME"),
+            ("no_such_module:build", "No module named 'no_such_module'"),
+            ("simulated_net:spam", "has no attribute 'spam'"),
+            ("simulated_net:broken", "unexpected KeyError: 'spam'"),
+            ("simulated_net:not_a_model", "gives int; it must give a torch.nn.Module"),
+            ("missing.safetensors", "name its backbone by --backbone"),
+        ],
+    )
+    def test_what_is_no_model_is_refused(self, spec: str, message: str) -> None:
+        with pytest.raises(LoadError, match=message):
+            load_model(spec, None, None)
+
+    def test_a_missing_checkpoint_is_named(self) -> None:
+        with pytest.raises(LoadError, match=r"missing\.safetensors is no file"):
+            load_model("missing.safetensors", "simulated_net:backbone", None)
+
+    def test_a_model_comes_in_eval_mode(self) -> None:
+        assert not load_model("simulated_net:backbone", None, None).training
+
+    def test_only_an_early_exit_model_has_exits(self) -> None:
+        assert load_early_exit("simulated_net:early_exit", None, None, ["1"]).exit_names == ("0", "1", "final")
+        with pytest.raises(LoadError, match=r"give a cet\.EarlyExit"):
+            load_early_exit("simulated_net:backbone", None, None, [])
+        with pytest.raises(NoSuchExitError, match="no early exit 'final'; give one of 0, 1"):
+            load_early_exit("simulated_net:early_exit", None, None, ["final"])
+
+    def test_the_first_samples_are_joined_and_cut(self) -> None:
+        x, y = load_data("simulated_net:data", 20, 4, CPU)
+        assert x.shape == (20, 6)
+        assert y.shape == (20,)
+        assert torch.equal(x, torch.cat([x for x, _ in simulated_net.data()])[:20])
+        batches = batches_of((x, y), 6)
+        assert [len(y) for _, y in batches] == [6, 6, 6]
+        assert torch.equal(torch.cat([x for x, _ in batches]), x[:18])
+
+    def test_inputs_may_be_a_dict(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        batches = [({"ids": torch.arange(6).view(3, 2), "mask": torch.ones(3, 2)}, torch.zeros(3, dtype=torch.int64))]
+        monkeypatch.setattr(simulated_net, "data", batches)
+        data = load_data("simulated_net:data", 100, None, CPU)
+        first, second, third = batches_of(data, 1)
+        assert first[0]["ids"].tolist() == [[0, 1]]
+        assert third[0]["ids"].tolist() == [[4, 5]]
+        assert second[0]["mask"].shape == (1, 2)
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (3, "gives int; it must give an iterable"),
+            ([], "gives no sample"),
+            ([torch.zeros(2, 6)], "a batch is Tensor; give pairs"),
+            ([(torch.zeros(2, 6), torch.zeros(2))], "give class indices as an int64 tensor"),
+            ([(torch.zeros(2, 6), torch.tensor([0, 9]))], "the label 9 for 4 classes"),
+            (
+                [(torch.zeros(2, width), torch.tensor([0, 1])) for width in (6, 7)],
+                "batches that do not fit together",
+            ),
+        ],
+    )
+    def test_what_is_no_data_is_refused(self, data: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(simulated_net, "data", data)
+        with pytest.raises(LoadError, match=message):
+            load_data("simulated_net:data", 100, 4, CPU)

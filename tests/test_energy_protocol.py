@@ -1,0 +1,485 @@
+"""The protocol on simulated GPUs and a virtual clock: what it runs when, what it flags, and what it does on failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pynvml
+import pytest
+
+from cet.energy.domains import (
+    CounterFrozenError,
+    CounterUnstableError,
+    DeviceLostError,
+    DeviceState,
+    EnergyReading,
+    Flag,
+)
+from cet.energy.measurement import IDLE, Block, Measurement, Settings
+from cet.energy.meter import EnergyMeter
+from cet.energy.protocol import Workload, measure
+from nvml.simulation import Simulation
+from simulated_work import work
+
+SHORT = Settings(blocks=4, warmup=0.5, warmup_limit=3)
+
+
+@pytest.fixture
+def meter(simulation: Simulation) -> Iterator[EnergyMeter]:
+    simulation.gpu(leakage=0)
+    with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
+        yield meter
+
+
+def names(blocks: Sequence[Block]) -> list[str]:
+    return [block.workload for block in blocks]
+
+
+def counted(measurement: Measurement) -> list[Block]:
+    return [block for block in measurement.blocks if block.void is None]
+
+
+# ---- the plan ----
+
+
+def test_every_round_has_each_workload_and_idle_once_in_changing_order(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    found = measure([work(simulation, "a", 200), work(simulation, "b", 300)], meter, Settings(blocks=12, warmup=0.5))
+    assert found.status == "complete"
+    assert (found.stopped, found.exit_code) == (None, 0)
+    rounds = [names([block for block in found.blocks if block.round == index]) for index in range(12)]
+    assert all(sorted(order) == ["a", "b", IDLE] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 3
+    assert (found.blocks[0].workload, found.blocks[0].round) == (IDLE, -1)
+    assert (found.blocks[-1].workload, found.blocks[-1].round) == (IDLE, 12)
+    assert (found.idle_before, found.idle_after) == (found.blocks[0], found.blocks[-1])
+    assert found.flags == ()
+
+
+@pytest.mark.parametrize(("tick", "window"), [(0.02, 5.0), (0.1, 5.0), (0.4, 20.0)])
+def test_windows_last_five_seconds_or_fifty_ticks(
+    simulation: Simulation, meter: EnergyMeter, tick: float, window: float
+) -> None:
+    simulation.gpu(tick=tick)
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert found.ticks["gpu:0"] == pytest.approx(tick, rel=0.02)
+    assert found.window == pytest.approx(window, rel=0.02)
+    assert all(window <= block.seconds <= 1.2 * window for block in found.blocks)
+    assert len({round(block.seconds, 6) for block in found.blocks}) > 3
+    assert Flag.SHORT_WINDOW not in found.flags
+
+
+def test_the_same_seed_gives_the_same_order(simulation: Simulation, meter: EnergyMeter) -> None:
+    orders = [
+        names(measure([work(simulation, "a", 200), work(simulation, "b", 200)], meter, settings).blocks)
+        for settings in (Settings(warmup=0.5), Settings(warmup=0.5), Settings(warmup=0.5, seed=1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_calls_and_items_are_counted(simulation: Simulation, meter: EnergyMeter) -> None:
+    found = measure([work(simulation, "a", 200, seconds=0.05, items=32)], meter, SHORT)
+    for block in found.blocks:
+        if block.workload == "a":
+            assert block.items == 32 * block.calls
+            assert block.seconds == pytest.approx(0.05 * block.calls)
+        else:
+            assert (block.calls, block.items) == (0, 0)
+
+
+class Recorder(EnergyMeter):
+    """Notes what happens in which order."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(rapl=False, clock=simulation.clock)
+        self.events: list[str] = []
+
+    def start(self, *, integral: bool | None = None) -> None:
+        self.events.append("start")
+        super().start(integral=integral)
+        self.events.append("started")
+
+    def stop(self) -> EnergyReading:
+        self.events.append("stop")
+        return super().stop()
+
+    def synchronize(self) -> None:
+        self.events.append("synchronize")
+        super().synchronize()
+
+    def state(self, domain: str) -> DeviceState:
+        self.events.append("state")
+        return super().state(domain)
+
+    def noting(self, workload: Workload) -> Workload:
+        def run() -> None:
+            self.events.append(workload.name)
+            workload.run()
+
+        return Workload(workload.name, run, workload.items)
+
+
+def test_a_window_holds_its_workload_alone_and_the_warm_up_goes_right_up_to_it(simulation: Simulation) -> None:
+    with Recorder(simulation).opened() as meter:
+        workloads = [meter.noting(work(simulation, name, 200)) for name in ("a", "b")]
+        found = measure(workloads, meter, SHORT)
+    events = meter.events
+    starts = [index for index, event in enumerate(events) if event == "started"]
+    assert len(starts) == len(found.blocks)
+    for start, block in zip(starts, found.blocks, strict=True):
+        stop = events.index("stop", start)
+        inside = events[start + 1 : stop]
+        before = [event for event in events[:start] if event not in ("state", "synchronize", "start")]
+        if block.workload == IDLE:
+            assert inside == []
+        else:
+            assert inside == [block.workload] * block.calls
+            assert before[-1] == block.workload
+
+
+def test_figures_are_near_the_truth(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.gpu(idle=80, tick=0.02)
+    found = measure([work(simulation, "a", 220, seconds=0.05, items=10)], meter, Settings(warmup=0.5))
+    seconds, joules, net, watts = (found.estimate("a", q) for q in ("seconds", "joules", "net_joules", "watts"))
+    assert seconds.value == pytest.approx(0.005)
+    assert joules.value == pytest.approx(1.5, rel=2e-3)
+    assert net.value == pytest.approx(1.1, rel=2e-3)
+    assert watts.value == pytest.approx(300, rel=2e-3)
+    assert found.estimate(IDLE, "watts").value == pytest.approx(80, rel=2e-3)
+    assert joules.systematic == pytest.approx(0.05 * joules.value)
+    assert seconds.systematic == 0
+    assert [joules.sources, seconds.sources] == [("counter",), ()]
+    assert [each.unit for each in (seconds, joules, net, watts)] == ["s", "J", "J", "W"]
+
+
+def test_progress_and_windows_are_told_as_they_end(simulation: Simulation, meter: EnergyMeter) -> None:
+    told: list[tuple[int, int, float]] = []
+    seen: list[Block] = []
+    found = measure(
+        [work(simulation, "a", 200)], meter, SHORT, progress=lambda *each: told.append(each), on_block=seen.append
+    )
+    assert tuple(seen) == found.blocks
+    assert [done for done, _, _ in told] == list(range(11))
+    assert {total for _, total, _ in told} == {10}
+    assert told[-1][2] == 0
+    assert told[5][2] == pytest.approx(5 * (5.35 + 1.0), rel=0.1)
+
+
+# ---- the warm-up ----
+
+
+def test_warm_up_lasts_until_power_and_temperature_are_level(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.gpu(ramp=1.0, tick=0.02)
+    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=1))
+    for block in found.blocks:
+        if block.workload == "a":
+            assert block.watts == pytest.approx(270, rel=5e-3)
+    assert Flag.NOT_LEVEL not in found.flags
+
+
+def test_a_warm_up_that_never_gets_level_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
+    settings = Settings(blocks=1, warmup=0.5, warmup_limit=4)
+    found = measure([work(simulation, "a", lambda now: 100 + 150 * (now % 1.9))], meter, settings)
+    flagged = [Flag.NOT_LEVEL in block.flags for block in found.blocks]
+    assert flagged == [block.workload == "a" for block in found.blocks]
+    assert Flag.NOT_LEVEL in found.flags
+
+
+# ---- flags ----
+
+
+def test_short_windows_are_flagged_and_counted(simulation: Simulation, meter: EnergyMeter) -> None:
+    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=0.2, window=1, ticks=5))
+    assert all(block.flags == (Flag.SHORT_WINDOW,) for block in found.blocks)
+    assert {Flag.SHORT_WINDOW, Flag.FEW_ROUNDS} == set(found.flags)
+    assert found.estimate("a").rounds == 3
+
+
+def test_throttling_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.at(60, f"gpu 0 throttle {pynvml.nvmlClocksEventReasonSwThermalSlowdown}")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    for block in found.blocks:
+        assert (Flag.THROTTLED in block.flags) == (block.reading.start + block.seconds > 60)
+    assert Flag.THROTTLED in found.flags
+
+
+def test_a_window_in_which_the_temperature_changes_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.gpu(inertia=60, heating=0.3)
+    found = measure([work(simulation, "a", 400)], meter, Settings(blocks=1, warmup=0.2, warmup_limit=0.4))
+    drifts = [abs(block.after["gpu:0"].temperature - block.before["gpu:0"].temperature) > 5 for block in found.blocks]
+    assert any(drifts)
+    assert [Flag.TEMPERATURE_DRIFT in block.flags for block in found.blocks] == drifts
+
+
+def test_a_slow_rise_of_the_temperature_is_flagged_for_the_measurement(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    for minute in range(40):
+        simulation.at(5 * minute, f"gpu 0 ambient {30 + minute / 2}")
+    found = measure([work(simulation, "a", 200)], meter, Settings(warmup=0.5))
+    assert not any(Flag.TEMPERATURE_DRIFT in block.flags for block in found.blocks)
+    assert Flag.TEMPERATURE_DRIFT in found.flags
+
+
+@pytest.mark.parametrize(("change", "flagged"), [(0.02, False), (0.1, True)])
+def test_idle_power_that_changes_is_flagged(
+    simulation: Simulation, meter: EnergyMeter, change: float, flagged: bool
+) -> None:
+    simulation.gpu(idle=100)
+    simulation.at(60, f"gpu 0 idle {100 * (1 + change)}")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert (Flag.IDLE_DRIFT in found.flags) == flagged
+
+
+def test_other_processes_on_the_gpu_are_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.gpu(process=4_000_000)
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert found.preflight["gpu:0"].processes == (4_000_000,)
+    assert Flag.SHARED_DEVICE in found.flags
+
+
+def test_a_counter_against_the_integral_is_flagged(simulation: Simulation) -> None:
+    simulation.gpu(gain=1.2, leakage=0)
+    with EnergyMeter(rapl=False, clock=simulation.clock, integral=True).opened() as meter:
+        found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert Flag.COUNTER_DISAGREES in found.flags
+    assert len(counted(found)) == len(found.blocks)
+
+
+# ---- failures ----
+
+IN_THE_MIDDLE = 60.0
+"""s, when some windows are finished and some are not."""
+
+
+def finished(measurement: Measurement) -> int:
+    """Windows that count, none of them with joules below zero or missing."""
+    blocks = counted(measurement)
+    assert all(block.reading.joules is not None and block.reading.joules > 0 for block in blocks)
+    return len(blocks)
+
+
+def test_a_counter_that_runs_backwards_voids_the_window_which_is_repeated(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    simulation.at(IN_THE_MIDDLE, "gpu 0 counter 5000")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert found.status == "complete"
+    assert finished(found) == 10
+    (void,) = [block for block in found.blocks if block.void is not None]
+    assert Flag.COUNTER_BACKWARDS in void.flags
+    assert "backwards" in void.void
+    again = found.blocks[found.blocks.index(void) + 1]
+    assert (again.workload, again.round, again.void) == (void.workload, void.round, None)
+    assert Flag.COUNTER_BACKWARDS not in found.flags
+    assert found.estimate("a").rounds == 4
+
+
+def test_a_counter_that_keeps_failing_ends_the_measurement_with_what_is_finished(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    fault = f"fault nvmlDeviceGetTotalEnergyConsumption -1 {pynvml.NVML_ERROR_UNKNOWN} 0 1000000"
+    simulation.at(IN_THE_MIDDLE, fault)
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert (found.status, found.exit_code) == ("partial", CounterUnstableError.exit_code)
+    assert "in 4 windows one after another" in found.stopped
+    assert 1 < finished(found) < 10
+    assert [block.void is None for block in found.blocks[-5:]] == [True, False, False, False, False]
+    assert found.idle_after is None
+
+
+def test_a_frozen_counter_gets_a_longer_window_and_then_the_integral(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    simulation.at(IN_THE_MIDDLE, "gpu 0 frozen 1")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert found.status == "complete"
+    assert finished(found) == 10
+    before, (first, second), after = _around([block.void is not None for block in found.blocks], found.blocks)
+    assert second.seconds == pytest.approx(2 * first.seconds, rel=0.1)
+    assert "stood at" in first.void
+    assert {block.reading["gpu:0"].source for block in before} == {"counter"}
+    assert {block.reading["gpu:0"].source for block in after} == {"integral"}
+    assert Flag.COUNTER_FROZEN in found.flags
+    assert found.estimate("a").sources == ("counter", "integral")
+    assert found.estimate("a", "watts").value == pytest.approx(270, rel=0.01)
+    assert not simulation.clock.busy
+
+
+def _around(marked: list[bool], blocks: Sequence[Block]) -> tuple[Sequence[Block], Sequence[Block], Sequence[Block]]:
+    """The blocks before, in and behind the marked ones, which follow on each other."""
+    start = marked.index(True)
+    end = start + sum(marked)
+    assert all(marked[start:end])
+    return blocks[:start], blocks[start:end], blocks[end:]
+
+
+def test_a_counter_frozen_for_a_while_needs_the_longer_window_only(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.at(IN_THE_MIDDLE, "gpu 0 frozen 1")
+    simulation.at(IN_THE_MIDDLE + 14, "gpu 0 frozen 0")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert finished(found) == 10
+    assert found.estimate("a").sources == ("counter",)
+
+
+def test_a_frozen_counter_without_power_ends_the_measurement(simulation: Simulation, meter: EnergyMeter) -> None:
+    simulation.fault("nvmlDeviceGetPowerUsage", pynvml.NVML_ERROR_NOT_SUPPORTED)
+    for field in (pynvml.NVML_FI_DEV_POWER_INSTANT, pynvml.NVML_FI_DEV_POWER_AVERAGE):
+        simulation.fault(f"field:{field}", pynvml.NVML_ERROR_NOT_SUPPORTED)
+    simulation.at(IN_THE_MIDDLE, "gpu 0 frozen 1")
+    found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert (found.status, found.exit_code) == ("partial", CounterFrozenError.exit_code)
+    assert "gpu:0" in found.stopped
+    assert 1 < finished(found) < 10
+    assert [block.void is None for block in found.blocks[-4:]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
+def test_a_lost_gpu_ends_the_measurement_with_what_is_finished(
+    simulation: Simulation, meter: EnergyMeter, code: int
+) -> None:
+    simulation.at(IN_THE_MIDDLE, f"fault * 0 {code} 0 1000000")
+    seen: list[Block] = []
+    found = measure([work(simulation, "a", 200)], meter, SHORT, on_block=seen.append)
+    assert (found.status, found.exit_code) == ("partial", DeviceLostError.exit_code)
+    assert "gpu:0" in found.stopped
+    assert 1 < finished(found) < 10
+    assert tuple(seen) == found.blocks
+
+
+class _CudaError(RuntimeError):
+    """What torch makes of a lost GPU."""
+
+
+def test_a_lost_gpu_that_the_workload_meets_first_is_told_as_such(simulation: Simulation, meter: EnergyMeter) -> None:
+    calm = work(simulation, "a", 200)
+
+    def run() -> None:
+        if simulation.time > IN_THE_MIDDLE:
+            simulation.fault("*", pynvml.NVML_ERROR_GPU_IS_LOST)
+            raise _CudaError("unspecified launch failure")
+        calm.run()
+
+    found = measure([Workload("a", run)], meter, SHORT)
+    assert (found.status, found.exit_code) == ("partial", DeviceLostError.exit_code)
+    assert finished(found) > 1
+
+
+def test_an_error_of_the_workload_is_its_own(simulation: Simulation, meter: EnergyMeter) -> None:
+    calm = work(simulation, "a", 200)
+
+    def run() -> None:
+        if simulation.time > IN_THE_MIDDLE:
+            raise _CudaError("out of memory")
+        calm.run()
+
+    seen: list[Block] = []
+    with pytest.raises(_CudaError, match="out of memory"):
+        measure([Workload("a", run)], meter, SHORT, on_block=seen.append)
+    assert len(seen) > 1
+
+
+class _Terminated(KeyboardInterrupt):
+    exit_code = 143
+
+
+@pytest.mark.parametrize(
+    ("signal", "stopped", "exit_code"),
+    [(KeyboardInterrupt(), "interrupted", 130), (_Terminated("terminated"), "terminated", 143)],
+)
+def test_an_interrupt_keeps_what_is_finished_and_stops_the_sampler(
+    simulation: Simulation, signal: KeyboardInterrupt, stopped: str, exit_code: int
+) -> None:
+    calm = work(simulation, "a", 200)
+
+    def run() -> None:
+        if simulation.time > IN_THE_MIDDLE:
+            raise signal
+        calm.run()
+
+    simulation.gpu(leakage=0)
+    with EnergyMeter(rapl=False, clock=simulation.clock, integral=True).opened() as meter:
+        found = measure([Workload("a", run)], meter, SHORT)
+        assert not simulation.clock.busy
+    assert (found.status, found.stopped, found.exit_code) == ("partial", stopped, exit_code)
+    assert 1 < finished(found) < 10
+
+
+# ---- without a counter ----
+
+
+@pytest.fixture
+def blind(simulation: Simulation) -> Iterator[EnergyMeter]:
+    simulation.reset(gpus=0)
+    with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
+        yield meter
+
+
+def timed(simulation: Simulation) -> Workload:
+    return Workload("a", lambda: simulation.clock.sleep(0.02), items=4)
+
+
+def test_without_a_counter_time_is_measured_and_joules_are_unknown(simulation: Simulation, blind: EnergyMeter) -> None:
+    found = measure([timed(simulation)], blind, SHORT)
+    assert found.status == "complete"
+    assert all(0.5 <= block.seconds <= 0.6 for block in found.blocks)
+    assert set(found.flags) == {Flag.FEW_ROUNDS}
+    seconds, joules = found.estimate("a", "seconds"), found.estimate("a", "joules")
+    assert seconds.value == pytest.approx(0.005)
+    assert seconds.low is not None
+    assert (joules.value, joules.low, joules.systematic) == (None, None, None)
+    assert "shows no GPU" in joules.reason
+    assert found.ratio("a", "a").value is None
+
+
+def test_assumed_watts_are_marked_everywhere(simulation: Simulation, blind: EnergyMeter) -> None:
+    found = measure([timed(simulation)], blind, Settings(blocks=4, warmup=0.5, estimate_watts=15))
+    joules, net = found.estimate("a"), found.estimate("a", "net_joules")
+    assert joules.value == pytest.approx(15 * 0.005)
+    assert joules.sources == ("model",)
+    assert joules.systematic is None
+    assert net.value is None
+    for block in found.blocks:
+        if block.workload == "a":
+            assert block.reading["estimate"].source == "model"
+            assert Flag.MODELLED in block.flags
+        else:
+            assert block.reading.joules is None
+    assert Flag.MODELLED in found.flags
+
+
+def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation, meter: EnergyMeter) -> None:
+    with pytest.raises(ValueError, match="estimate_watts is given although gpu:0 can be measured"):
+        measure([work(simulation, "a", 200)], meter, Settings(estimate_watts=100))
+
+
+# ---- arguments ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks": 0}, "blocks is 0"),
+        ({"window": 0.0}, "window is 0.0"),
+        ({"ticks": 0}, "ticks is 0"),
+        ({"warmup": -1.0}, "warmup is -1.0"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"estimate_watts": float("nan")}, "estimate_watts is nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+@pytest.mark.parametrize("given", [[], ["a", "a"], ["a", "idle"]])
+def test_workloads_need_names_of_their_own(simulation: Simulation, meter: EnergyMeter, given: list[str]) -> None:
+    with pytest.raises(ValueError, match="give each a name of its own"):
+        measure([work(simulation, name, 200) for name in given], meter)
+    assert simulation.time == 0
+
+
+def test_workloads_without_items_are_refused(simulation: Simulation, meter: EnergyMeter) -> None:
+    with pytest.raises(ValueError, match="workload a has 0 items"):
+        measure([work(simulation, "a", 200, items=0)], meter)
