@@ -168,8 +168,20 @@ void take_rows(const Kernels& kernels, const std::vector<RowTensor>& tensors, Po
   kernels.take_rows(moves.data(), static_cast<int64_t>(moves.size()), at<int64_t>(index), threads);
 }
 
-void put_rows(const Kernels& kernels, Pointer from, Pointer to, int64_t row_bytes, Pointer index, int64_t count,
-              Pointer positions) {
+void check_indices(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0 || indices[i] >= rows) {
+      throw py::index_error("put_rows: " + std::string(name) + "[" + std::to_string(i) + "] is " +
+                            std::to_string(indices[i]) + " for " + std::to_string(rows) + " rows; give numbers in [0, " +
+                            std::to_string(rows) + ")");
+    }
+  }
+}
+
+void put_rows(const Kernels& kernels, Pointer from, int64_t from_rows, Pointer to, int64_t to_rows, int64_t row_bytes,
+              Pointer index, int64_t count, Pointer positions) {
+  check_indices("index", at<int64_t>(index), count, positions ? from_rows : std::min(from_rows, to_rows));
+  if (positions) check_indices("positions", at<int64_t>(positions), from_rows, to_rows);
   const py::gil_scoped_release release;
   kernels.put_rows(at<char>(from), at<char>(to), row_bytes, at<int64_t>(index), count, at<int64_t>(positions));
 }

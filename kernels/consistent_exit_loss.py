@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cet.kernels import alignment, block_size, on_device_of
-from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches
+from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches, refuse_second_derivative
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 512  # logits of a program, where a row has fewer
@@ -322,8 +321,8 @@ class ConsistentExitLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         # Whoever takes the gradients owns them, so they can be scaled in place. A second call, on a graph that was
         # retained, computes them again.
         gradients, ctx.gradients = ctx.gradients, None

@@ -238,3 +238,33 @@ def test_compiled_calls_give_the_same(backend: str) -> None:
             for got, expected in zip(compiled(leaves, x, outputs[0]), step(leaves, x, outputs[1]), strict=True):
                 assert torch.equal(got, expected)
             assert torch.equal(*outputs)
+
+
+def test_flags_of_any_strides_and_bytes(backend: str) -> None:
+    by_exit = torch.rand(1000, 2) < 0.5
+    assert_compacted(by_exit[:, 0], [torch.arange(1000)])
+    odd = torch.tensor([2, 0, 255, 1, 0, 3, 0, 4], dtype=torch.uint8).view(torch.bool)
+    assert ops.compact(odd, [torch.arange(8)]).tensors[0].tolist() == [1, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("index", "positions"), [([-1], None), ([4], None), ([1], [0, 9, 1, 2]), ([1], [0, -1, 1, 2]), ([4], [0, 1, 2, 3])]
+)
+def test_put_rows_never_writes_elsewhere(backend: str, index: list[int], positions: list[int] | None) -> None:
+    where = None if positions is None else torch.tensor(positions)
+    with pytest.raises(IndexError):
+        ops.put_rows(torch.zeros(4, 3), torch.randn(4, 3), torch.tensor(index), where)
+
+
+def test_put_rows_is_seen_by_autograd(backend: str) -> None:
+    exponential = torch.randn(8, 3, requires_grad=True).exp()
+    with torch.no_grad():
+        ops.put_rows(exponential, torch.zeros(8, 3), torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exponential.sum().backward()
+    with torch.inference_mode():
+        inferred = torch.zeros(4, 3)
+        ops.put_rows(inferred, torch.ones(4, 3), torch.tensor([2]))
+    assert inferred.sum() == 3
+    with pytest.raises(RuntimeError, match="inference"):
+        ops.put_rows(inferred, torch.ones(4, 3), torch.tensor([2]))

@@ -234,3 +234,29 @@ def test_a_compiled_call_gives_the_same_loss_and_gradients(backend: str) -> None
         for value in (compiled(*logits, labels), loss(*logits, labels))
     ]
     torch.testing.assert_close(*results)
+
+
+def test_labels_of_any_strides(backend: str) -> None:
+    clean, perturbed, labels = torch.randn(64, 3), torch.randn(64, 3), torch.randint(0, 3, (64, 2))
+    for column in labels.unbind(dim=1):
+        got = ops.consistent_exit_loss([clean], [perturbed], column)
+        torch.testing.assert_close(got.loss, ops.consistent_exit_loss([clean], [perturbed], column.clone()).loss)
+
+
+@kernels_only
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    logits = [torch.randn(4, 3, requires_grad=True) for _ in range(2)]
+    loss = ops.consistent_exit_loss(logits[:1], logits[1:], torch.tensor([0, 1, 2, 0])).loss
+    with pytest.raises(RuntimeError, match="gradients have no gradient of their own"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_transforms_run_in_plain_pytorch() -> None:
+    clean, perturbed, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+
+    def loss(clean: Tensor) -> Tensor:
+        return ops.consistent_exit_loss([clean], [perturbed], labels).loss
+
+    leaf = clean.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(clean), leaf.grad)

@@ -115,3 +115,23 @@ def test_the_answer_survives_autocast(score):
     expected = exit_score(logits, score)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(exit_score(logits, score), expected)
+
+
+def test_a_class_that_is_ruled_out_has_no_gradient():
+    logits = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
+    exit_score(logits).sum().backward()
+    kept = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    exit_score(kept).sum().backward()
+    torch.testing.assert_close(logits.grad[0, [0, 2]], kept.grad[0])
+    assert logits.grad[0, 1] == 0
+
+
+@pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])
+def test_transforms_give_the_same(score):
+    logits = torch.randn(5, 4)
+    tangent = torch.randn(5, 4)
+    expected = exit_score(logits, score)
+    torch.testing.assert_close(torch.vmap(lambda row: exit_score(row[None], score)[0])(logits), expected)
+    forward = torch.func.jvp(lambda x: exit_score(x, score), (logits,), (tangent,))[1]
+    backward = torch.func.jacrev(lambda x: exit_score(x, score))(logits)
+    torch.testing.assert_close(forward, (backward * tangent).sum(dim=(1, 2)))

@@ -100,3 +100,13 @@ def test_any_step(backend: str, data: st.DataObject) -> None:
     others = [torch.randn(rows, 5)][: data.draw(st.integers(0, 1), label="others")]
     at = data.draw(st.integers(0, len(others)), label="at")
     assert_step_right(features, head, others, [0] * len(others), at, layout=layout, pool=pool)
+
+
+def test_few_survivors_hold_no_memory_of_many(backend: str) -> None:
+    features = torch.randn(400, 30, 20)
+    head = head_for(features, "channels_first")
+    scores = ops.exit_gate(features, *head, threshold=0.0)[1].sort().values
+    for staying in (0, 1, 50, 300):
+        threshold = float(scores[-1 - staying : len(scores) + 1 - staying].mean()) if staying else 9.0
+        moved = ops.exit_step(features, *head, [features], threshold=threshold)[2].tensors[0]
+        assert moved.untyped_storage().nbytes() <= max(8 * moved.nbytes, 64)

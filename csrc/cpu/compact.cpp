@@ -57,9 +57,11 @@ int64_t tasks_of(const RowTensor& t) {
 
 int64_t partition(const bool* leaves, int64_t rows, int64_t* order) {
   int64_t leaving = 0;
-  for (int64_t row = 0; row < rows; ++row) leaving += leaves[row];
+  // As bytes: those of a bool tensor that views another dtype may hold more than 0 and 1.
+  const auto* flags = reinterpret_cast<const unsigned char*>(leaves);
+  for (int64_t row = 0; row < rows; ++row) leaving += flags[row] != 0;
   int64_t next[2] = {0, rows - leaving};
-  for (int64_t row = 0; row < rows; ++row) order[next[leaves[row]]++] = row;
+  for (int64_t row = 0; row < rows; ++row) order[next[flags[row] != 0]++] = row;
   return rows - leaving;
 }
 

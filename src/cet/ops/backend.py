@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Backend = Literal["reference", "cpp", "triton"]
 
@@ -118,7 +119,16 @@ def traced_backend(device_type: str) -> Backend:
 
 def is_tracing() -> bool:
     """Whether calls are being recorded: by ``torch.compile``, ``torch.export`` or a dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_transforming() -> bool:
+    """Whether calls go through ``torch.func`` or carry tangents: both are plain PyTorch's business."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtype] | None = None) -> Any:
@@ -132,6 +142,10 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
         return None
     available = kernels()
     if available is None:
+        return None
+    if is_transforming():
+        if chosen == "cpp":
+            raise ValueError(f"{op}: backend 'cpp' knows no torch.func and no tangents; use use_backend('reference')")
         return None
     for tensor in tensors:
         if not (tensor.is_cpu and _is_plain(tensor, dtypes)):

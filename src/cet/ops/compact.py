@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cet.ops.backend import is_tracing, kernels_for, needs_grad, runs_on_triton, traced_backend, triton_kernels
 
@@ -67,7 +68,8 @@ def _compact_cpp(
 ) -> Compaction:
     rows = leaves.shape[0]
     order = leaves.new_empty(rows, dtype=torch.int64)
-    count = kernels.partition(leaves.contiguous().data_ptr(), rows, order.data_ptr())
+    flags = leaves.contiguous()  # by name, or a copy would be freed before it is read
+    count = kernels.partition(flags.data_ptr(), rows, order.data_ptr())
     staying, leaving = split(order, count)
     if count == rows and may_alias:
         return Compaction(staying, leaving, list(tensors))
@@ -187,7 +189,7 @@ def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tenso
         if not 0 <= dim < tensor.ndim or tensor.shape[dim] != rows:
             raise ValueError(
                 f"{op}: tensors[{index}] has shape {tuple(tensor.shape)}, whose dimension {dim} does not hold {rows} "
-                "rows; give tensors with one row per flag, and in dims where they are"
+                "rows; give tensors with one row per flag, and in dims, counted from 0, where they are"
             )
         if tensor.device != device:
             raise ValueError(f"{op}: tensors[{index}] is on {tensor.device}, the flags on {device}; move one")
@@ -203,7 +205,9 @@ def _put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | N
     on_triton = runs_on_triton("put_rows", (output, rows, *indices))
     kernels = triton_kernels("compact") if on_triton else kernels_for("put_rows", (output, rows, *indices))
     together = all(tensor.is_contiguous() for tensor in (output, rows, *indices))
-    if kernels is None or not together or rows.dtype != output.dtype or needs_grad((output, rows)):
+    # Where torch refuses to write to a tensor of the inference mode, so does this.
+    refused = output.is_inference() and not torch.is_inference_mode_enabled()
+    if kernels is None or not together or rows.dtype != output.dtype or refused or needs_grad((output, rows)):
         put_rows_reference(output, rows, index, positions)
         return
     if on_triton:
@@ -211,7 +215,18 @@ def _put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | N
         return
     row_bytes = output.element_size() * math.prod(output.shape[1:])
     where = 0 if positions is None else positions.data_ptr()
-    kernels.put_rows(rows.data_ptr(), output.data_ptr(), row_bytes, index.data_ptr(), index.shape[0], where)
+    kernels.put_rows(
+        rows.data_ptr(),
+        rows.shape[0],
+        output.data_ptr(),
+        output.shape[0],
+        row_bytes,
+        index.data_ptr(),
+        len(index),
+        where,
+    )
+    if not output.is_inference():
+        increment_version(output)
 
 
 @torch.library.custom_op("cet::put_rows", mutates_args=("output",))
@@ -236,6 +251,7 @@ def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | No
     Raises:
         ValueError: for shapes that do not fit.
         TypeError: for indices that are not int64.
+        IndexError: for an index or a position out of range, before anything is written.
     """
     if rows.shape[1:] != output.shape[1:]:
         raise ValueError(

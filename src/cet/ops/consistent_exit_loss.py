@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cet.ops.backend import is_tracing, kernels_for, runs_on_triton, traced_backend, triton_kernels
 from cet.ops.exit_gate import DTYPES
@@ -80,6 +79,7 @@ def _losses_and_gradients_cpp(
     rows, classes = logits[0].shape
     loss = logits[0].new_empty((), dtype=torch.float32)
     supervised, consistency, confident = (loss.new_empty((exits,)) for _ in range(3))
+    labels = labels.contiguous()
     pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
     kernels.consistent_exit_loss(
         [
@@ -91,7 +91,7 @@ def _losses_and_gradients_cpp(
         DTYPES[logits[0].dtype],
         rows,
         classes,
-        labels.contiguous().data_ptr(),
+        labels.data_ptr(),
         switches.consistency_weight,
         switches.min_confidence,
         switches.target == "hard",
@@ -103,6 +103,15 @@ def _losses_and_gradients_cpp(
         torch.get_num_threads(),
     )
     return ExitLosses(loss, supervised, consistency, confident)
+
+
+def refuse_second_derivative() -> None:
+    """Autograd would take the gradients for constants, where it is asked to differentiate them again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "consistent_exit_loss: the kernels' gradients have no gradient of their own; for create_graph=True compute "
+            "the loss under use_backend('reference')"
+        )
 
 
 class _ConsistentExitLoss(torch.autograd.Function):
@@ -120,8 +129,8 @@ class _ConsistentExitLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         # Mostly the loss is what backward() starts from: then there is nothing to scale.
         if grad.item() == 1.0:
             return None, None, None, *ctx.saved_tensors
@@ -250,7 +259,7 @@ def check_switches(
     exit_weights: Sequence[float] | None,
 ) -> None:
     """Refuse switches of the loss that are out of range."""
-    if not (math.isfinite(consistency_weight) and consistency_weight >= 0):
+    if not 0.0 <= consistency_weight < math.inf:
         raise ValueError(f"consistency_weight is {consistency_weight}; give a finite number >= 0")
     if target not in ("soft", "hard"):
         raise ValueError(f"target {target!r} is unknown; choose soft or hard")
@@ -259,7 +268,7 @@ def check_switches(
     if not 0.0 <= min_confidence <= 1.0:
         raise ValueError(f"min_confidence is {min_confidence}; give a probability in [0, 1]")
     for index, weight in enumerate(exit_weights or ()):
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0.0 <= weight < math.inf:
             raise ValueError(f"exit_weights[{index}] is {weight}; give a finite number >= 0")
 
 

@@ -15,23 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cet.heads import Layout, Pool, pool_features
-from cet.ops.backend import is_tracing, kernels_for, needs_grad, runs_on_triton, traced_backend, triton_kernels
+from cet.ops.backend import (
+    is_tracing,
+    is_transforming,
+    kernels_for,
+    needs_grad,
+    runs_on_triton,
+    traced_backend,
+    triton_kernels,
+)
 from cet.policy import SCORE_NAMES, ScoreName
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels compute with, and the number by which they know it."""
 
 _SCORES = {name: number for number, name in enumerate(SCORE_NAMES)}
+_LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 
 def score_reference(logits: Tensor, score: ScoreName, temperature: float) -> Tensor:
     """The definition of :func:`exit_score`."""
-    probabilities = torch.softmax(logits.float() / temperature, dim=1)
+    scaled = logits.float() / temperature
     if score == "entropy":
-        # entr(0) is 0, so a class ruled out by a logit of -Inf adds nothing.
-        entropies: Tensor = torch.special.entr(probabilities).sum(dim=1)
+        log_p = torch.log_softmax(scaled, dim=1)
+        # A class ruled out by a logit of -Inf adds nothing, to the gradient neither.
+        entropies: Tensor = -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=1)
         return entropies
+    probabilities = torch.softmax(scaled, dim=1)
     if score == "confidence":
         return probabilities.amax(dim=1)
     top = probabilities.topk(2, dim=1).values
@@ -96,7 +107,7 @@ def exit_score(logits: Tensor, score: ScoreName = "entropy", temperature: float 
     Returns:
         ``(B,)`` float32, differentiable.
     """
-    if needs_grad((logits,)):
+    if needs_grad((logits,)) or is_transforming():
         return score_reference(logits, score, temperature)
     return gate(logits, score=score, threshold=0.0, temperature=temperature)[0]
 
@@ -390,5 +401,5 @@ def check_decision(op: str, score: ScoreName, threshold: float, temperature: flo
         raise ValueError(f"{op}: score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
     if math.isnan(threshold):
         raise ValueError(f"{op}: threshold is NaN; give a number, infinite to let all rows leave or stay")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature is {temperature}; give a positive, finite number")
+    if not _LEAST_TEMPERATURE <= temperature <= _LARGEST_TEMPERATURE:
+        raise ValueError(f"{op}: temperature is {temperature}; give a positive, finite number, in the range of float32")

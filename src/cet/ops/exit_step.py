@@ -13,6 +13,8 @@ from cet.ops.compact import KEPT_MEMORY, Compaction, check_rows, compact, move, 
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
 from cet.policy import ScoreName
 
+_MUCH_ROOM = 8
+
 
 def exit_step(
     features: Tensor,
@@ -30,7 +32,7 @@ def exit_step(
     """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
 
     Where the features themselves are one of ``tensors``, each row is moved right after its gate, while it is in cache;
-    their new tensor then is a part of one with room for more rows.
+    their new tensor may then be a part of one with room for up to eight times as many rows.
 
     Returns:
         Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
@@ -94,7 +96,9 @@ def exit_step(
         return logits, scores, Compaction(staying, leaving, move(kernels, tensors, dims, staying))
     others = [i for i in range(len(tensors)) if i != own]
     moved = move(kernels, [tensors[i] for i in others], [dims[i] for i in others], staying) if others else []
-    moved.insert(own, survivors[:count])
+    kept = survivors[:count]
+    # Few survivors do not hold on to the memory of many.
+    moved.insert(own, kept.clone() if _MUCH_ROOM * count <= survivors.shape[0] else kept)
     return logits, scores, Compaction(staying, leaving, moved)
 
 
