@@ -75,10 +75,10 @@ BATCH = click.option(
 SAMPLES = click.option(
     "--samples",
     type=click.IntRange(min=1),
-    default=1024,
+    default=256,
     show_default=True,
     metavar="N",
-    help="How many of the data to use, the first ones.",
+    help="Of the data; a window runs all of them at least once.",
 )
 DEVICE = click.option(
     "--device", metavar="DEVICE", help="Where to run, as torch names it.  [default: where the model is]"

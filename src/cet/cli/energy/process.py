@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -46,9 +47,10 @@ def check_command(name: str) -> None:
         CommandError: for a name that is not on the path, and a file that is not executable.
     """
     if shutil.which(name) is None:
+        quoted = shlex.quote(name)
         if os.sep in name and os.path.exists(name):
-            raise CommandError(f"{name} is not executable; give a program, or chmod +x {name}", NOT_EXECUTABLE)
-        raise CommandError(f"{name} is not found; give a program on PATH or its path", NOT_FOUND)
+            raise CommandError(f"{quoted} is not executable; give a program, or chmod +x {quoted}", NOT_EXECUTABLE)
+        raise CommandError(f"{quoted} is not found; give a program on PATH or its path", NOT_FOUND)
 
 
 @contextmanager

@@ -144,7 +144,9 @@ def _errors(document: Document) -> str:
     rounds = sorted(figure["rounds"] for figure in document["figures"] if figure["rounds"])
     sources = {figure["source"] for figure in document["figures"] if figure["name"] == "joules"} - {None}
     sentences = []
-    if rounds:
+    if all(figure["low"] is None for figure in document["figures"]):
+        sentences.append("There are too few rounds for intervals.")
+    elif rounds:
         number = f"{rounds[0]}" if rounds[0] == rounds[-1] else f"{rounds[0]} to {rounds[-1]}"
         sentences.append(f"±: {settings['confidence']:.0%} intervals of the statistical error, over {number} rounds.")
     if "model" in sources:
