@@ -45,4 +45,4 @@ def alignment(itemsize: int, *extents: int) -> int:
 
 def block_size(extent: int, largest: int, smallest: int = 1) -> int:
     """The power of two that covers the extent, within limits."""
-    return max(smallest, min(largest, int(triton.next_power_of_2(max(1, extent)))))
+    return max(smallest, min(largest, 1 << (max(1, extent) - 1).bit_length()))

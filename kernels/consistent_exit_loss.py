@@ -16,6 +16,7 @@ from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches, refus
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 512  # logits of a program, where a row has fewer
 _BLOCK = 1024
+_SUM_BLOCK = 256
 
 _UNLABELLED = tl.constexpr(UNLABELLED)
 
@@ -127,7 +128,7 @@ def consistent_exit_loss_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
 ):
     """One exit of ``ROWS`` rows; the exits of the same rows run side by side, and share the final one in the cache.
 
@@ -167,8 +168,8 @@ def consistent_exit_loss_kernel(
     b_label = tl.load(labels_ptr + o_row, mask=m_row, other=_UNLABELLED)
     # A label out of range: NaN instead of an access out of bounds.
     b_one = tl.where((b_label >= 0) & (b_label < CLASSES), 1.0, float("nan"))
-    b_confident = m_row & (1.0 / teacher[2] >= min_confidence) & (teacher[2] >= 1.0)
-    b_confident = b_confident.to(tl.float32)
+    # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
+    b_confident = (m_row & (min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
     b_label_logit = tl.zeros([ROWS], tl.float32)
     b_divergence = tl.zeros([ROWS], tl.float32)
     for i_class in range(0, CLASSES, BLOCK_K):
@@ -219,11 +220,11 @@ def consistent_exit_loss_kernel(
         loss = tl.zeros([], tl.float32)
         for i in tl.static_range(EXITS):
             partial_ptr = partials_ptr + i * blocks
-            supervised = sum_of_blocks(partial_ptr, blocks, BLOCK) / labelled
-            consistency = sum_of_blocks(partial_ptr + EXITS * blocks, blocks, BLOCK) / rows
+            supervised = sum_of_blocks(partial_ptr, blocks, BLOCK_SUM) / labelled
+            consistency = sum_of_blocks(partial_ptr + EXITS * blocks, blocks, BLOCK_SUM) / rows
             tl.store(supervised_ptr + i, supervised)
             tl.store(consistency_ptr + i, consistency)
-            tl.store(confident_ptr + i, sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK) / rows)
+            tl.store(confident_ptr + i, sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows)
             loss += weights[i] * (supervised + consistency_weight * consistency)
         tl.store(loss_ptr, loss)
 
@@ -266,14 +267,14 @@ def consistent_exit_loss_into(
             perturbed_grad,
             tuple(strides[:exits]),
             tuple(strides[exits:]),
-            switches.exit_weights,
+            tuple(map(float, switches.exit_weights)),
             labels,
             *losses,
             partials,
             work,
             rows,
-            switches.consistency_weight,
-            switches.min_confidence,
+            float(switches.consistency_weight),
+            float(switches.min_confidence),
             EXITS=exits,
             CLASSES=classes,
             HARD=switches.target == "hard",
@@ -281,7 +282,7 @@ def consistent_exit_loss_into(
             ALIGN=alignment(logits[0].element_size(), *strides),
             ROWS=row_block,
             BLOCK_K=block_k,
-            BLOCK=_BLOCK,
+            BLOCK_SUM=_SUM_BLOCK,
             num_warps=4 if classes <= 2048 else 8 if classes <= _CLASS_BLOCK else 16,
         )
 

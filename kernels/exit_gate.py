@@ -438,7 +438,7 @@ def _exit_gate_rows_into(
     rows, classes = logits.shape
     block_k = block_size(classes, _MAX_CLASSES)
     block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k))
-    warps = 4 if block_c * block_p > 1024 else 1
+    warps = 4 if block_c * block_p >= 1024 else 1
     with on_device_of(features):
         exit_gate_kernel[(rows,)](
             features,
@@ -513,7 +513,8 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 def _new_decision(like: Tensor, threshold: float = 0.0, temperature: float = 1.0) -> _Decision:
     """With new outputs for as many rows."""
     scores = like.new_empty(like.shape[:1], dtype=torch.float32)
-    return _Decision(scores, like.new_empty(like.shape[:1], dtype=torch.bool), threshold, temperature)
+    leaves = like.new_empty(like.shape[:1], dtype=torch.bool)
+    return _Decision(scores, leaves, float(threshold), float(temperature))
 
 
 def _new_logits(features: Tensor, weight: Tensor) -> Tensor:

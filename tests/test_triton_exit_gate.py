@@ -160,9 +160,7 @@ def test_padding_is_not_decided(backend: str, way: str, count: int) -> None:  # 
 
 
 def test_a_chosen_backend_that_cannot_run_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    with pytest.raises(
-        ValueError, match=r"gate: backend 'triton' cannot take a torch.float64 Tensor on .* give strided"
-    ):
+    with pytest.raises(ValueError, match=r"^gate: backend 'triton' cannot take a torch\.float64 Tensor on"):
         ops.gate(torch.zeros(2, 2, dtype=torch.float64), threshold=0.0)
     monkeypatch.setattr("cet.kernels.is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"^gate: backend 'triton' cannot take a torch\.float64 Tensor on"):

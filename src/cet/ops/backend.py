@@ -138,7 +138,7 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
         ValueError: when ``"cpp"`` was chosen and cannot take the tensors.
     """
     chosen = _chosen.get()
-    if chosen == "reference":
+    if chosen is not None and chosen != "cpp":
         return None
     available = kernels()
     if available is None:

@@ -50,7 +50,7 @@ def padded_gate(
 
     Returns:
         The scores ``(B,)`` float32, and an order ``(B,)`` int32 of the rows: the real ones that stay, ascending; the
-        real ones that leave, ascending; the others.
+        real ones that leave, ascending; the others, whose scores are not defined.
     """
     if runs_on_triton("padded_gate", (logits,), DTYPES):
         gated: tuple[Tensor, Tensor] = triton_kernels("exit_gate").padded_gate(logits, decision, count, staying, score)
@@ -73,12 +73,11 @@ def padded_exit_gate(
     """Pool the features and classify them, as :func:`cet.ops.exit_gate`, then :func:`padded_gate`.
 
     Returns:
-        Logits ``(B, K)`` in the dtype of the features, scores and order.
+        Logits ``(B, K)`` in the dtype of the features, scores and order. Those of rows that are not real are undefined.
     """
     head = (weight,) if bias is None else (weight, bias)
-    if not torch.is_autocast_enabled(features.device.type) and runs_on_triton(
-        "padded_exit_gate", (features, *head), DTYPES
-    ):
+    on_triton = runs_on_triton("padded_exit_gate", (features, *head), DTYPES)
+    if on_triton and not torch.is_autocast_enabled(features.device.type):
         gated: tuple[Tensor, Tensor, Tensor] = triton_kernels("exit_gate").padded_exit_gate(
             features, weight, bias, decision, count, staying, layout, pool, score
         )
