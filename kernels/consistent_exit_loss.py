@@ -14,7 +14,7 @@ from cet.kernels import alignment, block_size, on_device_of
 from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches, refuse_second_derivative
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
-_TILE = 512  # logits of a program, where a row has fewer
+_TILE = 256  # logits of a program, where a row has fewer
 _BLOCK = 1024
 _SUM_BLOCK = 256
 
