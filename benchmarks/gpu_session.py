@@ -19,8 +19,9 @@ import click
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/gpu"
-OP_TESTS = [f"tests/test_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss", "padded")]
-
+OP_TESTS = ["tests/test_padded.py"]
+OP_TESTS += [f"tests/test_triton_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss")]
+ON_GPU = ("-k", "cuda or triton")  # the Triton tests run on the GPU where there is one
 RUNNER_TESTS = ["tests/test_runners.py", "tests/test_runners_cuda.py"]
 
 
@@ -51,7 +52,7 @@ def steps(output: Path) -> list[Step]:
 
     def sanitized(tool: str) -> Step:
         under = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--target-processes=all")
-        return Step(tool, ["-m", "pytest", "-q", "-k", "cuda", "--hypothesis-profile=quick", *OP_TESTS], 60, under)
+        return Step(tool, ["-m", "pytest", "-q", *ON_GPU, "--hypothesis-profile=quick", *OP_TESTS], 60, under)
 
     install = ["-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--no-index", "--no-build-isolation"]
     nets, batches = ("--models", "resnet50,vit_base"), ("--batches", "1,8,64,256,1024")
@@ -73,7 +74,7 @@ def steps(output: Path) -> list[Step]:
     )
     return [
         Step("build", [*install, "--target", str(BUILD), "."], 60),
-        Step("tests", ["-m", "pytest", "-q", "-k", "cuda", *OP_TESTS, *RUNNER_TESTS], 80),
+        Step("tests", ["-m", "pytest", "-q", *ON_GPU, *OP_TESTS, *RUNNER_TESTS], 80),
         sanitized("memcheck"),
         sanitized("racecheck"),
         Step("exit_gate", benchmark("exit_gate", "--skip", "compiled", "--seconds", "0.3"), 30),
