@@ -23,6 +23,7 @@ OP_TESTS = ["tests/test_padded.py"]
 OP_TESTS += [f"tests/test_triton_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss")]
 ON_GPU = ("-k", "cuda or triton")  # the Triton tests run on the GPU where there is one
 RUNNER_TESTS = ["tests/test_runners.py", "tests/test_runners_cuda.py"]
+ENERGY_TESTS = ["tests/test_energy_cuda.py"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def steps(output: Path) -> list[Step]:
     )
     return [
         Step("build", [*install, "--target", str(BUILD), "."], 60),
-        Step("tests", ["-m", "pytest", "-q", *ON_GPU, *OP_TESTS, *RUNNER_TESTS], 80),
+        Step("tests", ["-m", "pytest", "-q", *ON_GPU, *OP_TESTS, *RUNNER_TESTS, *ENERGY_TESTS], 110),
         sanitized("memcheck"),
         sanitized("racecheck"),
         Step("exit_gate", benchmark("exit_gate", "--skip", "compiled", "--seconds", "0.3"), 30),
         Step("compact", benchmark("compact", "--seconds", "0.3"), 30),
         Step("consistent_exit_loss", benchmark("consistent_exit_loss", "--skip", "compiled", "--seconds", "0.3"), 30),
-        Step("end_to_end", end_to_end, 100),
+        Step("end_to_end", end_to_end, 80),
         Step("sensor_cnn", sensor, 30),
         Step("compiled", compiled, 40),
     ]

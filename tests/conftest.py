@@ -28,7 +28,7 @@ settings.register_profile("quick", max_examples=2, derandomize=True, **_FUZZ)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("CET_FUZZ_EXAMPLES", 2000)), print_blob=True, **_FUZZ)
 settings.load_profile("test")
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_runners_cuda.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["test_energy_cuda.py", "test_runners_cuda.py"]
 pytest_plugins = ("nvml.fixtures",)
 
 Built = tuple[Family, cet.EarlyExit]

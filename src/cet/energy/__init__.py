@@ -3,6 +3,9 @@
 Missing joules are ``None`` with a reason, never 0, and every figure says where it came from.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cet.energy.clock import Clock, MonotonicClock
 from cet.energy.domains import (
     CounterFrozenError,
@@ -24,8 +27,14 @@ from cet.energy.domains import (
 )
 from cet.energy.meter import EnergyMeter
 
+if TYPE_CHECKING:
+    from cet.energy.comparison import Comparison, compare
+    from cet.energy.measurement import Measurement, Settings
+    from cet.energy.protocol import Workload, measure
+
 __all__ = [
     "Clock",
+    "Comparison",
     "CounterFrozenError",
     "CounterReading",
     "CounterUnstableError",
@@ -39,9 +48,31 @@ __all__ = [
     "EnergyMeter",
     "EnergyReading",
     "Flag",
+    "Measurement",
     "MigError",
     "MonotonicClock",
     "NoCounterError",
     "PowerSample",
+    "Settings",
     "Unavailable",
+    "Workload",
+    "compare",
+    "measure",
 ]
+
+# The statistics take half a second to import, and a meter does without them.
+_MODULE_OF = {
+    "Comparison": "comparison",
+    "Measurement": "measurement",
+    "Settings": "measurement",
+    "Workload": "protocol",
+    "compare": "comparison",
+    "measure": "protocol",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cet.energy' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"cet.energy.{_MODULE_OF[name]}"), name)
+    return value
