@@ -88,7 +88,7 @@ def measure(
 
     Args:
         workloads: with different names. All of them run once before anything is measured.
-        meter: an open one. Where it can measure no energy, time is still measured.
+        meter: opened here, if it is not open yet. Where it can measure no energy, time is still measured.
         settings: the defaults if not given.
         progress: is told how far the measurement is.
         on_block: gets each window as it ends, so that it can be saved.
@@ -107,10 +107,11 @@ def measure(
     for workload in workloads:
         if workload.items < 1:
             raise ValueError(f"workload {workload.name} has {workload.items} items; give at least one per call")
-    if settings.estimate_watts is not None and meter.domains:
-        measured = ", ".join(domain.name for domain in meter.domains)
-        raise ValueError(f"estimate_watts is given although {measured} can be measured; leave it out")
-    return _Run(workloads, meter, settings, progress, on_block).measurement()
+    with meter.opened():
+        if settings.estimate_watts is not None and meter.domains:
+            measured = ", ".join(domain.name for domain in meter.domains)
+            raise ValueError(f"estimate_watts is given although {measured} can be measured; leave it out")
+        return _Run(workloads, meter, settings, progress, on_block).measurement()
 
 
 def estimated(reading: EnergyReading, watts: float) -> EnergyReading:

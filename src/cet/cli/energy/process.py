@@ -20,6 +20,8 @@ Mask = set[signal.Signals]
 FORWARDED = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 _STOPPING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 _WATCHED = FORWARDED | {signal.SIGCHLD}
+_LOOK = 0.5
+"""Seconds after which a command that has ended is noticed, whatever becomes of its signal."""
 
 
 class CommandError(OSError):
@@ -107,17 +109,18 @@ def run_command(arguments: Sequence[str], mask: Mask, *, every: float, action: C
     stopped_by: list[str] = []
     due = time.monotonic() + every
     while True:
-        received = signal.sigtimedwait(_WATCHED, max(0.0, due - time.monotonic()))
-        if received is None:
-            action()
-            due += every
-        elif received.si_signo == signal.SIGCHLD:
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                return Ended(code if code >= 0 else 128 - code, tuple(stopped_by))
-        else:
+        # A thread that was there before the signals were held may have swallowed the child's, so look now and then.
+        received = signal.sigtimedwait(_WATCHED, min(_LOOK, max(0.0, due - time.monotonic())))
+        if received is not None and received.si_signo != signal.SIGCHLD:
             if received.si_code <= 0:  # sent by a process, not by the kernel on behalf of the terminal
                 os.kill(pid, received.si_signo)
             if received.si_signo in _STOPPING:
                 stopped_by.append(signal.Signals(received.si_signo).name)
+            continue
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return Ended(code if code >= 0 else 128 - code, tuple(stopped_by))
+        if time.monotonic() >= due:
+            action()
+            due += every
