@@ -319,3 +319,16 @@ def test_constants_that_no_file_can_hold_are_refused(tmp_path):
     with pytest.raises(TypeError, match="example_inputs holds a dtype, which no checkpoint can describe"):
         model.save(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_after_the_file_is_in_place_is_passed_on(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_and_stop(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"whole")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -24,7 +25,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):  # a signal may come when it is in place already
+                os.unlink(temporary)
             raise
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
