@@ -46,7 +46,8 @@ def set_up(point: Point) -> Case:
     def padded(_leaves: Tensor, *tensors: Tensor, move: Callable[..., None] = move_rows) -> list[Tensor]:
         """The move of the graph runners, whose counts are on the device."""
         moved = [torch.empty_like(tensor) for tensor in tensors]
-        move(order, positions, staying, count, list(zip(tensors, moved, strict=True)), [])
+        with ops.use_backend(None):  # by the CUDA part
+            move(order, positions, staying, count, list(zip(tensors, moved, strict=True)), [])
         return moved
 
     providers: dict[str, Callable[..., Any]] = {

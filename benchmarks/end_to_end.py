@@ -543,6 +543,8 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     place = torch.device(device)
+    if device == "cuda":
+        cet.ops.use_backend("triton")  # which serves on request only
     kept = keep_freed_memory()
     settings: dict[str, Any] = {
         "seconds": seconds or (0.02 if quick else 1.5),

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import gpu
 import harness
+from cet import ops
 from harness import (
     MIN_BLOCKS,
     Case,
@@ -73,6 +74,8 @@ def command(
     ) -> None:
         require_device(device)
         place = torch.device(device)
+        if device == "cuda":
+            ops.use_backend("triton")  # which serves on request only
         if threads is not None:
             torch.set_num_threads(threads)
         output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
