@@ -176,12 +176,16 @@ def test_devices_choose_the_gpus(simulation: Simulation, gpus: list[energy_nvml.
 def test_without_a_cuda_device_nvml_is_left_alone(simulation: Simulation) -> None:
     with EnergyMeter(["cpu"], rapl=False, clock=simulation.clock).opened() as meter:
         assert simulation.references == 0
-        assert (meter.domains, meter.unavailable) == ((), ())
+        assert meter.domains == ()
+        meter.start()
+        assert meter.stop().reasons == {"cpu": "it is left out, and no GPU is asked for"}
 
 
 def test_bad_devices_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="'mps' has no energy counter"):
         EnergyMeter(["mps"])
+    with pytest.raises(ValueError, match=r"devices is \['bananas'\], which torch does not know"):
+        EnergyMeter(["bananas"])
     with pytest.raises(TypeError, match=r"give a sequence of devices, such as \['cuda:0'\]"):
         EnergyMeter("cuda:0")
 
@@ -217,6 +221,19 @@ def test_a_gpu_that_is_lost_from_the_start(simulation: Simulation, asked: bool) 
     else:
         with meter.opened():
             assert "GPU is lost" in meter.unavailable[0].reason
+            assert meter.unavailable[0].lost
+
+
+@pytest.mark.parametrize("how", ["device", "index", "uuid"])
+def test_a_gpu_that_was_asked_for_and_does_not_tell_its_name_any_more(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    simulation.fault("nvmlDeviceGetHandleByIndex_v2", 15)
+    if how != "device":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if how == "index" else "GPU-1234")
+    meter = EnergyMeter(["cuda"] if how == "device" else None, rapl=False, clock=simulation.clock)
+    with pytest.raises(DeviceLostError, match="GPU is lost"):
+        meter.__enter__()
 
 
 def test_devices_are_synchronised_at_the_edges_only(

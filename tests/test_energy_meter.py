@@ -450,6 +450,33 @@ def test_nor_by_an_error_of_cuda(simulation: Simulation, monkeypatch: pytest.Mon
     assert simulation.references == 0
 
 
+def test_a_meter_of_another_thread_is_refused(simulation: Simulation, meter: EnergyMeter) -> None:
+    def use() -> None:
+        for action in (meter.start, meter.stop, meter.__enter__, lambda: meter.state("gpu:0")):
+            with pytest.raises(RuntimeError, match="open in another thread; give each thread a meter of its own"):
+                action()
+
+    with meter:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(use).result()
+        simulation.clock.sleep(5)
+    assert meter.reading.seconds == 5
+
+
+def test_a_window_shorter_than_the_tick_does_not_call_the_counter_frozen(
+    simulation: Simulation, meter: EnergyMeter
+) -> None:
+    simulation.gpu(tick=0.1)
+    with meter.opened():
+        meter.measure_tick("gpu:0")
+        simulation.clock.sleep(0.03)
+        meter.start()
+        simulation.clock.sleep(0.01)
+        part = meter.stop()["gpu:0"]
+    assert (part.joules, part.flags) == (None, (Flag.SHORT_WINDOW,))
+    assert part.reason == "gpu:0: the window of 10 ms is too short for a counter that moves every 100 ms"
+
+
 def test_a_meter_that_is_not_open_says_so(meter: EnergyMeter) -> None:
     with pytest.raises(RuntimeError, match="use it in a with-block"):
         meter.start()

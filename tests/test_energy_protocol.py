@@ -138,6 +138,55 @@ def test_a_window_holds_its_workload_alone_and_the_warm_up_goes_right_up_to_it(s
             assert before[-1] == block.workload
 
 
+def test_a_window_that_faster_calls_do_not_fill_goes_on_and_slower_calls_end_it_early(simulation: Simulation) -> None:
+    class Windows(EnergyMeter):
+        """Knows whether one is open."""
+
+        counting = False
+
+        def start(self, *, integral: bool | None = None) -> None:
+            super().start(integral=integral)
+            self.counting = True
+
+        def stop(self) -> EnergyReading:
+            self.counting = False
+            return super().stop()
+
+    with Windows(rapl=False, clock=simulation.clock).opened() as meter:
+        faster = Workload("faster", lambda: simulation.clock.sleep(0.003 if meter.counting else 0.1))
+        slower = Workload("slower", lambda: simulation.clock.sleep(1.0 if meter.counting else 0.001))
+        found = measure([faster, slower], meter, SHORT)
+    for block in found.blocks:
+        if block.workload == "faster":
+            assert 5 <= block.seconds <= 6
+            assert block.seconds == pytest.approx(0.003 * block.calls)
+        elif block.workload == "slower":
+            assert 10 <= block.seconds <= 13.5
+            assert block.seconds == pytest.approx(block.calls)
+
+
+def test_a_window_is_as_long_as_what_the_device_takes_when_the_host_is_ahead(simulation: Simulation) -> None:
+    class Queue(EnergyMeter):
+        """Work takes time only when it is waited for."""
+
+        queued = 0.0
+
+        def synchronize(self) -> None:
+            self.clock.sleep(self.queued)
+            self.queued = 0.0
+
+    with Queue(rapl=False, clock=simulation.clock).opened() as meter:
+
+        def run() -> None:
+            meter.queued += 0.01
+
+        found = measure([Workload("queued", run)], meter, SHORT)
+    for block in found.blocks:
+        assert 5 <= block.seconds <= 6
+        if block.workload == "queued":
+            assert block.seconds == pytest.approx(0.01 * block.calls)
+
+
 def test_figures_are_near_the_truth(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.gpu(idle=80, tick=0.02)
     found = measure([work(simulation, "a", 220, seconds=0.05, items=10)], meter, Settings(warmup=0.5))
@@ -194,6 +243,22 @@ def test_short_windows_are_flagged_and_counted(simulation: Simulation, meter: En
     assert all(block.flags == (Flag.SHORT_WINDOW,) for block in found.blocks)
     assert {Flag.SHORT_WINDOW, Flag.FEW_ROUNDS} == set(found.flags)
     assert found.estimate("a").rounds == 3
+
+
+def test_so_they_are_where_power_is_integrated(simulation: Simulation) -> None:
+    simulation.gpu(leakage=0)
+    simulation.fault("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED)
+    with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
+        found = measure([work(simulation, "a", 200)], meter, Settings(blocks=1, warmup=0.2, window=1))
+    assert all(Flag.SHORT_WINDOW in block.flags for block in found.blocks)
+
+
+def test_figures_of_few_rounds_say_why_they_have_no_interval(simulation: Simulation, meter: EnergyMeter) -> None:
+    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=2, warmup=0.5))
+    for figure in (found.estimate("a"), found.ratio("a", IDLE, "watts")):
+        assert figure.value is not None
+        assert (figure.low, figure.high) == (None, None)
+        assert figure.reason == "an interval needs 3 rounds, and this is of 2"
 
 
 def test_throttling_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:

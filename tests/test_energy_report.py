@@ -102,6 +102,23 @@ class TestWindow:
             assert figures("net_joules", domain=domain)["value"] == 300.0 - 65.0 * 2.0
             assert figures("joules", domain=domain)["source"] == "counter"
 
+    def test_the_ticks_at_both_ends_and_the_gain_are_its_errors(self) -> None:
+        idle = (window(gpu(60.0, tick=0.1), seconds=1.0), window(gpu(140.0, tick=0.1), seconds=2.0))
+        figures = Figures(of_window(window(gpu(300.0, tick=0.1)), *idle))
+        for domain in ("gpu:0", None):
+            joules, watts, net = (figures(name, domain=domain) for name in ("joules", "watts", "net_joules"))
+            assert (joules["low"], joules["high"], joules["systematic"]) == (285.0, 315.0, 15.0)
+            assert (watts["low"], watts["high"], watts["systematic"]) == (142.5, 157.5, 7.5)
+            assert net["high"] - net["value"] == pytest.approx(15.0 + 2.0 * (60 * 0.1 / 1 + 140 * 0.1 / 4) / 2)
+            assert net["systematic"] == pytest.approx(0.05 * 170.0)
+            assert (joules["reason"], net["reason"]) == (None, None)
+
+    @pytest.mark.parametrize(("source", "systematic"), [("counter", 15.0), ("integral", 15.0), ("model", None)])
+    def test_without_a_known_tick_it_says_why_it_has_no_interval(self, source: str, systematic: float | None) -> None:
+        figure = Figures(of_window(window(gpu(300.0, source=source))))("joules")
+        assert (figure["low"], figure["high"], figure["systematic"]) == (None, None, systematic)
+        assert figure["reason"] == "no counter of gpu:0 has a known tick"
+
     def test_without_idle_it_says_so(self) -> None:
         figure = Figures(of_window(window(gpu(300.0))))("net_joules")
         assert (figure["value"], figure["reason"]) == (None, "the idle machine was not measured")
@@ -289,6 +306,23 @@ class TestPlots:
         heights = [bar.get_height() for bar in axes.containers[0]][:3]
         assert heights == pytest.approx([cost * heights[0] / costs[0] for cost in costs])
         assert "MODELLED" in axes.get_ylabel()
+
+    @pytest.mark.parametrize("batches", [1, 2])
+    def test_the_legend_stays_in_the_picture(self, profiled: report.Document, batches: int) -> None:
+        more = [{**figure, "batch": 8 + size} for size in range(batches) for figure in profiled["figures"]]
+        figure = plots.plot_exits(Figures({**profiled, "figures": more}))
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert figure.bbox.contains(*legend.get_window_extent().min)
+        assert figure.bbox.contains(*legend.get_window_extent().max)
+
+    def test_an_unknown_bar_says_so(self, profiled: report.Document) -> None:
+        figures = [
+            {**figure, "value": None, "low": None, "high": None} if figure["part"] == "predicted" else figure
+            for figure in profiled["figures"]
+        ]
+        axes = plots.plot_exits(Figures({**profiled, "figures": figures})).axes
+        assert [[text.get_text() for text in panel.texts] for panel in axes] == [["unknown"], []]
 
     def test_without_labels_and_joules_there_is_time_per_exit_alone(self, profiled: report.Document) -> None:
         unknown = {"value": None, "low": None, "high": None, "source": None}

@@ -24,13 +24,17 @@ def checked_devices(devices: Sequence[torch.device | str]) -> tuple[torch.device
     """The torch devices that are meant.
 
     Raises:
-        ValueError: for a device of a kind that has no energy counter here.
+        ValueError: for what is no device, and for a device of a kind that has no energy counter here.
+        TypeError: for one device instead of a sequence.
     """
     import torch
 
     if isinstance(devices, str | torch.device):
         raise TypeError(f"devices is {devices!r}; give a sequence of devices, such as [{str(devices)!r}]")
-    found = tuple(dict.fromkeys(torch.device(device) for device in devices))
+    try:
+        found = tuple(dict.fromkeys(map(torch.device, devices)))
+    except RuntimeError as error:
+        raise ValueError(f"devices is {list(devices)}, which torch does not know; give cuda and cpu devices") from error
     for device in found:
         if device.type not in ("cuda", "cpu"):
             raise ValueError(

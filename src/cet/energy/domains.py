@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,11 @@ Source = Literal["counter", "integral", "model"]
 
 Scope = Literal["board", "module", "package", "core", "uncore", "dram", "psys"]
 """What a domain covers: a GPU ``board``, a Grace ``module`` (CPU, GPU and memory), or a RAPL zone of the CPU."""
+
+
+SYSTEMATIC = 0.05
+"""Relative half width of the error that all joules of one counter share, such as its gain. Ratios on one board cancel
+most of it."""
 
 
 class Flag(StrEnum):
@@ -121,11 +127,13 @@ class Unavailable:
         domain: as in :class:`Domain`; ``"gpu"`` or ``"rapl"`` where the whole interface is missing.
         reason: why, in one sentence without a full stop.
         mend: what would make it available; ``None`` when nothing would.
+        lost: whether it is a GPU that was lost or needs a reset.
     """
 
     domain: str
     reason: str
     mend: str | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,7 +245,7 @@ class EnergyReading:
     @property
     def reasons(self) -> dict[str, str]:
         """Why joules are missing, by domain."""
-        missing = {domain.domain: domain.reason or "" for domain in self.domains if domain.joules is None}
+        missing = {part.domain: part.reason or "" for part in self.domains if part.joules is None}
         return missing | {row.domain: row.reason for row in self.unavailable}
 
     @property
@@ -291,6 +299,16 @@ class DeviceFacts:
     power_limit: float | None = None
     persistence: bool | None = None
     processes: tuple[int, ...] | None = None
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """Those of other processes than this one."""
+        return tuple(sorted(set(self.processes or ()) - {os.getpid()}))
+
+
+def with_domain(domain: str, reason: str | None) -> str:
+    """A reason that names its domain, which most of them do themselves."""
+    return reason if reason and reason.startswith(domain) else f"{domain}: {reason}"
 
 
 def unique(flags: Iterable[Flag]) -> tuple[Flag, ...]:

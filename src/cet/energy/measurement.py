@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cet.energy.domains import (
+    SYSTEMATIC,
     DeviceFacts,
     DeviceState,
     Domain,
@@ -20,15 +21,12 @@ from cet.energy.domains import (
     Flag,
     Source,
     Unavailable,
+    with_domain,
 )
-from cet.energy.statistics import Estimate, mean_interval
+from cet.energy.statistics import INTERVAL_ROUNDS, Estimate, mean_interval
 
 IDLE = "idle"
 """The name of the idle windows among the workloads."""
-
-SYSTEMATIC = 0.05
-"""Relative half width of the error that all joules of one counter share, such as its gain. Ratios on one board cancel
-most of it."""
 
 Quantity = Literal["seconds", "joules", "net_joules", "watts"]
 """Per sample: time, joules as counted, joules above idle; ``watts`` is the mean power of the windows."""
@@ -121,7 +119,7 @@ class Measurement:
     Attributes:
         settings: how it was measured.
         workloads: their names.
-        window: s, the length that was aimed at.
+        window: s, the least length of a window: what was asked for, or more where the counter ticks slowly.
         domains: what the meter measures.
         unavailable: what it cannot measure, and why.
         ticks: s between updates of each domain's counter, ``None`` when not known.
@@ -177,8 +175,9 @@ class Measurement:
             resolution=math.sqrt(series.variances.mean()),
         )
         low, high = (None, None) if half is None else (mean - half, mean + half)
+        reason = _without_interval(series) if half is None else None
         systematic = 0.0 if quantity == "seconds" else None if "model" in series.sources else SYSTEMATIC * abs(mean)
-        return Estimate(mean, low, high, unit, len(series.rounds), systematic, series.sources)
+        return Estimate(mean, low, high, unit, len(series.rounds), systematic, series.sources, reason)
 
     def ratio(
         self, numerator: Terms, denominator: Terms, quantity: Quantity = "joules", *, domain: str | None = None
@@ -202,7 +201,8 @@ class Measurement:
         low, high = (None, None) if half is None else (math.exp(mean - half), math.exp(mean + half))
         gains = 0 if quantity == "seconds" else 1 if domain else sum(part.in_total for part in self.domains)
         systematic = None if gains > 1 else 0.0
-        return Estimate(math.exp(mean), low, high, "1", len(series.rounds), systematic, series.sources)
+        reason = _without_interval(series) if half is None else None
+        return Estimate(math.exp(mean), low, high, "1", len(series.rounds), systematic, series.sources, reason)
 
     def _rounds(self) -> dict[int, dict[str, Block]]:
         """The windows that count, by round and workload."""
@@ -249,6 +249,10 @@ class _Series(NamedTuple):
     sources: tuple[Source, ...]
 
 
+def _without_interval(series: _Series) -> str:
+    return f"an interval needs {INTERVAL_ROUNDS} rounds, and this is of {len(series.rounds)}"
+
+
 def _weighted_sum(
     blocks: Mapping[str, Block], terms: Mapping[str, float], quantity: Quantity, domain: str | None
 ) -> tuple[float, float]:
@@ -277,11 +281,11 @@ def _energy(block: Block, domain: str | None) -> tuple[float, float]:
     joules = variance = 0.0
     parts = _parts(block, domain)
     if not parts:
-        reasons = (f"{name}: {reason}" for name, reason in block.reading.reasons.items())
+        reasons = (with_domain(name, reason) for name, reason in block.reading.reasons.items())
         raise _UnknownError("; ".join(reasons) or "no counter was to be read")
     for part in parts:
         if part.joules is None:
-            raise _UnknownError(f"{part.domain}: {part.reason}")
+            raise _UnknownError(with_domain(part.domain, part.reason))
         joules += part.joules
         if part.source == "counter" and part.tick is not None:
             variance += (part.joules / block.seconds * part.tick) ** 2 / 12

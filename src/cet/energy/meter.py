@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
@@ -22,6 +23,7 @@ from cet.energy.devices import NO_MIG, VISIBLE, checked_devices, gpu_of, visible
 from cet.energy.domains import (
     DeviceFacts,
     DeviceLostError,
+    DeviceSelectionError,
     DeviceState,
     Domain,
     EnergyReading,
@@ -66,6 +68,7 @@ class EnergyMeter:
     Raises:
         ValueError: for devices that are neither ``cuda`` nor ``cpu``.
         TypeError: for one device instead of a sequence.
+        RuntimeError: when it is used from two threads at once.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class EnergyMeter:
         self._ticks: dict[str, float] = {}
         self._windows: list[Window] = []
         self._depth = 0
+        self._thread = 0
         self._blocks: list[tuple[ExitStack, int]] = []
 
     def __enter__(self) -> Self:
@@ -120,8 +124,11 @@ class EnergyMeter:
             DeviceLostError: when it is lost.
         """
         with ExitStack() as stack:
-            if not self._depth:
+            if self._depth:
+                self._require_open()
+            else:
                 self._open(stack)
+                self._thread = threading.get_ident()
                 stack.callback(self._abandon, 0)
             self._depth += 1
             try:
@@ -172,6 +179,7 @@ class EnergyMeter:
         """
         if not self._windows:
             raise RuntimeError("no window is open; call start first")
+        self._require_open()
         window = self._windows.pop()
         try:
             self.synchronize()
@@ -263,6 +271,8 @@ class EnergyMeter:
     def _require_open(self) -> None:
         if not self._depth:
             raise RuntimeError("the meter is not open; use it in a with-block")
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("the meter is open in another thread; give each thread a meter of its own")
 
     def _meterable(self, domain: str) -> Meterable:
         self._require_open()
@@ -279,6 +289,8 @@ class EnergyMeter:
             found, unavailable = zones(self._powercap, self.clock)
             self._meterables.update((zone.domain.name, zone) for zone in found)
             self._unavailable += unavailable
+        if not self._meterables and not self._unavailable:
+            self._unavailable.append(Unavailable("cpu", "it is left out, and no GPU is asked for"))
 
     def _open_gpus(self, stack: ExitStack) -> None:
         try:
@@ -289,10 +301,16 @@ class EnergyMeter:
         asked_for = self._devices is not None or VISIBLE in os.environ
         if not asked_for:
             self._unavailable += silent
-        if self._devices is None:
-            chosen = visible_gpus(gpus)
-        else:
-            chosen = list(dict.fromkeys(gpu_of(device, gpus) for device in self._devices if device.type == "cuda"))
+        try:
+            if self._devices is None:
+                chosen = visible_gpus(gpus)
+            else:
+                chosen = list(dict.fromkeys(gpu_of(device, gpus) for device in self._devices if device.type == "cuda"))
+        except DeviceSelectionError as error:
+            for missing in silent:
+                if missing.lost:  # a GPU that does not even tell its name is nowhere to be found
+                    raise DeviceLostError(missing.reason) from error
+            raise
         for gpu in chosen:
             try:
                 if gpu.in_mig_mode():
@@ -303,7 +321,8 @@ class EnergyMeter:
             except (MigError, DeviceLostError) as error:
                 if asked_for:
                     raise
-                self._unavailable.append(Unavailable(gpu.label, str(error)))
+                lost = isinstance(error, DeviceLostError)
+                self._unavailable.append(Unavailable(gpu.label, str(error), lost=lost))
         if not self._meterables and not self._unavailable:
             row = Unavailable("gpu", "the NVIDIA driver is loaded but shows no GPU", "give this process a GPU")
             if gpus:

@@ -246,7 +246,7 @@ def opened(clock: Clock) -> Iterator[tuple[list[Gpu], list[Unavailable]]]:
             except ReadingError as error:
                 silent.append(Unavailable(domain, error.reason, error.mend))
             except DeviceLostError as lost:
-                silent.append(Unavailable(domain, str(lost)))
+                silent.append(Unavailable(domain, str(lost), lost=True))
         yield gpus, silent
     finally:
         with suppress(pynvml.NVMLError):  # there is nothing left to do about it

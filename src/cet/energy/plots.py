@@ -58,7 +58,7 @@ def plot_exits(figures: Figures) -> Figure:
     figure = Figure(figsize=(max(7.0, 1.0 + 4.6 * len(batches)), 7.4), layout="constrained")
     panels = figure.subplots(2, len(batches), squeeze=False)
     whole = {f"{word}, gross" if name == "joules" else word: (name, GROSS)}
-    if name == "joules":
+    if any(figures("net_joules", batch=size, exit=exits[0], part="cumulative")["value"] is not None for size in batches):
         whole["above idle"] = "net_joules", NET
     for column, size in enumerate(batches):
         top, bottom = panels[:, column]
@@ -80,7 +80,7 @@ def plot_exits(figures: Figures) -> Figure:
     for row, text in zip(panels, (f"{word} per sample", f"{word} added by each exit"), strict=True):
         row[0].set_ylabel(f"{text} / {row[0].get_ylabel()}")
     handles = [handle for row in panels for handle in row[0].get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) if len(batches) > 1 else 3)
     return figure
 
 
@@ -167,6 +167,10 @@ def _grouped_bars(axes: Axes, names: Sequence[str], groups: Mapping[str, tuple[S
         positions = [place + offset for place in range(len(names))]
         axes.bar(positions, values, width, color=colour, label=title)
         axes.errorbar(positions, values, errors, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+        for position, value in zip(positions, values, strict=True):
+            if np.isnan(value):
+                axes.annotate("unknown", (position, 0), (0, 3), textcoords="offset points", rotation=90,
+                              ha="center", va="bottom", color=GREY, fontsize=8)  # fmt: skip
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel(unit)
     axes.grid(axis="y")

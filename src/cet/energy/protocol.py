@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from cet.energy.domains import (
     EnergyReading,
     Flag,
     unique,
+    with_domain,
 )
 from cet.energy.measurement import IDLE, Block, Measurement, Settings
 from cet.energy.meter import EnergyMeter
@@ -42,6 +41,7 @@ _STRETCH = 1.0  # s of warm-up between looks at clocks and temperature
 _LEVEL_DEGREES, _LEVEL_CLOCK, _LEVEL_POWER = 1.0, 0.02, 0.05  # what may change over a stretch; the latter relative
 _MARGIN = 1.05  # calls may go faster in the window than they did in the warm-up
 _VARIATION = 0.1  # of the length of windows: some ticks, and some calls too
+_TOO_LONG = 2.0  # of the time that calls should take; they may go slower too
 _WRAP = 30.0  # s, within which counters that wrap are read
 _SHORTEST = 1e-6  # s of a call that a coarse clock cannot tell from none
 _INTERRUPTED = 130
@@ -79,8 +79,9 @@ def measure(
     Each round runs every workload and idle once, in random order. Before each window its workload runs until clocks,
     power and temperature are level, right up to the window's start: a counter that moves in ticks still owes energy
     from before the start, which must be of the same power. The windows' starts and lengths vary at random, so that
-    they stand in no fixed relation to the tick and its error averages out. Devices are synchronised at the edges of
-    windows only, and the number of calls is fixed before a window starts.
+    they stand in no fixed relation to the tick and its error averages out. The number of calls follows from the time
+    that they took in the warm-up, so that devices are synchronised at the edges of windows only; a window that these
+    calls do not fill goes on.
 
     A window in which a counter ran backwards or failed is void, and repeated. For a counter that does not move the
     window is made longer, then power is integrated from there on. A lost GPU, a counter that stays frozen or keeps
@@ -245,7 +246,7 @@ class _Run:
         before, flags = self._warm_up(name)
         self.meter.start(integral=self.integral or None)
         try:
-            calls = self._spend(name, length * self.rng.uniform(_MARGIN, _MARGIN + _VARIATION))
+            calls = self._fill(name, length * self.rng.uniform(_MARGIN, _MARGIN + _VARIATION))
         except BaseException:
             with suppress(RuntimeError):  # what came first counts
                 self.meter.stop()
@@ -254,7 +255,7 @@ class _Run:
         after = self._states()
         if name != IDLE and self.settings.estimate_watts is not None:
             reading = estimated(reading, self.settings.estimate_watts)
-        void = "; ".join(f"{part.domain}: {part.reason}" for part in reading.domains if part.joules is None)
+        void = "; ".join(with_domain(part.domain, part.reason) for part in reading.domains if part.joules is None)
         return Block(
             workload=name,
             round=index,
@@ -285,8 +286,20 @@ class _Run:
                 return states, (Flag.NOT_LEVEL,)
             earlier = states
 
+    def _fill(self, name: str, seconds: float) -> int:
+        """Spend at least so long, whatever the calls took before; the number of calls."""
+        began = self.clock.now()
+        calls = self._spend(name, seconds)
+        while calls and self.clock.now() - began < seconds:
+            self.meter.synchronize()  # the host may be ahead of the device
+            spent = self.clock.now() - began
+            if spent < seconds:
+                self.seconds_per_call[name] = max(spent / calls, _SHORTEST)
+                calls += self._spend(name, seconds - spent)
+        return calls
+
     def _spend(self, name: str, seconds: float) -> int:
-        """Be idle for so long, or call the workload as often as should take so long; the number of calls."""
+        """Be idle for so long, or make the calls that should take so long, but not for far longer; their number."""
         if name == IDLE:
             while seconds > _WRAP:
                 self.clock.sleep(_WRAP)
@@ -294,14 +307,18 @@ class _Run:
                 seconds -= _WRAP
             self.clock.sleep(seconds)
             return 0
-        calls = math.ceil(seconds / self.seconds_per_call[name])
         run = self.workloads[name].run
-        read = self.clock.now()
-        for _ in range(calls):
+        calls, foretold = 0, seconds / self.seconds_per_call[name]
+        began = read = self.clock.now()
+        while calls < foretold:
             run()
-            if self.clock.now() - read > _WRAP:
+            calls += 1
+            now = self.clock.now()
+            if now - began > _TOO_LONG * seconds:
+                break
+            if now - read > _WRAP:
                 self.meter.read_wrapping()
-                read = self.clock.now()
+                read = now
         return calls
 
     def _first_calls(self, workload: Workload) -> float:
@@ -319,7 +336,7 @@ class _Run:
         """Of all windows that count, and of the measurement as a whole."""
         counted = [block for block in self.blocks if block.void is None]
         flags = [flag for block in counted for flag in block.flags]
-        if any(set(facts.processes or ()) - {os.getpid()} for facts in self.preflight.values()):
+        if any(facts.others for facts in self.preflight.values()):
             flags.append(Flag.SHARED_DEVICE)
         if any(_drift(counted, gpu) > MAX_DRIFT for gpu in self.gpus):
             flags.append(Flag.TEMPERATURE_DRIFT)
@@ -355,10 +372,10 @@ def window_flags(
         before: state of the GPU domains before the window, by name.
         after: and behind it.
     """
-    counters = [part for part in reading.domains if part.source == "counter"]
-    if any(part.tick is None for part in counters):
+    if any(part.source == "counter" and part.tick is None for part in reading.domains):
         yield Flag.TICK_UNKNOWN
-    if counters and reading.seconds < max(MIN_WINDOW, *(MIN_TICKS * (part.tick or 0) for part in counters)):
+    ticks = [part.tick or 0.0 for part in reading.domains if part.source in ("counter", "integral")]
+    if ticks and reading.seconds < max(MIN_WINDOW, MIN_TICKS * max(ticks)):
         yield Flag.SHORT_WINDOW
     for gpu, state in after.items():
         if _spread(before[gpu].temperature, state.temperature) > MAX_DRIFT:

@@ -11,12 +11,12 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import cet
-from cet.energy.domains import EnergyReading, Flag
+from cet.energy.domains import SYSTEMATIC, EnergyReading, Flag, Source
 
 if TYPE_CHECKING:
     from cet.energy.comparison import Comparison, Verdict
@@ -52,12 +52,13 @@ class Figure:
             ``"accuracy"``.
         unit: ``"J"``, ``"s"``, ``"W"``, ``"FLOP"``, or ``"1"``.
         value: ``None`` if unknown, never 0 for it.
-        low: lower end of the interval of the statistical error; ``None`` without one.
+        low: lower end of the interval of the statistical error, or in a lone window, by how much the ticks of the
+            counter at its ends can be wrong at most; ``None`` without one.
         high: its upper end.
         systematic: half width of the error that repetition does not show; ``None`` where nobody knows it.
         rounds: that the figure is of.
         source: ``"counter"``, ``"integral"``, ``"model"``, joined by ``+`` where it has several.
-        reason: why ``value`` is ``None``.
+        reason: why ``value`` is ``None``, or else why it has no interval.
         per: ``"window"`` or ``"sample"``.
         batch: rows per batch.
         exit: the exit, ``"policy"`` for the mixed run.
@@ -207,42 +208,76 @@ def window_figures(reading: EnergyReading, idle: Sequence[EnergyReading] = ()) -
     """
     yield Figure("seconds", "s", reading.seconds, per="window")
     for domain in (*(part.domain for part in reading.domains), None):
-        joules, source, reason = _of_domain(reading, domain)
-        labels: dict[str, Any] = {"source": source, "reason": reason, "per": "window", "domain": domain}
-        yield Figure("joules", "J", joules, **labels)
-        yield Figure("watts", "W", None if joules is None else joules / reading.seconds, **labels)
-        idle_watts, why_not = _idle_watts(idle, domain)
-        if joules is None or idle_watts is None:
-            yield Figure("net_joules", "J", None, **{**labels, "reason": reason or why_not})
-        else:
-            yield Figure("net_joules", "J", joules - idle_watts * reading.seconds, **labels)
+        power = _Power.of(reading, domain)
+        yield power.figure("joules", "J", domain, reading.seconds)
+        yield power.figure("watts", "W", domain)
+        yield power.above([_Power.of(each, domain) for each in idle]).figure("net_joules", "J", domain, reading.seconds)
     for missing in reading.unavailable:
         for name, unit in (("joules", "J"), ("watts", "W"), ("net_joules", "J")):
             yield Figure(name, unit, None, reason=missing.reason, per="window", domain=missing.domain)
 
 
-def _of_domain(reading: EnergyReading, domain: str | None) -> tuple[float | None, str | None, str | None]:
-    """Joules, source and why there are none, of a domain or in total."""
-    if domain is not None:
-        part = reading[domain]
-        return part.joules, part.source, part.reason if part.joules is None else None
-    if reading.joules is None:
-        return None, None, f"nothing is known of {' and '.join(reading.reasons) or 'any domain'}"
-    sources = {part.source for part in reading.domains if part.in_total and part.source}
-    return reading.joules, "+".join(sorted(sources)), None
+@dataclass(frozen=True)
+class _Power:
+    """Mean power over a window, or why it is not known.
 
+    Attributes:
+        watts: ``None`` if unknown.
+        hidden: W that the counter can be wrong by, as it moves by one tick at a time; ``None`` if unknown.
+        sources: of the joules.
+        reason: why ``watts`` are unknown, or else ``hidden``.
+    """
 
-def _idle_watts(idle: Sequence[EnergyReading], domain: str | None) -> tuple[float | None, str | None]:
-    """Mean idle power, and why there is none."""
-    if not idle:
-        return None, "the idle machine was not measured"
-    watts = []
-    for reading in idle:
-        joules, _, reason = _of_domain(reading, domain)
+    watts: float | None
+    hidden: float | None
+    sources: frozenset[Source]
+    reason: str | None
+
+    @classmethod
+    def of(cls, reading: EnergyReading, domain: str | None) -> _Power:
+        """Of a domain, or in total."""
+        parts = [part for part in reading.domains if (part.in_total if domain is None else part.domain == domain)]
+        sources = frozenset(part.source for part in parts if part.source)
+        joules = reading.joules if domain is None else reading[domain].joules
         if joules is None:
-            return None, reason
-        watts.append(joules / reading.seconds)
-    return sum(watts) / len(watts), None
+            nothing = f"nothing is known of {' and '.join(reading.reasons) or 'any domain'}"
+            return cls(None, None, sources, nothing if domain is None else reading[domain].reason)
+        hidden = 0.0
+        for part in parts:
+            if part.source != "counter" or part.tick is None or part.joules is None:
+                return cls(joules / reading.seconds, None, sources, f"no counter of {part.domain} has a known tick")
+            hidden += part.joules * part.tick / reading.seconds**2
+        return cls(joules / reading.seconds, hidden, sources, None)
+
+    def above(self, idle: Sequence[_Power]) -> _Power:
+        """Less the mean of some others."""
+        if not idle:
+            return replace(self, watts=None, reason=self._why_unknown or "the idle machine was not measured")
+        watts, hidden = self.watts, self.hidden
+        for each in idle:
+            if watts is None or each.watts is None:
+                return replace(self, watts=None, reason=self._why_unknown or each.reason)
+            watts -= each.watts / len(idle)
+            hidden = None if hidden is None or each.hidden is None else hidden + each.hidden / len(idle)
+        reason = self.reason or next((each.reason for each in idle if each.reason), None)
+        return _Power(watts, hidden, self.sources, reason)
+
+    def figure(self, name: str, unit: str, domain: str | None, factor: float = 1.0) -> Figure:
+        """``factor`` times the power."""
+        value = low = high = systematic = None
+        if self.watts is not None:
+            value = factor * self.watts
+            if self.hidden is not None:
+                low, high = value - factor * self.hidden, value + factor * self.hidden
+            systematic = None if "model" in self.sources else SYSTEMATIC * abs(value)
+        source = "+".join(sorted(self.sources)) or None
+        return Figure(
+            name, unit, value, low, high, systematic, source=source, reason=self.reason, per="window", domain=domain
+        )
+
+    @property
+    def _why_unknown(self) -> str | None:
+        return self.reason if self.watts is None else None
 
 
 class Figures:

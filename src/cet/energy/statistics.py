@@ -30,7 +30,7 @@ class Estimate:
         systematic: half width in ``unit`` of the error that all rounds share, such as the gain of a counter, which no
             repetition shows; ``None`` where nobody knows it.
         sources: where the joules come from.
-        reason: why ``value`` is ``None``.
+        reason: why ``value`` is ``None``, or else why it has no interval.
     """
 
     value: float | None

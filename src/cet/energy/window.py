@@ -103,7 +103,7 @@ class Window:
     def _energy(self, meterable: Meterable, first: Edge, last: Edge, stop: float, tick: float | None) -> DomainEnergy:
         domain = meterable.domain
         samples = self._sampler.samples.get(domain.name)
-        by_counter, flag, reason = _by_counter(meterable, first, last)
+        by_counter, flag, reason = _by_counter(meterable, first, last, tick or 0.0)
         by_integral = None if samples is None else integral(samples, self._start, stop)
         flags = [] if flag is None else [flag]
         if samples is not None and by_integral is None:
@@ -114,7 +114,8 @@ class Window:
         joules, source = by_counter, domain.source
         if by_counter is None:
             # After a reset or a failure the window itself is in doubt: it is void, whatever its power was.
-            joules, source = by_integral if flag in (None, Flag.COUNTER_FROZEN) else None, "integral"
+            still = flag in (None, Flag.COUNTER_FROZEN, Flag.SHORT_WINDOW)
+            joules, source = by_integral if still else None, "integral"
             if Flag.INTEGRAL_FAILED in flags:
                 reason = f"{reason}; its power was not known for more than {MAX_GAP:g} s"
         elif by_integral is not None and abs(by_counter - by_integral) > MAX_DISAGREEMENT * max(
@@ -196,8 +197,10 @@ def _edge(meterable: Meterable) -> Edge:
         return failure
 
 
-def _by_counter(meterable: Meterable, first: Edge, last: Edge) -> tuple[float | None, Flag | None, str | None]:
-    """Joules by the counter; if there are none, what to flag, and why."""
+def _by_counter(
+    meterable: Meterable, first: Edge, last: Edge, tick: float
+) -> tuple[float | None, Flag | None, str | None]:
+    """Joules by a counter that moves every ``tick`` s; if there are none, what to flag, and why."""
     domain = meterable.domain
     if domain.source == "integral" and not isinstance(last, DeviceLostError):
         return None, None, domain.reason
@@ -206,6 +209,10 @@ def _by_counter(meterable: Meterable, first: Edge, last: Edge) -> tuple[float | 
     if fault := meterable.fault(first, last):
         return None, *fault
     if last.raw == first.raw:
-        reason = f"{domain.name}: the counter stood at {last.raw} {last.unit} for {last.time - first.time:.2f} s"
+        seconds = last.time - first.time
+        if seconds < 2 * tick:
+            reason = f"the window of {1e3 * seconds:.3g} ms is too short for a counter that moves every"
+            return None, Flag.SHORT_WINDOW, f"{domain.name}: {reason} {1e3 * tick:.3g} ms"
+        reason = f"{domain.name}: the counter stood at {last.raw} {last.unit} for {seconds:.2f} s"
         return None, Flag.COUNTER_FROZEN, reason
     return last.joules - first.joules, None, None

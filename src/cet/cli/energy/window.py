@@ -94,7 +94,7 @@ def measure(
     for domain in meter.domains:
         meter.measure_tick(domain.name)
     idle_readings = [_idle(meter, idle)] if idle else []
-    before = _states(meter)
+    shared, before = _are_shared(meter), _states(meter)
     meter.start()
     ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
     failure: EnergyError | None
@@ -106,6 +106,8 @@ def measure(
             raise
         reading, failure = error.reading, error
     flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
+    if shared or _are_shared(meter):
+        flags.append(Flag.SHARED_DEVICE)
     stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
     if idle and failure is None:
         try:
@@ -143,6 +145,14 @@ def _states(meter: EnergyMeter) -> dict[str, DeviceState]:
         return {domain.name: meter.state(domain.name) for domain in meter.domains if domain.name.startswith("gpu:")}
     except DeviceLostError:
         return {}
+
+
+def _are_shared(meter: EnergyMeter) -> bool:
+    """Whether processes use the GPUs while the command does not run."""
+    try:
+        return any(facts.others for domain in meter.domains if (facts := meter.facts(domain.name)))
+    except DeviceLostError:
+        return False
 
 
 def failure_of(reading: EnergyReading) -> EnergyError | None:
