@@ -36,6 +36,8 @@ CUDA_ARCHITECTURES = (80, 90, 100)
 def cuda_targets(nvcc):
     """nvcc's options for those of the architectures that it knows, and for PTX, which newer devices compile."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    if listed.returncode != 0:
+        raise CompileError(f"{nvcc} --list-gpu-arch failed: {(listed.stderr or listed.stdout).strip()}")
     known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed.stdout)}
     targets = [number for number in CUDA_ARCHITECTURES if number in known]
     if not targets:
@@ -66,8 +68,6 @@ class BuildKernels(build_ext):
 
     def build_cuda(self, ext):
         nvcc = shutil.which("nvcc")
-        if nvcc is None:
-            raise CompileError("nvcc is not on the PATH; install the CUDA toolkit, or leave CET_BUILD_CUDA unset")
         path = Path(self.get_ext_fullpath(ext.name))
         path.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
@@ -87,6 +87,8 @@ def wanted(variable):
 
 
 cpp, cuda = wanted("CET_BUILD_CPP"), wanted("CET_BUILD_CUDA")
+if cuda == "1" and shutil.which("nvcc") is None:
+    raise SystemExit("nvcc is not on the PATH; install the CUDA toolkit, or leave CET_BUILD_CUDA unset")
 extensions = []
 if cpp != "0":
     extensions.append(

@@ -23,14 +23,18 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 VECTOR_BYTES = 16  # the widest load and store of a thread
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which takes CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors.
+
+    Triton's own functions tell, as they are made when it is imported: later ``TRITON_INTERPRET=1`` has no effect.
+    """
+    return not isinstance(tl.sum, triton.JITFunction)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

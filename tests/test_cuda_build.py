@@ -97,6 +97,7 @@ def test_targets_are_those_that_nvcc_knows_in_the_order_of_numbers(tmp_path: Pat
         (None, "nvcc is not on the PATH; install the CUDA toolkit"),
         (f"{LISTS}\nexit 1", "nvcc failed; its messages are above"),
         ("echo compute_50", "compiles for none of sm_80, sm_90 and sm_100"),
+        ("echo nvcc fatal: no licence >&2; exit 3", "--list-gpu-arch failed: nvcc fatal: no licence"),
     ],
 )
 def test_a_build_that_fails_is_loud_if_wanted_and_left_out_if_not(

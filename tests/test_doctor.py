@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pynvml
 import pytest
+import torch
 
 from cet import machine
 from cet.cli import main
@@ -34,10 +35,11 @@ def test_json_reports_every_section_and_the_core_works(capsys: pytest.CaptureFix
     document = json.loads(capsys.readouterr().out)
     assert document["schema_version"] == 1
     assert document["works"] is True
-    assert [row["name"] for row in document["backends"]] == ["reference", "cpp", "triton", "cuda"]
+    assert [row["name"] for row in document["backends"]] == ["reference", "cpp", "triton"]
+    assert [row["name"] for row in document["runners"]] == ["eager", "graphs", "device"]
     assert [row["name"] for row in document["counters"]] == ["gpu:0", "rapl"]
     assert [row["name"] for row in document["extras"]] == ["train", "demo", "onnx", "ray", "dev"]
-    for section in ("backends", "counters", "extras"):
+    for section in ("backends", "runners", "counters", "extras"):
         for row in document[section]:
             assert set(row) == {"name", "available", "detail", "mend"}
             assert row["detail"]
@@ -94,6 +96,26 @@ def test_a_choice_of_gpus_that_cannot_be_honoured_is_a_finding(monkeypatch: pyte
     (finding,) = machine.counters()
     assert (finding.name, finding.available) == ("gpu", False)
     assert "MIG-8f2a" in finding.detail
+
+
+def test_runners_on_a_gpu_and_why_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_name(machine.runners())
+    if not torch.cuda.is_available():
+        assert not found["graphs"].available
+        assert found["graphs"].mend == machine.GPU_MEND
+        assert "its CUDA extension" in found["device"].detail
+    monkeypatch.setattr(machine, "_no_cuda_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "NVIDIA Simulated GPU")
+    for reason in (None, "the driver is old; install a newer one"):
+        monkeypatch.setattr(machine, "why_no_switch", lambda reason=reason: reason)
+        eager, graphs, device = machine.runners()
+        assert eager.available
+        assert graphs == machine.Finding("graphs", True, "NVIDIA Simulated GPU; where asked for")
+        if reason is None:
+            assert device == machine.Finding("device", True, graphs.detail)
+        else:
+            assert device == machine.Finding("device", False, "the driver is old", "install a newer one")
 
 
 def test_missing_extra_names_packages_and_command(monkeypatch: pytest.MonkeyPatch) -> None:

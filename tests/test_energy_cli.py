@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import simulated_net
 from cet.cli import main
@@ -24,7 +25,6 @@ from cet.energy import CounterFrozenError, CounterUnstableError, DomainEnergy, E
 from commands import CET, FAST, Commands
 from nvml.simulation import Simulation
 
-CPU = torch.device("cpu")
 SHORT = (*FAST, "--blocks", "3")
 PROFILE = ("profile", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", *SHORT)
 COMPARE = ("compare", "simulated_net:small", "simulated_net:large", "--data", "simulated_net:data", *SHORT)
@@ -129,6 +129,32 @@ class TestDoctor:
         assert "clocks are lowered: SwThermalSlowdown" in text
         assert "other processes compute on it: 4711" in text
 
+    def test_a_counter_that_stands_still_has_power_integrated(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, frozen=1)
+        code, out, _ = run("doctor", "--require-gpu", "--format", "json")
+        assert code == 0
+        (gpu,) = json.loads(out)["domains"]
+        assert (gpu["source"], gpu["tick"]) == ("integral", None)
+        assert re.fullmatch(r"gpu:0: the counter stood at \d+ mJ for 3\.\d+ s", gpu["reason"])
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_a_counter_that_gives_no_joules_is_not_measured(
+        self, run: Run, simulation: Simulation, frozen: bool
+    ) -> None:
+        if frozen:
+            simulation.gpu(0, frozen=1)
+            for power in ("nvmlDeviceGetFieldValues", "nvmlDeviceGetPowerUsage"):
+                simulation.fault(power, 3)
+            reason = "the counter stood at"
+        else:
+            simulation.fault("nvmlDeviceGetTotalEnergyConsumption", 999, first=1)  # after the meter has found it
+            reason = "nvmlDeviceGetTotalEnergyConsumption failed 3 times"
+        code, out, err = run("doctor", "--require-gpu")
+        assert code == 11
+        assert "Measured here" not in out.splitlines()
+        assert f" gpu:0 {reason}" in " ".join(out.partition("Not measured here")[2].split())
+        assert err.startswith(f"Error: no GPU's joules can be measured (gpu:0: {reason}")
+
 
 class TestRun:
     def test_stdout_is_the_commands_and_stderr_has_the_result(self, run: Run) -> None:
@@ -195,6 +221,20 @@ class TestRun:
         assert run("run", "--overwrite", *args)[0] == 0
         assert json.loads(output.read_text())
 
+    @pytest.mark.parametrize(
+        ("output", "prometheus"), [("out", "out"), ("out", "folder/../out"), ("out", "link"), ("link", "out")]
+    )
+    def test_two_outputs_are_two_files(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, prometheus: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("folder").mkdir()
+        Path("link").symlink_to("out")
+        code, _, err = run("run", "--output", output, "--prometheus", prometheus, "--", "touch", "ran")
+        assert code == 2
+        assert err.startswith(f"Error: --output {output} and --prometheus {prometheus} are the same; ")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
     def test_an_estimate_is_refused_where_there_is_a_counter(self, run: Run) -> None:
         code, out, err = run("run", "--estimate-watts", "50", "--", "echo", "ran")
         assert (code, out) == (2, "")
@@ -210,22 +250,49 @@ class TestRun:
         assert joules["value"] == pytest.approx(50 * document["measurements"][0]["window"]["seconds"])
         assert "modelled" in document["flags"]
 
+    def test_a_command_shorter_than_the_tick_is_no_fault_of_the_counter(
+        self, run: Run, simulation: Simulation, tmp_path: Path
+    ) -> None:
+        simulation.reset(real_time=True)
+        simulation.gpu(0, tick=0.3)
+        output = tmp_path / "run.json"
+        code, _, err = run("run", "--output", str(output), "--", "true")
+        assert code == 0
+        document = json.loads(output.read_text())
+        assert figure(document, "joules", domain="gpu:0")["value"] is None
+        assert re.search(
+            r"– gpu:0: the window of [\d.]+ ms is too short for a counter that moves", " ".join(err.split())
+        )
+        assert "counter-frozen" not in document["flags"]
+
     @pytest.mark.parametrize(
-        ("flag", "seconds", "failure"),
+        ("flag", "in_total", "failure"),
         [
-            (Flag.COUNTER_FROZEN, 0.15, None),  # too short for the counter to move
-            (Flag.COUNTER_FROZEN, 5.0, CounterFrozenError),
-            (Flag.COUNTER_BACKWARDS, 5.0, CounterUnstableError),
-            (Flag.COUNTER_FAILED, 5.0, CounterUnstableError),
+            (Flag.SHORT_WINDOW, True, None),  # for the counter to move
+            (Flag.COUNTER_FROZEN, False, None),  # a part of another domain that is off
+            (Flag.COUNTER_FROZEN, True, CounterFrozenError),
+            (Flag.COUNTER_BACKWARDS, True, CounterUnstableError),
+            (Flag.COUNTER_FAILED, True, CounterUnstableError),
         ],
     )
     def test_a_counter_that_fails_is_a_failure(
-        self, flag: Flag, seconds: float, failure: type[EnergyError] | None
+        self, flag: Flag, in_total: bool, failure: type[EnergyError] | None
     ) -> None:
-        gpu = DomainEnergy("gpu:0", "", "board", True, None, None, reason="why", tick=0.1, flags=(flag,))
-        found = failure_of(EnergyReading(0.0, seconds, (gpu,)))
+        gpu = DomainEnergy("gpu:0", "", "board", in_total, None, None, reason="why", tick=0.1, flags=(flag,))
+        found = failure_of(EnergyReading(0.0, 5.0, (gpu,)))
         assert type(found) is (failure or type(None))
         assert found is None or str(found) == "why"
+
+    def test_what_is_missing_and_what_may_be_wrong_stands_below_the_table(self, run: Run) -> None:
+        text = " ".join(run("run", "--", "sleep", "0.3")[2].split())
+        assert re.search(r"gpu:0 \d+\.\d+ ±\d+\.\d+ J – \d+\.\d+ ±\d+\.\d+ W counter", text)
+        assert "– above idle: the idle machine was not measured; --idle 5 does that" in text
+        assert "±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain." in text
+        assert "shared-device" not in text
+
+    def test_another_process_on_the_gpu_is_flagged(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, process=4711)
+        assert "! shared-device: Other processes used the device." in run("run", "--", "true")[2]
 
 
 class TestProfile:
@@ -274,12 +341,15 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("args", "code", "named"),
         [
-            (("--device", "cuda:9x"), 2, "--device"),
+            (("--device", "cuda:9x"), 2, "torch, which sees 0 GPUs, cannot compute on 'cuda:9x'; give cpu or cuda:"),
+            (("--device", "meta"), 2, "cannot compute on 'meta'"),
             (("--warm-up", "0"), 2, "--warm-up"),
             (("--model", "simulated_net:small"), 21, "give a cet.EarlyExit"),
             (("--model", "simulated_net:broken"), 21, "unexpected KeyError: 'spam'"),
             (("--batch", "64"), 21, "24 samples, too few for a batch of 64"),
             (("--data", "simulated_net:not_a_model"), 21, "it must give an iterable"),
+            (("--model", "simulated_net:early_exits"), 21, "has no 'early_exits'; did you mean 'early_exit'?"),
+            (("--model", "simulated_net"), 21, "neither MODULE:NAME, such as mynet:build, nor the file of a check"),
         ],
     )
     def test_what_cannot_be_measured_is_refused_before_the_first_window(
@@ -291,6 +361,31 @@ class TestProfile:
         assert err.count("\n") == 1
         assert named in err
         assert not list(tmp_path.iterdir())
+
+
+class TestDataThatDoNotFit:
+    WATCH = ("watch", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch", "8")
+
+    @pytest.mark.parametrize("command", [PROFILE, COMPARE, WATCH], ids=["profile", "compare", "watch"])
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            (torch.zeros(8, 7), "x (8, 7) float32; give what the model takes (RuntimeError: mat1 and mat2 shapes"),
+            (torch.zeros(8, 6, dtype=torch.float64), "x (8, 6) float64; give what the model takes (RuntimeError: "),
+            ({"spam": torch.zeros(8, 6)}, "x['spam'] (8, 6) float32; give what the model takes (TypeError: "),
+            (torch.full((8, 6), torch.nan), "x (8, 6) float32; give data without NaN"),
+        ],
+    )
+    def test_model_and_data_are_named_before_the_first_window(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], x: Any, message: str
+    ) -> None:
+        monkeypatch.setattr(simulated_net, "data", [(x, torch.zeros(8, dtype=torch.int64))])
+        code, out, err = run(*command)
+        assert (code, out) == (21, "")
+        model = "A, simulated_net:small," if command is COMPARE else "--model simulated_net:early_exit"
+        assert err.startswith(f"Error: {model} ")
+        assert f" what --data simulated_net:data gives, {message}" in err
+        assert err.count("\n") == 1
 
 
 class TestCompare:
@@ -337,6 +432,27 @@ class TestCompare:
         code, _, err = run(*COMPARE, *("--backbone", "a:b") * 3)
         assert code == 2
         assert "--backbone" in err
+
+    def test_both_models_run_the_same_samples_of_data_without_end(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given: list[Tensor] = []
+
+        def endless() -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                given.append(torch.randn(8, 6))
+                yield given[-1], torch.zeros(8, dtype=torch.int64)
+
+        monkeypatch.setattr(simulated_net, "data", endless())
+        seen: dict[str, Tensor] = {}
+        for name in ("small", "large"):
+            model = getattr(simulated_net, name)()
+            model.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0]))
+            monkeypatch.setattr(simulated_net, name, model)
+        assert run(*COMPARE, "--blocks", "1", "--samples", "20")[0] == 0
+        assert len(given) == 3
+        assert seen["small"].equal(given[0])
+        assert seen["large"].equal(given[0])
 
 
 class TestWatch:
@@ -393,7 +509,10 @@ class TestLoading:
         [
             ("simulated_net:", "'simulated_net:' is not MODULE:NAME"),
             ("no_such_module:build", "No module named 'no_such_module'"),
-            ("simulated_net:spam", "has no attribute 'spam'"),
+            ("simulated_net:spam", "module simulated_net has no 'spam'; give a name that it has"),
+            ("simulated_net:backbones", "has no 'backbones'; did you mean 'backbone'"),
+            ("simulated_net:not_a_model.reel", "int has no 'reel'; did you mean 'real'"),
+            ("simulated_net", "'simulated_net' is neither MODULE:NAME, such as mynet:build, nor the file of a check"),
             ("simulated_net:broken", "unexpected KeyError: 'spam'"),
             ("simulated_net:not_a_model", "gives int; it must give a torch.nn.Module"),
             ("missing.safetensors", "name its backbone by --backbone"),
@@ -418,7 +537,7 @@ class TestLoading:
             load_early_exit("simulated_net:early_exit", None, None, ["final"])
 
     def test_the_first_samples_are_joined_and_cut(self) -> None:
-        x, y = load_data("simulated_net:data", 20, 4, CPU)
+        x, y = load_data("simulated_net:data", 20, 4)
         assert x.shape == (20, 6)
         assert y.shape == (20,)
         assert torch.equal(x, torch.cat([x for x, _ in simulated_net.data()])[:20])
@@ -429,7 +548,7 @@ class TestLoading:
     def test_inputs_may_be_a_dict(self, monkeypatch: pytest.MonkeyPatch) -> None:
         batches = [({"ids": torch.arange(6).view(3, 2), "mask": torch.ones(3, 2)}, torch.zeros(3, dtype=torch.int64))]
         monkeypatch.setattr(simulated_net, "data", batches)
-        data = load_data("simulated_net:data", 100, None, CPU)
+        data = load_data("simulated_net:data", 100, None)
         first, second, third = batches_of(data, 1)
         assert first[0]["ids"].tolist() == [[0, 1]]
         assert third[0]["ids"].tolist() == [[4, 5]]
@@ -452,4 +571,4 @@ class TestLoading:
     def test_what_is_no_data_is_refused(self, data: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(simulated_net, "data", data)
         with pytest.raises(LoadError, match=message):
-            load_data("simulated_net:data", 100, 4, CPU)
+            load_data("simulated_net:data", 100, 4)

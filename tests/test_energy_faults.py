@@ -158,6 +158,28 @@ def obey_permissions() -> None:
 class TestLost:
     """GPU_IS_LOST (15), RESET_REQUIRED (16): stop, keep finished blocks, status partial, non-zero exit."""
 
+    @pytest.mark.parametrize("visible", [None, "0", "GPU-0000"])
+    @pytest.mark.parametrize("function", ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetMigMode"])
+    def test_nothing_runs_on_one_that_is_lost_before(
+        self, cet: Commands, function: str, visible: str | None, tmp_path: Path
+    ) -> None:
+        if visible is not None:
+            cet.environment["CUDA_VISIBLE_DEVICES"] = visible
+        for args in (("run", "--", "touch", str(tmp_path / "ran")), COMPARE, PROFILE, ("watch",)):
+            code, out, err = cet.run(*args, script=[fault(function, pynvml.NVML_ERROR_GPU_IS_LOST)])
+            assert (code, out) == (14, "")
+            assert err.startswith("Error: gpu:0: nvmlDeviceGet")
+            assert "GPU is lost (NVML error 15); reset it by nvidia-smi" in err
+            assert err.count("\n") == 1
+        assert not (tmp_path / "ran").exists()
+
+    def test_doctor_lists_it(self, cet: Commands) -> None:
+        script = [fault("nvmlDeviceGetHandleByIndex_v2", pynvml.NVML_ERROR_GPU_IS_LOST)]
+        code, out, err = cet.run("doctor", "--format", "json", script=script)
+        assert (code, err) == (0, "")
+        gpu = json.loads(out)["unavailable"][0]
+        assert (gpu["domain"], gpu["lost"]) == ("gpu:0", True)
+
     @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
     def test_run_keeps_the_rest(self, cet: Commands, package: Path, code: int) -> None:
         # By then the command runs: only imports take longer, and they come before the library is loaded.
@@ -227,7 +249,7 @@ class TestFrozen:
         code, document, text = cet.measure(*COMPARE)
         assert code == 15
         assert document["status"] == "partial"
-        assert "stood" in document["stopped"]
+        assert document["stopped"].startswith("gpu:0: the counter stood")
         assert blocks(document)[0]["workload"] == "idle"
         assert blocks(document)[0]["reading"]["joules"] > 0
         assert "partial" in text
@@ -379,6 +401,18 @@ class TestRefusedFirst:
             ((*COMPARE, "--window", "0"), 2, "--window"),
             ((*COMPARE, "--plots", "commands.py/plots"), 20, "commands.py/plots"),
             ((*PROFILE, "--batch", "none"), 2, "--batch"),
+            (("run", "--idle", "nan", "--", "true"), 2, "'--idle': nan is not a finite number"),
+            (("run", "--idle", "inf", "--", "true"), 2, "'--idle': inf is not a finite number"),
+            (("run", "--estimate-watts", "nan", "--", "true"), 2, "'--estimate-watts': nan is not a finite number"),
+            ((*PROFILE, "--estimate-watts", "inf"), 2, "'--estimate-watts': inf is not a finite number"),
+            ((*COMPARE, "--window", "nan"), 2, "'--window': nan is not a finite number"),
+            ((*COMPARE, "--warm-up", "inf"), 2, "'--warm-up': inf is not a finite number"),
+            (("watch", "--interval", "nan"), 2, "'--interval': nan is not a finite number"),
+            (("watch", "--duration", "inf"), 2, "'--duration': inf is not a finite number"),
+            ((*PROFILE, "--plots", "missing", "--output", "./missing"), 2, "--output missing and --plots missing are"),
+            ((*PROFILE, "--samples", "20", "--batch", "24"), 2, "--samples 20 is too few for a batch of 24"),
+            ((*PROFILE, "--backbone", "simulated_net:backbone"), 2, "--backbone simulated_net:backbone is for a check"),
+            ((*COMPARE, "--backbone", "simulated_net:backbone"), 2, "no model here is one; leave it out"),
             ((*PROFILE, "--output", "missing/profile.json"), 20, "missing/profile.json"),
         ],
     )

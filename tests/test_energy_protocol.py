@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pynvml
 import pytest
@@ -19,6 +20,7 @@ from cet.energy.measurement import IDLE, Block, Measurement, Settings
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Workload, measure
 from nvml.simulation import Simulation
+from powercap import Powercap
 from simulated_work import work
 
 SHORT = Settings(blocks=4, warmup=0.5, warmup_limit=3)
@@ -339,6 +341,27 @@ def test_a_counter_that_runs_backwards_voids_the_window_which_is_repeated(
     assert (again.workload, again.round, again.void) == (void.workload, void.round, None)
     assert Flag.COUNTER_BACKWARDS not in found.flags
     assert found.estimate("a").rounds == 4
+
+
+def test_a_part_of_another_domain_that_goes_off_voids_nothing(simulation: Simulation, tmp_path: Path) -> None:
+    powercap, clock = Powercap(tmp_path), simulation.clock
+    switch_off = []
+    for folder, name, watts in (("intel-rapl:0", "package-0", 50), ("intel-rapl:0:0", "uncore", 5)):
+        powercap.zone(folder, name)
+        switch_off.append(powercap.follow(clock, folder, watts))
+
+    def run() -> None:
+        clock.sleep(0.05)
+        if clock.now() > IN_THE_MIDDLE and len(switch_off) == 2:
+            switch_off.pop()()
+
+    with EnergyMeter(["cpu"], clock=clock, powercap=tmp_path).opened() as meter:
+        found = measure([Workload("a", run)], meter, SHORT)
+    assert (found.status, finished(found)) == ("complete", 10)
+    assert found.estimate("a", "watts").value == pytest.approx(50, rel=0.01)
+    part = found.estimate("a", domain="rapl:uncore-0")
+    assert 0 < part.rounds < found.estimate("a").rounds
+    assert "the counter stood at" in found.blocks[-1].reading["rapl:uncore-0"].reason
 
 
 def test_a_counter_that_keeps_failing_ends_the_measurement_with_what_is_finished(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cet import ops
-from cet.ops.backend import kernels
+from cet.ops.backend import chosen_backend, kernels
 from cet.ops.exit_gate import score_reference
 from cet.policy import SCORE_NAMES, ScoreName
 from conftest import kernels_only
@@ -305,6 +310,66 @@ def test_compiled_calls_give_the_same(backend: str) -> None:
             torch.testing.assert_close(got, expected)
 
 
+def test_a_choice_can_be_used_again_and_hides_no_error() -> None:
+    chosen = ops.use_backend("reference")
+    for _ in range(2):
+        with chosen:
+            assert chosen_backend() == "reference"
+        assert chosen_backend() is None
+    with pytest.raises(KeyError), chosen:
+        raise KeyError
+    with chosen, ops.use_backend(None):
+        assert chosen_backend() is None
+    with chosen, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(chosen_backend).result() is None
+
+
+def test_triton_cannot_be_told_to_interpret_once_it_is_imported() -> None:
+    script = """
+        import os, cet, cet.ops
+        os.environ["TRITON_INTERPRET"] = "1"
+        cet.ops.use_backend("triton")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if not torch.cuda.is_available():
+        assert "start Python with TRITON_INTERPRET=1 in the environment" in done.stderr
+
+
+@pytest.mark.parametrize("score", SCORE_NAMES)
+def test_logits_that_overflow_when_divided_by_the_temperature(backend: str, score: ScoreName) -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, 3e38, 3e38], [2.0, 1.0, 0.0], [2.0, math.inf, 0.0]])
+    expected = {"entropy": [0.0, math.log(2), 0.0, math.nan], "margin": [1.0, 0.0, 1.0, math.nan]}
+    scores, leaves = ops.gate(logits, score=score, threshold=0.75, temperature=1e-3)
+    torch.testing.assert_close(
+        scores, torch.tensor(expected.get(score, [1.0, 0.5, 1.0, math.nan])), equal_nan=True, atol=1e-6, rtol=1e-6
+    )
+    assert leaves.tolist() == ([True, True, True, False] if score == "entropy" else [True, False, True, False])
+
+
+def test_what_is_no_tensor_is_refused_by_name() -> None:
+    x, flags = torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)
+    for call, message in (
+        (lambda: ops.gate([[1.0, 2.0]], threshold=1.0), "gate: logits is a list; give a tensor"),
+        (lambda: ops.exit_gate(x.numpy(), x, threshold=1.0), "exit_gate: features is a ndarray; give a tensor"),
+        (lambda: ops.exit_gate(x, x, [0.0, 0.0], threshold=1.0), "exit_gate: bias is a list; give a tensor"),
+        (lambda: ops.exit_step(x, None, None, [x], threshold=1.0), "exit_gate: weight is a NoneType; give a tensor"),
+        (lambda: ops.compact([True, False], [x]), "compact: leaves is a list; give a tensor"),
+        (lambda: ops.compact(flags, [x, [1, 2]]), r"compact: tensors\[1\] is a list; give a tensor"),
+        (lambda: ops.put_rows(x, x, [0, 1]), "put_rows: index is a list; give a tensor"),
+        (
+            lambda: ops.consistent_exit_loss([x], [x], [0, 1], consistency_weight=1.0),
+            "consistent_exit_loss: labels is a list; give a tensor",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_a_chosen_backend_that_cannot_run_raises() -> None:
     with pytest.raises(ValueError, match="backend 'gpu' is unknown; choose one of reference, cpp"):
         ops.use_backend("gpu")  # type: ignore[arg-type]
@@ -313,7 +378,11 @@ def test_a_chosen_backend_that_cannot_run_raises() -> None:
             ops.use_backend("cpp")
         return
     with ops.use_backend("cpp"):
-        with pytest.raises(ValueError, match=r"gate: backend 'cpp' cannot take a torch.float64 Tensor on cpu"):
+        with pytest.raises(
+            ValueError,
+            match=r"gate: backend 'cpp' cannot take a torch.float64 Tensor on cpu .*; give strided CPU tensors of "
+            r"torch.float32, torch.bfloat16, torch.float16, all on one device",
+        ):
             ops.gate(torch.zeros(2, 2, dtype=torch.float64), threshold=0.0)
         with ops.use_backend("reference"):
             assert ops.gate(torch.zeros(2, 2, dtype=torch.float64), threshold=1.0)[1].all()

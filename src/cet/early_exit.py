@@ -68,13 +68,15 @@ class EarlyExit(nn.Module):
             dict of keyword inputs. Sizes other than the batch may differ later; the stages are then cut again.
         policy: when samples leave; every exit is closed when not given.
         runner: how batches run in eval mode, see :mod:`cet.runners`: ``"eager"`` anywhere, ``"graphs"`` or ``"device"``
-            on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run eagerly.
+            on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run eagerly. It can be
+            assigned later, and is not saved: it belongs to the machine.
 
     Raises:
         ValueError: for an exit that is unknown, repeated, out of order or whose features the head cannot pool, for a
             value that crosses an exit without the batch as a dimension, and for a backbone that cannot be exported.
         TypeError: for inputs that do not fit the backbone and a backbone that returns no logits.
-        RuntimeError: for ``runner="device"`` where it cannot run, with the reason.
+        RuntimeError: for ``runner="device"`` where it cannot run, with the reason. Whether inputs are on a CUDA device
+            shows when they come.
     """
 
     def __init__(
@@ -190,7 +192,7 @@ class EarlyExit(nn.Module):
         return self._staging.program(self.backbone, self._inputs.flatten(args, kwargs))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write weights, heads, policy and input format to one safetensors file, atomically.
+        """Write weights, heads, policy and input format to one safetensors file, atomically; the runner is not saved.
 
         Tensors go to the CPU; of the example inputs only shapes and dtypes are kept.
 

@@ -15,8 +15,10 @@ from torch import nn
 
 import cet
 from cet.energy import Domain, EnergyError, EnergyMeter
-from cet.ops.backend import cuda_extension, kernels
+from cet.ops.backend import cuda_extension, kernels, triton_kernels
 from cet.runners.cuda_graphs import why_no_switch
+
+GPU_MEND = "install a PyTorch that is built for CUDA, on a machine with an NVIDIA GPU and its driver"
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,22 @@ def host() -> dict[str, str | int]:
 
 
 def backends() -> list[Finding]:
-    """What can run the exit step."""
-    return [_reference(), _compiled_extension(), _triton(), _cuda()]
+    """What can run the operations, by the names that :class:`cet.ops.use_backend` takes."""
+    return [_reference(), _compiled_extension(), _triton()]
+
+
+def runners() -> list[Finding]:
+    """What can run batches, by the names that ``EarlyExit(..., runner=...)`` takes."""
+    eager = Finding("eager", True, "any device; runs where nothing else is asked for")
+    no_device = _no_cuda_device()
+    if no_device:
+        built = f"cet is installed {'with' if cuda_extension() else 'without'} its CUDA extension"
+        device = Finding("device", False, f"{no_device}; {built}", GPU_MEND)
+        return [eager, Finding("graphs", False, no_device, GPU_MEND), device]
+    devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    graphs = Finding("graphs", True, f"{devices}; where asked for")
+    reason, _, mend = (why_no_switch() or "").partition("; ")
+    return [eager, graphs, Finding("device", not reason, reason or graphs.detail, mend or None)]
 
 
 def counters() -> list[Finding]:
@@ -125,24 +141,12 @@ def _triton() -> Finding:
     version = installed_version("triton")
     if version is None:
         return Finding("triton", False, "the package triton is not installed", "pip install triton")
+    if triton_kernels().is_interpreted():
+        return Finding("triton", True, f"triton {version} interprets its kernels (TRITON_INTERPRET): right, but slow")
     no_device = _no_cuda_device()
     if no_device:
-        return Finding("triton", False, f"kernels for triton {version}; {no_device}")
+        return Finding("triton", False, f"kernels for triton {version}; {no_device}", GPU_MEND)
     return Finding("triton", True, f"kernels for triton {version}; they serve after cet.ops.use_backend('triton')")
-
-
-def _cuda() -> Finding:
-    if cuda_extension() is None:
-        mend = "install cet again where nvcc is, with CET_BUILD_CUDA=1 to see why it fails"
-        return Finding("cuda", False, "installed without the CUDA extension", mend)
-    no_device = _no_cuda_device()
-    if no_device:
-        return Finding("cuda", False, f"the CUDA extension is installed; {no_device}")
-    devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    no_switch = why_no_switch()
-    if no_switch:
-        return Finding("cuda", True, f"runner 'graphs' on {devices}; not runner 'device', as {no_switch}")
-    return Finding("cuda", True, f"runners 'graphs' and 'device' on {devices}")
 
 
 def _no_cuda_device() -> str | None:

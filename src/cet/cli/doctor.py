@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 
 TITLES = {
     "backends": "Backends",
+    "runners": "Runners",
     "counters": "Energy counters (more: cet energy doctor)",
     "extras": "Extras",
 }
@@ -39,7 +40,12 @@ def command(context: click.Context, form: str) -> None:
     """
     from cet import machine
 
-    findings = {"backends": machine.backends(), "counters": machine.counters(), "extras": machine.extras()}
+    findings = {
+        "backends": machine.backends(),
+        "runners": machine.runners(),
+        "counters": machine.counters(),
+        "extras": machine.extras(),
+    }
     works = findings["backends"][0].available
     host = machine.host()
     if form == "json":

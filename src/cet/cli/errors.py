@@ -24,7 +24,7 @@ class OutputError(OSError):
 
 
 class LoadError(ValueError):
-    """A model or data that cannot be loaded."""
+    """A model or data that cannot be loaded, or that do not fit each other."""
 
     exit_code = 21
 

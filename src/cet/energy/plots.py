@@ -58,7 +58,8 @@ def plot_exits(figures: Figures) -> Figure:
     figure = Figure(figsize=(max(7.0, 1.0 + 4.6 * len(batches)), 7.4), layout="constrained")
     panels = figure.subplots(2, len(batches), squeeze=False)
     whole = {f"{word}, gross" if name == "joules" else word: (name, GROSS)}
-    if any(figures("net_joules", batch=size, exit=exits[0], part="cumulative")["value"] is not None for size in batches):
+    net = [figures("net_joules", batch=size, exit=exits[0], part="cumulative") for size in batches]
+    if any(figure["value"] is not None for figure in net):
         whole["above idle"] = "net_joules", NET
     for column, size in enumerate(batches):
         top, bottom = panels[:, column]

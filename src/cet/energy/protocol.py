@@ -229,7 +229,7 @@ class _Run:
                 self.on_block(block)
             if block.void is None:
                 break
-            if any(part.joules is None and Flag.COUNTER_FROZEN in part.flags for part in block.reading.domains):
+            if any(Flag.COUNTER_FROZEN in part.flags for part in _missing(block.reading)):
                 if self.integral:
                     raise CounterFrozenError(block.void)
                 self.integral = length > self.window
@@ -255,7 +255,7 @@ class _Run:
         after = self._states()
         if name != IDLE and self.settings.estimate_watts is not None:
             reading = estimated(reading, self.settings.estimate_watts)
-        void = "; ".join(with_domain(part.domain, part.reason) for part in reading.domains if part.joules is None)
+        void = "; ".join(with_domain(part.domain, part.reason) for part in _missing(reading))
         return Block(
             workload=name,
             round=index,
@@ -346,6 +346,11 @@ class _Run:
         if self.settings.blocks < MIN_ROUNDS:
             flags.append(Flag.FEW_ROUNDS)
         return unique(flags)
+
+
+def _missing(reading: EnergyReading) -> list[DomainEnergy]:
+    """The domains that the total lacks; a part of another, such as a graphics unit, may well be off for good."""
+    return [part for part in reading.domains if part.in_total and part.joules is None]
 
 
 def idle_drifts(before: float | None, after: float | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
@@ -54,18 +54,19 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
             raise RuntimeError("backend 'triton' cannot run: the package triton is not installed; install it")
         if name == "triton" and not (torch.cuda.is_available() or triton_kernels().is_interpreted()):
             raise RuntimeError(
-                "backend 'triton' cannot run: there is no CUDA device; to interpret the kernels on CPU tensors, set "
-                "TRITON_INTERPRET=1 before Triton is imported"
+                "backend 'triton' cannot run: there is no CUDA device; to interpret the kernels on CPU tensors, start "
+                "Python with TRITON_INTERPRET=1 in the environment"
             )
-        self._token = _chosen.set(name)
+        self._name, self._before = name, _chosen.get()
+        _chosen.set(name)
 
     def __enter__(self) -> None:
-        pass
+        _chosen.set(self._name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _chosen.reset(self._token)
+        _chosen.set(self._before)
 
 
 @cache
@@ -94,7 +95,7 @@ def cuda_extension() -> Any:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed; it is imported when a kernel is needed."""
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -131,7 +132,7 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtype] | None = None) -> Any:
+def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype] | None = None) -> Any:
     """The kernels if a call with these tensors runs on them, ``None`` if it runs on the reference.
 
     Raises:
@@ -150,12 +151,12 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtyp
     for tensor in tensors:
         if not (tensor.is_cpu and _is_plain(tensor, dtypes)):
             if chosen == "cpp":
-                raise _cannot_take(op, "cpp", "CPU", tensor)
+                raise _cannot_take(op, "cpp", "CPU", tensor, dtypes)
             return None
     return available
 
 
-def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.dtype] | None = None) -> bool:
+def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype] | None = None) -> bool:
     """Whether a call with these tensors runs on the Triton kernels.
 
     Raises:
@@ -167,11 +168,11 @@ def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Container[torch.d
     for tensor in tensors:
         reachable = tensor.is_cuda or (tensor.is_cpu and triton_kernels().is_interpreted())
         if not (reachable and tensor.device == device and _is_plain(tensor, dtypes)):
-            raise _cannot_take(op, "triton", "CUDA", tensor)
+            raise _cannot_take(op, "triton", "CUDA", tensor, dtypes)
     return True
 
 
-def _is_plain(tensor: Tensor, dtypes: Container[torch.dtype] | None) -> bool:
+def _is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] | None) -> bool:
     """Whether it can be read at its address as its shape and strides say."""
     return (
         (type(tensor) is Tensor or type(tensor) is nn.Parameter)
@@ -181,12 +182,21 @@ def _is_plain(tensor: Tensor, dtypes: Container[torch.dtype] | None) -> bool:
     )
 
 
-def _cannot_take(op: str, backend: Backend, devices: str, tensor: Tensor) -> ValueError:
+def _cannot_take(
+    op: str, backend: Backend, devices: str, tensor: Tensor, dtypes: Collection[torch.dtype] | None
+) -> ValueError:
+    wanted = f" of {', '.join(map(str, dtypes))}" if dtypes else ""
     return ValueError(
         f"{op}: backend {backend!r} cannot take a {tensor.dtype} {type(tensor).__name__} on {tensor.device} with "
-        f"layout {tensor.layout}; give strided {devices} tensors, on one device, of a dtype that it supports, or "
+        f"layout {tensor.layout}; give strided {devices} tensors{wanted}, all on one device, or "
         "use_backend('reference')"
     )
+
+
+def require_tensor(op: str, name: str, value: object) -> None:
+    """Refuse what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}; give a tensor")
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

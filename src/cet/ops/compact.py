@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from cet.ops.backend import is_tracing, kernels_for, needs_grad, runs_on_triton, traced_backend, triton_kernels
+from cet.ops.backend import (
+    is_tracing,
+    kernels_for,
+    needs_grad,
+    require_tensor,
+    runs_on_triton,
+    traced_backend,
+    triton_kernels,
+)
 
 KEPT_MEMORY = (32 << 20) - 4096
 """Bytes up to which glibc keeps freed memory; larger allocations are mapped afresh, page by page when written."""
@@ -174,6 +182,7 @@ def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | Non
 
 
 def _check_leaves(leaves: Tensor) -> None:
+    require_tensor("compact", "leaves", leaves)
     if leaves.dtype is not torch.bool:
         raise TypeError(f"compact: leaves are {leaves.dtype}; give bool flags")
     if leaves.ndim != 1 or leaves.shape[0] > _MAX_ROWS:
@@ -185,6 +194,7 @@ def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tenso
     if len(dims) != len(tensors):
         raise ValueError(f"{op}: {len(dims)} dims for {len(tensors)} tensors; give one per tensor")
     for index, tensor in enumerate(tensors):
+        require_tensor(op, f"tensors[{index}]", tensor)
         dim = dims[index]
         if not 0 <= dim < tensor.ndim or tensor.shape[dim] != rows:
             raise ValueError(
@@ -253,6 +263,8 @@ def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | No
         TypeError: for indices that are not int64.
         IndexError: for an index or a position out of range, before anything is written.
     """
+    for name, given in (("output", output), ("rows", rows), ("index", index)):
+        require_tensor("put_rows", name, given)
     if rows.shape[1:] != output.shape[1:]:
         raise ValueError(
             f"put_rows: rows are {tuple(rows.shape)}, output is {tuple(output.shape)}; give rows of its shape"

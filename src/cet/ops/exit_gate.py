@@ -20,6 +20,7 @@ from cet.ops.backend import (
     is_transforming,
     kernels_for,
     needs_grad,
+    require_tensor,
     runs_on_triton,
     traced_backend,
     triton_kernels,
@@ -36,7 +37,10 @@ _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 def score_reference(logits: Tensor, score: ScoreName, temperature: float) -> Tensor:
     """The definition of :func:`exit_score`."""
-    scaled = logits.float() / temperature
+    scaled = logits.float()
+    if temperature < 1:  # then finite logits may overflow; what they are less than the largest is all that counts
+        scaled = scaled - scaled.detach().amax(dim=1, keepdim=True)
+    scaled = scaled / temperature
     if score == "entropy":
         log_p = torch.log_softmax(scaled, dim=1)
         # A class ruled out by a logit of -Inf adds nothing, to the gradient neither.
@@ -118,7 +122,7 @@ def gate(
     """Decide which rows leave.
 
     Args:
-        logits: ``(B, K)``, any floating dtype and strides, ``K >= 2``.
+        logits: ``(B, K)``, any floating dtype and strides, ``K >= 2``; kernels take float32, bfloat16 and float16.
         score: which score, see :func:`exit_score`.
         threshold: rows leave when ``entropy <= threshold``, or ``confidence >= threshold``, or
             ``margin >= threshold``; compared in float32.
@@ -133,6 +137,7 @@ def gate(
             finite.
         TypeError: for logits that are not of a floating dtype.
     """
+    require_tensor("gate", "logits", logits)
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > _MAX_ROWS:
         raise ValueError(
             f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
@@ -327,7 +332,8 @@ def exit_gate(
     autocast.
 
     Args:
-        features: ``(B, C, ...)`` or ``(B, ..., C)``, any floating dtype and strides; ``(B, C)`` is not pooled.
+        features: ``(B, C, ...)`` or ``(B, ..., C)``, any floating dtype and strides; ``(B, C)`` is not pooled. Kernels
+            take float32, bfloat16 and float16.
         weight: ``(K, C)``, ``K >= 2``, in the dtype of the features.
         bias: ``(K,)`` in that dtype, or None.
         layout: ``"channels_first"`` or ``"channels_last"``.
@@ -362,6 +368,10 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: La
         raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
     if pool != "mean" and pool != "first":
         raise ValueError(f"exit_gate: pool {pool!r} is unknown; choose mean or first")
+    require_tensor("exit_gate", "features", features)
+    require_tensor("exit_gate", "weight", weight)
+    if bias is not None:
+        require_tensor("exit_gate", "bias", bias)
     shape = features.shape
     if len(shape) < 2 or shape[0] > _MAX_ROWS:
         raise ValueError(

@@ -21,12 +21,17 @@ __all__ = ["Capture", "GraphRunner", "RunnerName", "check_runner", "runner_for"]
 
 
 def check_runner(wanted: RunnerName | None) -> None:
-    """Refuse a runner that does not exist, or that this installation of cet lacks."""
+    """Refuse a runner that does not exist, or that this installation of cet lacks.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: for ``"device"`` where it cannot run, with the reason.
+    """
     if wanted is not None and wanted not in get_args(RunnerName):
         raise ValueError(f"runner {wanted!r} is unknown; choose one of {', '.join(get_args(RunnerName))}, or None")
     reason = why_no_switch() if wanted == "device" else None
     if reason is not None:
-        raise RuntimeError(f"runner 'device' cannot run: {reason}, or choose runner='graphs'")
+        raise RuntimeError(f"runner 'device' cannot run: {reason}, or choose another runner")
 
 
 def runner_for(device: torch.device, wanted: RunnerName | None) -> RunnerName:
@@ -37,6 +42,8 @@ def runner_for(device: torch.device, wanted: RunnerName | None) -> RunnerName:
     """
     if device.type == "cuda":
         return wanted or "eager"
+    if device.type == "meta":
+        raise ValueError("the inputs are on meta, which holds no values to decide by; move model and inputs")
     if wanted == "graphs" or wanted == "device":
         raise ValueError(
             f"runner {wanted!r} needs a CUDA device, but the inputs are on {device}; move model and inputs, or choose "

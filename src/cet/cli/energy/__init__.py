@@ -27,7 +27,7 @@ def command() -> None:
     \b
     Exit codes, besides 0, 1 for other errors, and 2 for bad usage:
       10  energy cannot be measured as asked   20  output cannot be written
-      11  no counter where one is required     21  model or data cannot be loaded
+      11  no counter where one is required     21  model or data cannot be used
       12  CUDA_VISIBLE_DEVICES cannot be told  22  the model has no such exit
       13  MIG instances have no joules         126, 127  COMMAND cannot be run, found
       14  a GPU was lost                       130, 143  stopped by SIGINT, SIGTERM

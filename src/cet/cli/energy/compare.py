@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from cet.cli.energy.options import BATCH, DATA, FILES, FORMAT, MEASUREMENT, METER, options
+from cet.cli.energy.options import (
+    BATCH,
+    DATA,
+    FILES,
+    FORMAT,
+    MEASUREMENT,
+    METER,
+    check_backbone,
+    check_samples,
+    options,
+)
 from cet.cli.errors import debug_option, stoppable
 
 
@@ -46,13 +56,18 @@ def command(
     """
     if len(backbones) > 2:
         raise click.UsageError("--backbone is given more than twice; A and B have one each.")
+    models = (first, second)
+    loaded = [models] if len(backbones) == 1 else [(first,), (second,)]
+    for name, candidates in zip(backbones, loaded, strict=False):
+        check_backbone(name, candidates)
     from cet.cli.energy.wanted import Wanted
 
     wanted = Wanted(**given)
+    check_samples(wanted.samples, [batch])
     outputs = wanted.outputs()
     with stoppable(), wanted.meter() as meter:
         # Not before: they bring torch, and what is wrong so far is told at once.
-        from cet.cli.energy.loading import batches_of, device_of, load_data, load_model, runner, torch_device
+        from cet.cli.energy.loading import batches_for, load_data, load_model, runner, torch_device
         from cet.cli.energy.progress import Windows
         from cet.cli.energy.recorder import Recorder
         from cet.cli.energy.tables import show
@@ -63,10 +78,10 @@ def command(
 
         device = torch_device(wanted.device)
         workloads = []
-        for name, spec, backbone in zip("AB", (first, second), backbones * 2 or (None, None), strict=False):
+        data = load_data(wanted.data, wanted.samples, None)
+        for name, spec, backbone in zip("AB", models, backbones * 2 or (None, None), strict=False):
             model = load_model(spec, backbone, device)
-            data = load_data(wanted.data, wanted.samples, None, device_of(model))
-            cut = batches_of(data, batch)
+            cut = batches_for(model, data, batch, model_name=f"{name}, {spec},", data_name=f"--data {wanted.data}")
             workloads.append(Workload(name, runner(model, cut), batch * len(cut)))
         a, b = workloads
         recorder = Recorder("compare", outputs, meter, wanted.about(models={"A": first, "B": second}, batch=batch))

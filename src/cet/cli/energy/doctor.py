@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cet.cli.energy.options import NO_RAPL, REQUIRE_GPU, check_meter, options
+from cet.cli.energy.options import NO_RAPL, REQUIRE_GPU, check_gpu, options
 from cet.cli.errors import debug_option
 
 if TYPE_CHECKING:
-    from cet.energy import Domain, EnergyMeter
+    from cet.energy import EnergyMeter, Unavailable
 
 
 @click.command("doctor")
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def command(form: str, require_gpu: bool, no_rapl: bool) -> None:
     """What this machine can measure, and why not.
 
-    Each counter of energy is looked for and tried; for what is missing there is the reason and what would mend it.
-    Exits with 0 whatever it finds, and with --require-gpu with 11 unless the joules of a GPU can be measured.
+    Each counter of energy is looked for and tried, and power where a counter stands still; for what is missing there is
+    the reason and what would mend it. Exits with 0 whatever it finds, and with --require-gpu with 11 unless the joules
+    of a GPU can be measured.
 
     \b
     Examples:
@@ -33,29 +34,50 @@ def command(form: str, require_gpu: bool, no_rapl: bool) -> None:
     from cet.energy import EnergyMeter, report
 
     with EnergyMeter(rapl=not no_rapl).opened() as meter:
-        found = [_found(meter, domain) for domain in meter.domains]
+        measured, unavailable = _tried(meter)
         document = {
             "schema": report.SCHEMA,
             "schema_version": report.SCHEMA_VERSION,
             "kind": "doctor",
-            "domains": found,
-            "unavailable": [asdict(missing) for missing in meter.unavailable],
+            "domains": measured,
+            "unavailable": [asdict(missing) for missing in unavailable],
         }
         if form == "json":
             click.echo(report.to_json(document), nl=False)
         else:
             _show(document)
-        check_meter(meter, require_gpu=require_gpu, estimate_watts=None)
+        if require_gpu:
+            check_gpu([found["name"] for found in measured], unavailable)
 
 
-def _found(meter: EnergyMeter, domain: Domain) -> dict[str, Any]:
-    facts = meter.facts(domain.name)
-    return {
-        **asdict(domain),
-        "tick": meter.measure_tick(domain.name),
-        "state": asdict(meter.state(domain.name)),
-        "facts": None if facts is None else asdict(facts),
-    }
+def _tried(meter: EnergyMeter) -> tuple[list[dict[str, Any]], list[Unavailable]]:
+    """The domains whose joules come out of a window in which ticks are measured, and what has none, with the reason.
+
+    It takes a window to tell: a counter can answer and yet stand still, in whose place there may be power.
+    """
+    from cet.energy import Unavailable
+
+    meter.start(integral=True)
+    ticks = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
+    reading = meter.stop()
+    measured, unavailable = [], list(meter.unavailable)
+    for domain in meter.domains:
+        energy = reading[domain.name]
+        if energy.joules is None:
+            unavailable.append(Unavailable(domain.name, energy.reason or ""))
+            continue
+        facts = meter.facts(domain.name)
+        measured.append(
+            {
+                **asdict(domain),
+                "source": energy.source,
+                "reason": energy.reason,
+                "tick": ticks[domain.name],
+                "state": asdict(meter.state(domain.name)),
+                "facts": None if facts is None else asdict(facts),
+            }
+        )
+    return measured, unavailable
 
 
 def _show(document: dict[str, Any]) -> None:
@@ -96,7 +118,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     if not found["in_total"]:
         yield "part of another domain, so it does not add to the total"
     if found["reason"]:
-        yield found["reason"]
+        yield found["reason"].removeprefix(f"{found['name']}: ")
     if found["source"] == "counter" and found["tick"] is None:
         yield "! its tick could not be measured"
     if state["throttle"]:
@@ -109,4 +131,5 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _why(missing: dict[str, Any]) -> str:
-    return "\nmend: ".join(filter(None, (missing["reason"], missing["mend"])))
+    reason = missing["reason"].removeprefix(f"{missing['domain']}: ")
+    return f"{reason}\nmend: {missing['mend']}" if missing["mend"] else reason

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from cet.cli.energy.tables import UNKNOWN, columns
 from cet.energy import EnergyMeter, EnergyReading
+from cet.energy.domains import with_domain
 
 if TYPE_CHECKING:
     from cet.cli.energy.loading import Batch
@@ -136,7 +137,7 @@ def _screen(look: Look) -> Group:
         bars = [("█" * round(BAR * rate)).ljust(BAR, "░") for rate in rates]
         parts.append(columns({"exit": list(look.exit_rates), "samples": [f"{rate:.1%}" for rate in rates], "": bars}))
         parts.append(Text(f"{look.samples_per_second:.0f} samples/s"))
-    notes = [f"{UNKNOWN} {name}: {reason}" for name, reason in look.reasons.items()]
+    notes = [f"{UNKNOWN} {with_domain(name, reason)}" for name, reason in look.reasons.items()]
     return Group(*parts, Text("\n".join([*notes, f"{look.time}; Ctrl-C ends"]), "dim"))
 
 

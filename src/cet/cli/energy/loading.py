@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import cet
 from cet.batches import call, check_batch
+from cet.cli.energy.options import is_checkpoint
 from cet.cli.errors import LoadError, NoSuchExitError, one_sentence
 
 Batch = tuple[Any, Tensor]
@@ -26,15 +28,19 @@ def torch_device(name: str | None) -> torch.device | None:
     """Where to run; ``None`` where the model is.
 
     Raises:
-        click.BadParameter: for a device that torch does not have.
+        click.BadParameter: for a device on which torch cannot compute.
     """
     if name is None:
         return None
     try:
-        return torch.empty(0, device=name).device
+        number = torch.zeros(1, device=name)
+        number.item()  # which a device that only pretends, such as meta, has not
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise click.BadParameter(f"{name!r} cannot be used: {reason}.", param_hint="--device") from error
+        raise click.BadParameter(
+            f"torch, which sees {torch.cuda.device_count()} GPUs, cannot compute on {name!r}; give cpu or cuda:INDEX.",
+            param_hint="--device",
+        ) from error
+    return number.device
 
 
 def load_model(spec: str, backbone: str | None, device: torch.device | None) -> nn.Module:
@@ -43,21 +49,23 @@ def load_model(spec: str, backbone: str | None, device: torch.device | None) -> 
     Args:
         spec: ``module:name`` of a module or of a function without arguments that returns one, or the path of a
             checkpoint that :meth:`cet.EarlyExit.save` wrote.
-        backbone: for a checkpoint, ``module:name`` of its backbone.
+        backbone: ``module:name`` of the backbone, which a checkpoint needs.
         device: where to move the model; ``None`` leaves it where it is.
 
     Raises:
         LoadError: when it cannot be loaded.
     """
-    if _is_checkpoint(spec):
+    if is_checkpoint(spec):
         if backbone is None:
             raise LoadError(f"{spec} is a checkpoint, which holds no code; name its backbone by --backbone MODULE:NAME")
         try:
             model: nn.Module = cet.load(spec, _module(backbone))
         except (OSError, ValueError) as error:
             raise LoadError(one_sentence(error)) from error
-    else:
+    elif ":" in spec:
         model = _module(spec)
+    else:
+        raise LoadError(f"{spec!r} is neither MODULE:NAME, such as mynet:build, nor the file of a checkpoint")
     return model.to(device).eval()
 
 
@@ -80,21 +88,20 @@ def load_early_exit(
     return model
 
 
-def load_data(spec: str, samples: int, num_classes: int | None, device: torch.device) -> Batch:
-    """The first samples of labelled data as one batch on ``device``.
+def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
+    """The first samples of labelled data as one batch.
 
     Args:
         spec: ``module:name`` of an iterable of batches ``(x, y)``, or of a function without arguments that returns one.
         samples: how many to take at most.
         num_classes: the labels' upper bound; None when not known.
-        device: where the model is.
 
     Raises:
         LoadError: when it cannot be loaded, holds no sample, or holds something else than labelled batches.
     """
     loader = _made(spec)
     if not isinstance(loader, Iterable):
-        raise LoadError(f"{spec} gives {type(loader).__name__}; it must give an iterable of batches (x, y)")
+        raise LoadError(f"--data {spec} gives {type(loader).__name__}; it must give an iterable of batches (x, y)")
     parts: list[Batch] = []
     rows = 0
     try:
@@ -107,10 +114,10 @@ def load_data(spec: str, samples: int, num_classes: int | None, device: torch.de
             if rows >= samples:
                 break
     except Exception as error:  # whatever the user's own iterable raises
-        raise LoadError(f"{spec}: {one_sentence(error)}") from error
+        raise LoadError(f"--data {spec}: {one_sentence(error)}") from error
     if rows == 0:
-        raise LoadError(f"{spec} gives no sample; give at least one batch (x, y)")
-    return _joined(parts, samples, device)
+        raise LoadError(f"--data {spec} gives no sample; give at least one batch (x, y)")
+    return _joined(parts, samples)
 
 
 def batches_of(data: Batch, size: int) -> list[Batch]:
@@ -130,6 +137,38 @@ def batches_of(data: Batch, size: int) -> list[Batch]:
     return [rows_from(start) for start in range(0, rows - size + 1, size)]
 
 
+def batches_for(model: nn.Module, data: Batch, size: int, *, model_name: str, data_name: str) -> list[Batch]:
+    """As :func:`batches_of`, on the model's device; each runs once, so that data that do not fit are told right away.
+
+    Args:
+        model: in eval mode.
+        data: what to cut.
+        size: rows of a batch.
+        model_name: of the model in errors, such as ``"--model mynet:build"``.
+        data_name: of the data, such as ``"--data mynet:test_set"``.
+
+    Raises:
+        LoadError: when there are too few samples, and when the model fails on them or answers with NaN: a sample whose
+            score is NaN leaves at no early exit.
+    """
+    device = device_of(model)
+    batches = batches_of(pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), data), size)
+    for x, _ in batches:
+        try:
+            with torch.no_grad():
+                answer = call(model, x)
+        except Exception as error:  # whatever the user's own model raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise LoadError(
+                f"{model_name} cannot run what {data_name} gives, {_described(x)}; give what the model takes ({reason})"
+            ) from error
+        if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in pytree.tree_leaves(answer)):
+            raise LoadError(
+                f"{model_name} answers with NaN to what {data_name} gives, {_described(x)}; give data without NaN"
+            )
+    return batches
+
+
 def runner(model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None]:
     """A function that runs the model over all batches, without gradients."""
 
@@ -147,16 +186,21 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if weight is None else weight.device
 
 
-def _joined(parts: list[Batch], samples: int, device: torch.device) -> Batch:
+def _described(x: Any) -> str:
+    """Shapes and dtypes of inputs, such as ``x (32, 6) float32``."""
+    return ", ".join(
+        f"x{pytree.keystr(path)} {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+        for path, leaf in pytree.tree_leaves_with_path(x)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _joined(parts: list[Batch], samples: int) -> Batch:
     try:
-        joined: Batch = pytree.tree_map(lambda *leaves: torch.cat(leaves)[:samples].to(device), *parts)
+        joined: Batch = pytree.tree_map(lambda *leaves: torch.cat(leaves)[:samples], *parts)
     except (RuntimeError, TypeError, ValueError) as error:
         raise LoadError(f"--data gives batches that do not fit together ({one_sentence(error)})") from error
     return joined
-
-
-def _is_checkpoint(spec: str) -> bool:
-    return ":" not in spec or spec.endswith(".safetensors") or Path(spec).is_file()
 
 
 def _module(spec: str) -> nn.Module:
@@ -176,7 +220,15 @@ def _made(spec: str) -> Any:
     try:
         value: Any = import_module(module)
         for part in name.split("."):
+            if not hasattr(value, part):
+                raise ValueError(_no_such_name(value, part))
             value = getattr(value, part)
         return value() if callable(value) and not isinstance(value, nn.Module) else value
     except Exception as error:  # whatever the user's own code raises
         raise LoadError(f"{spec} cannot be loaded: {one_sentence(error)}") from error
+
+
+def _no_such_name(owner: Any, name: str) -> str:
+    what = f"module {owner.__name__}" if isinstance(owner, ModuleType) else type(owner).__name__
+    close = difflib.get_close_matches(name, dir(owner), n=1)
+    return f"{what} has no {name!r}; " + (f"did you mean {close[0]!r}?" if close else "give a name that it has")

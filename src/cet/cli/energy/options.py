@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from cet.energy import EnergyMeter
+    from cet.energy import EnergyMeter, Unavailable
 
 Command = Callable[..., Any]
 
-SECONDS = click.FloatRange(min=0, min_open=True)
-WATTS = click.FloatRange(min=0, min_open=True)
+
+class FiniteRange(click.FloatRange):
+    """A range of finite numbers: click's own lets NaN through, which is neither below nor above anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+SECONDS = FiniteRange(min=0, min_open=True)
+WATTS = FiniteRange(min=0, min_open=True)
 
 FORMAT = click.option(
     "--format",
@@ -54,7 +66,9 @@ FILES = (
         metavar="FILE",
         help="Write metrics for the text-file collector.",
     ),
-    click.option("--overwrite", is_flag=True, help="Replace the file of --output."),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the file of --output; metrics and plots are replaced in any case."
+    ),
 )
 
 MEASUREMENT = (
@@ -68,7 +82,7 @@ MEASUREMENT = (
     click.option("--plots", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw PNG files into it."),
 )
 
-BACKBONE = click.option("--backbone", metavar="MODULE:NAME", help="The backbone of a checkpoint.")
+BACKBONE = click.option("--backbone", metavar="MODULE:NAME", help="The backbone of a checkpoint, which holds no code.")
 BATCH = click.option(
     "--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Rows of a batch."
 )
@@ -100,23 +114,66 @@ def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Comman
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(groups), command)
 
 
+def is_checkpoint(model: str) -> bool:
+    """Whether this names a file, not MODULE:NAME."""
+    return model.endswith(".safetensors") or Path(model).is_file()
+
+
+def check_backbone(backbone: str | None, models: Sequence[str]) -> None:
+    """Refuse a backbone that none of the models would be loaded into.
+
+    Raises:
+        click.UsageError: for a backbone without a checkpoint.
+    """
+    if backbone is not None and not any(map(is_checkpoint, models)):
+        raise click.UsageError(f"--backbone {backbone} is for a checkpoint, and no model here is one; leave it out.")
+
+
+def check_samples(samples: int, batches: Iterable[int]) -> None:
+    """Refuse batches that cannot be filled, whatever the data.
+
+    Raises:
+        click.UsageError: for a batch of more rows than samples are taken.
+    """
+    largest = max(batches)
+    if largest > samples:
+        raise click.UsageError(
+            f"--samples {samples} is too few for a batch of {largest}; raise it, or give a smaller --batch."
+        )
+
+
 def check_meter(meter: EnergyMeter, *, require_gpu: bool, estimate_watts: float | None) -> None:
     """Refuse to measure with what an open meter has.
 
     Raises:
+        DeviceLostError: for a GPU that was lost before.
         NoCounterError: when a GPU is required and none can be measured.
         click.UsageError: for an estimate where there is a measurement.
     """
-    from cet.energy import NoCounterError
+    from cet.energy import DeviceLostError
 
+    for missing in meter.unavailable:
+        if missing.lost:
+            raise DeviceLostError(missing.reason)
     measured = [domain.name for domain in meter.domains]
-    if require_gpu and not any(name.startswith("gpu") for name in measured):
-        reasons = "; ".join(
-            f"{missing.domain}: {missing.reason}" for missing in meter.unavailable if missing.domain.startswith("gpu")
-        )
-        raise NoCounterError(f"no GPU's joules can be measured ({reasons}); cet energy doctor shows the mend")
+    if require_gpu:
+        check_gpu(measured, meter.unavailable)
     if estimate_watts is not None and measured:
         raise click.UsageError(
             f"--estimate-watts is for machines without a counter; here {', '.join(measured)} can be measured, so "
             "leave it out."
         )
+
+
+def check_gpu(measured: Iterable[str], unavailable: Iterable[Unavailable]) -> None:
+    """Refuse a machine on which no GPU is among the measured domains.
+
+    Raises:
+        NoCounterError: with the reasons.
+    """
+    from cet.energy import NoCounterError
+    from cet.energy.domains import with_domain
+
+    if not any(name.startswith("gpu") for name in measured):
+        reasons = "; ".join(with_domain(row.domain, row.reason) for row in unavailable if row.domain.startswith("gpu"))
+        raise NoCounterError(f"no GPU's joules can be measured ({reasons}); cet energy doctor shows the mend")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import click
 
 from cet.cli.errors import OutputError
 from cet.energy import report
@@ -31,8 +35,16 @@ class Outputs:
         """Refuse what cannot be written, before anything is measured.
 
         Raises:
+            click.UsageError: for two that are the same file or folder, by whatever spelling or link.
             OutputError: for a file or folder that cannot be written, and a document that exists without ``overwrite``.
         """
+        options = {"--output": self.document, "--prometheus": self.prometheus, "--plots": self.plots}
+        given = {name: os.path.realpath(path) for name, path in options.items() if path is not None}
+        for first, second in combinations(given, 2):
+            if given[first] == given[second]:
+                raise click.UsageError(
+                    f"{first} {options[first]} and {second} {options[second]} are the same; give each its own."
+                )
         if self.plots is not None:
             try:
                 self.plots.mkdir(parents=True, exist_ok=True)

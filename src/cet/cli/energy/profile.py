@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from cet.cli.energy.options import BACKBONE, DATA, FILES, FORMAT, MEASUREMENT, METER, options
+from cet.cli.energy.options import (
+    BACKBONE,
+    DATA,
+    FILES,
+    FORMAT,
+    MEASUREMENT,
+    METER,
+    check_backbone,
+    check_samples,
+    options,
+)
 from cet.cli.errors import debug_option, stoppable
 
 
@@ -55,10 +65,12 @@ def command(
     from cet.cli.energy.wanted import Wanted
 
     wanted = Wanted(**given)
+    check_backbone(backbone, [model_spec])
+    check_samples(wanted.samples, batches)
     outputs = wanted.outputs()
     with stoppable(), wanted.meter() as meter:
         # Not before: they bring torch, and what is wrong so far is told at once.
-        from cet.cli.energy.loading import batches_of, device_of, load_data, load_early_exit, torch_device
+        from cet.cli.energy.loading import batches_for, load_data, load_early_exit, torch_device
         from cet.cli.energy.progress import Windows
         from cet.cli.energy.recorder import Recorder
         from cet.cli.energy.tables import show
@@ -68,8 +80,9 @@ def command(
 
         device = torch_device(wanted.device)
         model = load_early_exit(model_spec, backbone, device, exits)
-        data = load_data(wanted.data, wanted.samples, model.num_classes, device_of(model))
-        by_size = {size: batches_of(data, size) for size in batches}
+        data = load_data(wanted.data, wanted.samples, model.num_classes)
+        names = {"model_name": f"--model {model_spec}", "data_name": f"--data {wanted.data}"}
+        by_size = {size: batches_for(model, data, size, **names) for size in batches}
         about = wanted.about(model=model_spec, exits=model.exit_names, policy=model.policy.to_dict())
         recorder = Recorder("profile", outputs, meter, about)
         for size, cut in by_size.items():

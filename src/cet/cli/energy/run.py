@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cet.cli.energy.options import FILES, FORMAT, METER, check_meter, options
+from cet.cli.energy.options import FILES, FORMAT, METER, FiniteRange, check_meter, options
 from cet.cli.errors import debug_option
 
 
@@ -15,7 +15,7 @@ from cet.cli.errors import debug_option
 @click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.option(
     "--idle",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     metavar="S",
     help="Measure the idle machine for S seconds before and after, and take it off.  [default: 0]",

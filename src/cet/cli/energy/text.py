@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from cet.cli.energy.tables import UNKNOWN, Scale, columns, interval, one, percent
+from cet.energy.domains import with_domain
 from cet.energy.report import POLICY, Figures, PlainFigure
 
 VERDICTS = {
@@ -36,7 +37,14 @@ def of_run(document: Document) -> Iterator[Table | str]:
             "from": [figures("joules", domain=domain)["source"] or UNKNOWN for domain in domains],
         }
     )
-    yield _remarks(document, [_named(part["domain"], part["reason"]) for part in window["domains"] if part["reason"]])
+    notes = [with_domain(part["domain"], part["reason"]) for part in window["domains"] if part["reason"]]
+    above_idle = figures("net_joules")
+    if above_idle["value"] is None and figures("joules")["value"] is not None:
+        mend = "" if figures.modelled else "; --idle 5 does that"
+        notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{mend}")
+    if any(figure["low"] is not None for figure in document["figures"]):
+        notes.append("±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain.")
+    yield _remarks(document, notes)
 
 
 def of_profile(document: Document) -> Iterator[Table | str]:
@@ -156,6 +164,9 @@ def _errors(document: Document) -> str:
         sentences.append(
             f"Joules are from the {' and '.join(sorted(sources))}, and all share an error of about ±5 % besides."
         )
+    window, asked = max(measurement["window"] for measurement in document["measurements"]), settings["window"]
+    if asked and window > asked:
+        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, for the counter moves slowly.")
     return " ".join(sentences)
 
 
@@ -163,8 +174,11 @@ def _unexplained(document: Document) -> Iterator[str]:
     """Why figures are missing that no counter would bring."""
     known = {figure["name"] for figure in document["figures"] if figure["value"] is not None}
     for figure in document["figures"]:
+        if figure["value"] is not None or not figure["reason"]:
+            continue
         predictable = figure["name"] in known and figure["part"] in ("predicted", "ratio")
-        if figure["reason"] and (predictable or figure["name"] in ("accuracy", "flops")):
+        above_idle = figure["name"] == "net_joules" and "joules" in known and figure["part"] == "measured"
+        if predictable or above_idle or figure["name"] in ("accuracy", "flops"):
             yield f"{UNKNOWN} {figure['reason']}"
 
 
@@ -174,13 +188,8 @@ def _remarks(document: Document, notes: Iterable[str] = ()) -> str:
     for measurement in document["measurements"]:
         for missing in measurement["unavailable"]:
             mend = f"; {missing['mend']}" if missing["mend"] else ""
-            lines.append(f"{UNKNOWN} {_named(missing['domain'], missing['reason'])}{mend}")
+            lines.append(f"{UNKNOWN} {with_domain(missing['domain'], missing['reason'])}{mend}")
     lines += [f"! {name}: {explanation}" for name, explanation in document["flags"].items()]
     if document["stopped"]:
         lines.append(f"! partial: {document['stopped']}")
     return "\n".join(dict.fromkeys(lines))
-
-
-def _named(domain: str, reason: str) -> str:
-    """A reason with its domain, which most of them name themselves."""
-    return reason if reason.startswith(domain) else f"{domain}: {reason}"

@@ -12,7 +12,9 @@ from cet.cli.energy.options import (
     REQUIRE_GPU,
     SAMPLES,
     SECONDS,
+    check_backbone,
     check_meter,
+    check_samples,
     options,
 )
 from cet.cli.errors import debug_option, stoppable
@@ -54,18 +56,23 @@ def command(
     """
     if (model_spec is None) != (data is None):
         raise click.UsageError("--model and --data belong together; give both, or none.")
+    check_backbone(backbone, [model_spec] if model_spec else [])
+    check_samples(samples, [batch])
     from cet.cli.energy.live import Traffic, looks, show
     from cet.energy import EnergyMeter, NoCounterError
+    from cet.energy.domains import with_domain
 
     with stoppable(), EnergyMeter(rapl=False).opened() as gpus, EnergyMeter([], rapl=not no_rapl).opened() as cpus:
         check_meter(gpus, require_gpu=require_gpu, estimate_watts=None)
         traffic = None
         if model_spec is not None and data is not None:
-            from cet.cli.energy.loading import batches_of, device_of, load_data, load_early_exit, torch_device
+            from cet.cli.energy.loading import batches_for, load_data, load_early_exit, torch_device
 
             model = load_early_exit(model_spec, backbone, torch_device(device), ())
-            traffic = Traffic(model, batches_of(load_data(data, samples, model.num_classes, device_of(model)), batch))
+            rows = load_data(data, samples, model.num_classes)
+            names = {"model_name": f"--model {model_spec}", "data_name": f"--data {data}"}
+            traffic = Traffic(model, batches_for(model, rows, batch, **names))
         elif not gpus.domains and not cpus.domains:
-            reasons = "; ".join(f"{row.domain}: {row.reason}" for row in (*gpus.unavailable, *cpus.unavailable))
+            reasons = "; ".join(with_domain(row.domain, row.reason) for row in (*gpus.unavailable, *cpus.unavailable))
             raise NoCounterError(f"no power can be seen ({reasons}); give --model and --data to watch exit rates alone")
         show(looks(gpus, cpus, traffic, interval=interval, duration=duration), form)

@@ -158,8 +158,7 @@ def _are_shared(meter: EnergyMeter) -> bool:
 def failure_of(reading: EnergyReading) -> EnergyError | None:
     """What went wrong with a counter that worked when the window began; ``None`` if nothing did."""
     for part in reading.domains:
-        too_short = reading.seconds < 2 * (part.tick or 0)  # for the counter to move
-        if part.joules is None and not too_short:
+        if part.in_total and part.joules is None and Flag.SHORT_WINDOW not in part.flags:
             kind = CounterFrozenError if Flag.COUNTER_FROZEN in part.flags else CounterUnstableError
             return kind(part.reason)
     return None
