@@ -7,9 +7,11 @@ hand. How to run it and how to read what it writes: README.md in this folder.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 import cet
 import gpu
 from cet.runners import RunnerName
+from cet.runners.cuda_graphs import why_no_switch
 from cet.stages import logits_of
 from harness import (
     MIN_BLOCKS,
+    NO_TIME,
     Case,
     Row,
     Spread,
@@ -74,24 +78,26 @@ class Point:
 
 @dataclass(frozen=True)
 class Measure:
-    """What should hold: ``predict`` takes at most ``limit`` times as long as ``baseline`` at all these points."""
+    """What should hold: ``provider`` takes at most ``limit`` times as long as ``baseline`` at all these points."""
 
     baseline: str
     limit: float
     nets: tuple[str, ...]
     scenarios: tuple[str, ...]
     batches: tuple[int, ...]
+    provider: str = "predict"
 
     def judge(self, points: Sequence[Point]) -> dict[str, Any]:
         """The worst of the points, and whether it keeps the limit; null where none was measured."""
         ratios = {
-            (p.net, p.batch, p.scenario): p.timings.ratio("predict", self.baseline).median
+            (p.net, p.batch, p.scenario): p.timings.ratio(self.provider, self.baseline).median
             for p in points
-            if p.timings and p.net in self.nets and p.scenario in self.scenarios and p.batch in self.batches
+            if p.timings and {self.provider, self.baseline} <= p.timings.seconds.keys()
+            if p.net in self.nets and p.scenario in self.scenarios and p.batch in self.batches
         }
         worst = max(ratios, key=lambda where: ratios[where], default=None)
         return {
-            "measure": f"predict/{self.baseline} <= {self.limit}",
+            "measure": f"{self.provider}/{self.baseline} <= {self.limit}",
             "nets": self.nets,
             "scenarios": self.scenarios,
             "batches": sorted({batch for _, batch, _ in ratios}),
@@ -111,11 +117,12 @@ MEASURES = (
 )
 
 LARGE_NETS = ("vit_base", "resnet50")
+LARGE_BATCHES = tuple(batch for batch in BATCHES if batch >= 64)
 
 GPU_MEASURES = (
-    Measure("ideal", 1.10, LARGE_NETS, tuple(SCENARIOS), tuple(batch for batch in BATCHES if batch >= 64)),
-    Measure("graphed", 1.03, LARGE_NETS, ("closed",), BATCHES),
-    Measure("graphed", 1.00, LARGE_NETS, ("all_at_first",), (1,)),
+    Measure("ideal", 1.10, LARGE_NETS, tuple(SCENARIOS), LARGE_BATCHES, "predict_device"),
+    Measure("graphed", 1.03, LARGE_NETS, ("closed",), BATCHES, "predict_device"),
+    Measure("graphed", 1.00, LARGE_NETS, ("all_at_first",), (1,), "predict_device"),
 )
 
 
@@ -228,7 +235,7 @@ def set_up(
         return result
 
     def check(results: Mapping[str, Any]) -> None:
-        for name in results.keys() & ("predict", "predict_eager", "predict_graphs"):
+        for name in results.keys() & {"predict", *BY_RUNNER}:
             check_rows(name, results[name].logits, results[name].exit_index, expected, exit_index)
         check_rows("boolean_mask", *results["boolean_mask"], expected, exit_index)
         check_rows("forward", results["forward"], exit_index, expected, exit_index)
@@ -244,20 +251,26 @@ def set_up(
         "ideal": ideal,
         "boolean_mask": partial(boolean_mask, net.stages, model.heads, model.policy.thresholds),
     }
+    absent = {}
     if x.is_cuda:
+        no_switch = why_no_switch()
+        if no_switch is not None:
+            absent["predict_device"] = no_switch
         providers |= {
-            "predict_eager": partial(predict_by, model, "eager"),
-            "predict_graphs": partial(predict_by, model, "graphs"),
+            **{name: partial(predict_by, model, BY_RUNNER[name]) for name in BY_RUNNER.keys() - absent.keys()},
             "predict": partial(predict_by, model, None),
             "graphed": gpu.graphed(providers["backbone"], x),
             "ideal": gpu.graphed(ideal, x),
         }
-    absent = {}
     if compiled is None:
         absent["compiled"] = "not asked for; give --compile"
     else:
         providers["compiled"] = compiled
     return Case((x,), providers, check, absent), exit_index
+
+
+BY_RUNNER: dict[str, RunnerName] = {"predict_graphs": "graphs", "predict_device": "device"}
+"""On a GPU; ``predict`` is by the default one, ``"eager"``."""
 
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -327,11 +340,12 @@ def run_net(
     with_compiled: bool,
     time_case: Callable[[Case], Timings],
     joules: float | None,
+    end: float,
 ) -> Iterator[Point]:
     """Measure one net at all batch sizes and scenarios.
 
     Once a pass of the full backbone is expected to take more than ``longest_call`` seconds, larger batches are left
-    out, and their points say so.
+    out, and so are all points after ``end`` on the clock of :func:`time.perf_counter`; they say so.
     """
     torch.manual_seed(0)
     with device:
@@ -352,6 +366,9 @@ def run_net(
         for scenario, fractions in SCENARIOS.items():
             model.free_graphs()
             point = partial(Point, name, batch, scenario)
+            if time.perf_counter() > end:
+                yield point(note=NO_TIME)
+                continue
             try:
                 case, exit_index = set_up(net, model, x, reference, fractions, compiled)
                 point = partial(point, tuple(exit_index.bincount(minlength=model.num_exits).tolist()))
@@ -360,10 +377,12 @@ def run_net(
                 yield point(note=f"not timed: {error}")
                 continue
             seconds_per_row = timings.time("backbone").median / batch
+            # NVML's counter moves every tenth of a second or so: few figures, over long enough.
+            counted = ("predict_device", "graphed") if joules is not None and batch == max(batches) else ()
             energy = {
-                name: gpu.joules_per_call(partial(provider, x), joules)
-                for name, provider in case.providers.items()
-                if joules is not None
+                name: gpu.joules_per_call(partial(case.providers[name], x), joules)
+                for name in counted
+                if name in case.providers
             }
             yield point(timings=timings, absent=case.absent, joules=energy)
 
@@ -384,8 +403,9 @@ def figures(points: Sequence[Point]) -> Iterator[tuple[dict[str, Any], Row]]:
         for name in timings.seconds:
             yield where, Row.of(name, "s", timings.time(name), timings.blocks)
         others = [(name, "backbone") for name in timings.seconds if name != "backbone"]
-        others += [("predict", "graphed")] * ("graphed" in timings.seconds)
-        for name, baseline in [*others, ("predict", "ideal"), ("boolean_mask", "predict")]:
+        runners = [name for name in ("predict", *BY_RUNNER) if name in timings.seconds]
+        others += [(name, "graphed") for name in runners if "graphed" in timings.seconds]
+        for name, baseline in [*others, *((name, "ideal") for name in runners), ("boolean_mask", "predict")]:
             yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.blocks)
         for name, joules in point.joules.items():
             per_sample = None if joules is None else joules / point.batch
@@ -507,9 +527,12 @@ class CommaSeparated(click.ParamType):
 @click.option(
     "--joules",
     type=click.FloatRange(min=0, min_open=True),
-    help="Count the joules of each provider for so many seconds, on a GPU whose counter NVML reads.",
+    help="Count joules at the largest batch for so many seconds, on a GPU whose counter NVML reads.",
 )
 @click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
+@click.option(
+    "--within", type=float, default=math.inf, help="Seconds, shared out to the nets; what is left is left out."
+)
 @click.option("--compile", "with_compiled", is_flag=True, help="Time the backbone under torch.compile too.")
 @click.option("--quick", is_flag=True, help="A smoke test: batches 1 and 4, three blocks a point.")
 @click.option(
@@ -527,11 +550,16 @@ def main(
     dtype: str,
     joules: float | None,
     cold: bool,
+    within: float,
     with_compiled: bool,
     quick: bool,
     output: Path | None,
 ) -> None:
     """Time predict against the backbone, its stages (the ideal) and a boolean-mask loop."""
+    start = time.perf_counter()
+    require_device(device)
+    if joules is not None and device == "cpu":
+        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks/energy.py.")
     output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -539,7 +567,6 @@ def main(
             pass
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
-    require_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     place = torch.device(device)
@@ -555,7 +582,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 130)
     points: list[Point] = []
     with torch.no_grad():
-        for net in models:
+        for number, net in enumerate(models, 1):
             found = []
             for point in run_net(
                 net,
@@ -566,6 +593,7 @@ def main(
                 with_compiled=with_compiled,
                 time_case=partial(measure, timer=timer_for(place), evict=evict, **settings),
                 joules=joules,
+                end=start + within * number / len(models),
             ):
                 click.echo(f"{point.net}, batch {point.batch}, {point.scenario}: {point.note or 'measured'}", err=True)
                 found.append(point)

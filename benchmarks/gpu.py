@@ -10,6 +10,8 @@ import pynvml
 import torch
 from torch import Tensor
 
+from cet.energy import EnergyMeter
+
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
 
@@ -42,39 +44,44 @@ def _median_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """Driver, power limit (W), clocks (MHz) and temperature (degrees Celsius) now, as NVML tells them."""
+    """Driver, power limit (W), clocks (MHz) and temperature (degrees Celsius) now, as NVML tells them; None for what it
+    does not tell here."""
     pynvml.nvmlInit()
     try:
         handle = _handle(device)
+        limit = _told(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         return {
             "driver": pynvml.nvmlSystemGetDriverVersion(),
             "cuda": torch.version.cuda,
-            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "power_limit_w": None if limit is None else limit / 1e3,
+            "sm_clock_mhz": _told(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": _told(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": _told(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
         }
     finally:
         pynvml.nvmlShutdown()
 
 
-def joules_per_call(call: Callable[[], Any], seconds: float) -> float | None:
-    """Joules of the whole board for one call, idle power included, from the total-energy counter over so many seconds;
-    None where there is no counter."""
-    pynvml.nvmlInit()
+def _told(read: Callable[..., int], *arguments: Any) -> int | None:
     try:
-        handle = _handle(torch.device("cuda", torch.cuda.current_device()))
-        torch.cuda.synchronize()
-        before, calls, end = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0, time.perf_counter() + seconds
+        return read(*arguments)
+    except pynvml.NVMLError_NotSupported:
+        return None
+
+
+def joules_per_call(call: Callable[[], Any], seconds: float) -> float | None:
+    """Joules of the whole board for one call, idle power included, over so many seconds; None where it has no counter.
+
+    For a look beside the times; the protocol of `cet energy` takes minutes.
+    """
+    with EnergyMeter(["cuda"], rapl=False) as meter:
+        calls, end = 0, time.perf_counter() + seconds
         while time.perf_counter() < end:
             call()
             torch.cuda.synchronize()
             calls += 1
-        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
-    except pynvml.NVMLError_NotSupported:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    joules = meter.reading.joules
+    return None if joules is None else joules / calls
 
 
 def _handle(device: torch.device) -> Any:

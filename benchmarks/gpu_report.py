@@ -27,7 +27,14 @@ class Results:
 
     def description(self, name: str) -> dict[str, Any]:
         path = self._folder / f"{name}.json"
-        described: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            described: dict[str, Any] = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise click.ClickException(f"{path} is no JSON ({error}); measure again") from error
+        if not described.get("ceilings"):  # which only a GPU has measured
+            raise click.ClickException(f"{path} was measured on {described.get('device')}, no GPU; give --results")
         return described
 
     def figures(self, name: str, quantity: str) -> Figures:
@@ -67,7 +74,7 @@ def _loss_over_eager(results: Results) -> float | None:
 def _worst(baseline: str, limit: float) -> Callable[[Results], float | None]:
     def worst(results: Results) -> float | None:
         for verdict in results.description("end_to_end").get("measures", []):
-            if verdict["measure"] == f"predict/{baseline} <= {limit}":
+            if verdict["measure"] == f"predict_device/{baseline} <= {limit}":
                 found: float | None = verdict["worst"]
                 return found
         return None
@@ -95,15 +102,15 @@ def measures_table(results: Results) -> str:
 
 
 def times_table(results: Results) -> str:
-    """Milliseconds of each provider at each point, and joules per sample of the default runner."""
-    providers = ("predict", "predict_graphs", "predict_eager", "graphed", "backbone", "boolean_mask", "ideal")
+    """Milliseconds of each provider at each point, and joules per sample of the device runner."""
+    providers = ("predict_device", "predict_graphs", "predict", "graphed", "backbone", "boolean_mask", "ideal")
     points: dict[tuple[str, int, str], dict[str, str]] = {}
     for provider in providers:
         for row in results.figures("end_to_end", provider):
             point = points.setdefault((row["net"], int(row["batch"]), row["scenario"]), {})
             if row["unit"] == "s":
                 point[provider] = f"{1e3 * float(row['median']):.3g}"
-            elif provider == "predict":
+            elif provider == "predict_device":
                 point["joules"] = row["median"]
     if not points:
         return NOT_MEASURED
@@ -130,11 +137,18 @@ def origin(results: Results) -> str:
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/gpu")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="What make gpu wrote.  [default: benchmarks/results/gpu]",
+)
 @click.option("--document", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=ROOT / "docs/gpu.md")
-def main(results: Path, document: Path) -> None:
-    """Fill the tables of DOCUMENT from RESULTS."""
-    found = Results(results)
+def main(results: Path | None, document: Path) -> None:
+    """Fill the tables of the document from results; where nothing was measured they say so."""
+    folder = results or ROOT / "benchmarks/results/gpu"
+    if results and not any(results.glob("*.json")):
+        raise click.ClickException(f"{results} has no results; give the folder 'results' that make gpu wrote")
+    found = Results(folder)
     text = document.read_text()
     for name, content in (
         ("origin", origin(found)),
@@ -146,6 +160,7 @@ def main(results: Path, document: Path) -> None:
         if replaced != 1:
             raise click.ClickException(f"{document} has no place for {name}: '<!-- {name} -->' up to '<!-- end -->'")
     document.write_text(text)
+    click.echo(f"{document} now says what {folder} does" if folder.is_dir() else f"{folder} is not there: not measured")
 
 
 if __name__ == "__main__":

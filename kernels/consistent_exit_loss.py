@@ -294,6 +294,8 @@ def losses_and_gradients(
     exits = len(switches.exit_weights)
     loss = logits[0].new_empty((), dtype=torch.float32)
     losses = ExitLosses(loss, *(loss.new_empty(exits) for _ in range(3)))
+    if len(labels) == 0:  # nothing to launch
+        losses = ExitLosses(*(loss.zero_() for loss in losses))
     clean, perturbed = (
         [x.new_empty(x.shape) for x in logits[group]] if any(wanted[group]) else None
         for group in (slice(exits), slice(exits, None))

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
+import torch
 from click.testing import CliRunner
 
+import compact
+import end_to_end
+import gpu
 import gpu_report
 import gpu_session
 from gpu_session import Step
+from harness import NO_TIME, provenance
+
+
+@pytest.fixture
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_session, "check_machine", lambda: None)
 
 
 def test_the_steps_fit_their_time_and_name_what_exists(tmp_path: Path) -> None:
@@ -23,10 +36,16 @@ def test_the_steps_fit_their_time_and_name_what_exists(tmp_path: Path) -> None:
         assert not argument.endswith(".py") or (gpu_session.ROOT / argument).is_file()
 
 
+def is_running(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().split()[2] != "Z"
+
+
+@pytest.mark.usefixtures("any_machine")
 def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [
         Step("fails", ["-c", "print('why'); raise SystemExit(3)"], 20),
-        Step("hangs", ["-c", "import time; print('here', flush=True); time.sleep(60)"], 1),
+        Step("hangs", ["-c", "import os; print(os.fork(), flush=True); import time; time.sleep(60)"], 1),
         Step("lacks", ["-c", ""], 20, tool=("no-such-tool",)),
         Step("works", ["-c", "print('fine')"], 20),
     ]
@@ -41,10 +60,119 @@ def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path, monkeypat
         ["works", "passed"],
     ]
     assert "exit status 3; why" in lines[0]
-    assert "stopped after 1 s; here" in lines[1]
+    assert re.search(r"stopped after 1 s; \d+", lines[1])
+    children = {int(line) for line in (tmp_path / "out/hangs.log").read_text().split()} - {0}
+    assert not [child for child in children if is_running(child)]
     assert "no-such-tool is not installed" in lines[2]
     outcomes = json.loads((tmp_path / "out/steps.json").read_text())
     assert [outcome["passed"] for outcome in outcomes] == [False, False, False, True]
+
+
+@pytest.mark.usefixtures("any_machine")
+def test_what_others_leave_of_their_time_goes_to_the_step_that_stretches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [
+        Step("quick", ["-c", ""], 100),
+        Step("long", ["-c", "print('{within}')"], 30, stretches=True),
+        Step("last", ["-c", "print('{within}')"], 40),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda output: steps)
+    result = CliRunner().invoke(gpu_session.main, [str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert 80 < int((tmp_path / "long.log").read_text()) <= 130 * 0.8
+    assert int((tmp_path / "last.log").read_text()) == 40 * 0.8
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "measured"), [(end_to_end, ["--models", "sensor_cnn"], 0), (compact, [], 1)]
+)
+def test_points_for_which_no_time_is_left_say_so(
+    benchmark: Any, options: list[str], measured: int, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(benchmark.main, ["--quick", "--within", "0", "--output", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    notes = [row["note"] for row in rows if not row["median"]]
+    assert set(notes) == {NO_TIME}
+    assert len({tuple(row.values())[:3] for row in rows if row["median"]}) == measured
+
+
+def test_a_copy_without_history_can_be_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CET_COMMIT", "abc")
+    assert provenance(torch.device("cpu"), "benchmark")["commit"] == "abc"
+
+
+def test_what_nvml_does_not_tell_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(gpu, "_handle", lambda device: None)
+    for name, told in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetEnforcedPowerLimit": refuse,
+        "nvmlDeviceGetClockInfo": lambda _, clock: 1000 + clock,
+        "nvmlDeviceGetTemperature": refuse,
+    }.items():
+        monkeypatch.setattr(pynvml, name, told)
+    state = gpu.state(torch.device("cuda", 0))
+    assert (state["driver"], state["power_limit_w"], state["temperature_c"]) == ("580.1", None, None)
+    assert state["sm_clock_mhz"] == 1000 + pynvml.NVML_CLOCK_SM
+
+
+def test_a_machine_without_a_gpu_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(gpu_session.main, [str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "sees no CUDA device" in result.output
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else True)
+    assert "lacks triton; give PYTHON" in CliRunner().invoke(gpu_session.main, [str(tmp_path / "out")]).output
+
+
+@pytest.mark.usefixtures("any_machine")
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(gpu_session.main, [str(tmp_path / "file/out")])
+    assert result.exit_code == 1
+    assert "cannot be written (Not a directory); give another OUT" in result.output
+
+
+def test_a_provider_that_is_not_there_cannot_be_skipped(tmp_path: Path) -> None:
+    result = CliRunner().invoke(compact.main, ["--quick", "--skip", "nosuch", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "nosuch is none of cet, index_select" in result.output
+
+
+def test_joules_of_a_cpu_are_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(end_to_end.main, ["--joules", "1", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "give --device cuda" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no results; give the folder"),
+        ({"end_to_end.json": "{"}, "is no JSON"),
+        ({"end_to_end.json": '{"device": "EPYC", "ceilings": {}}'}, "was measured on EPYC, no GPU"),
+    ],
+)
+def test_what_is_no_result_of_a_gpu_is_not_reported(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    document, results = tmp_path / "gpu.md", tmp_path / "results"
+    document.write_text(DOCUMENT)
+    results.mkdir()
+    for name, text in files.items():
+        (results / name).write_text(text)
+    result = CliRunner().invoke(gpu_report.main, ["--results", str(results), "--document", str(document)])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert document.read_text() == DOCUMENT
 
 
 DOCUMENT = "# GPU\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("origin", "measures", "times"))
@@ -53,8 +181,9 @@ DOCUMENT = "# GPU\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name 
 def report(tmp_path: Path) -> str:
     document = tmp_path / "gpu.md"
     document.write_text(DOCUMENT)
-    options = ["--results", str(tmp_path / "results"), "--document", str(document)]
-    result = CliRunner().invoke(gpu_report.main, options)
+    results = tmp_path / "results"
+    options = ["--results", str(results)] if results.exists() else []
+    result = CliRunner().invoke(gpu_report.main, ["--document", str(document), *options])
     assert result.exit_code == 0, result.output
     return document.read_text()
 
@@ -68,7 +197,8 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]], description: dict
     (folder / f"{name}.json").write_text(json.dumps(description))
 
 
-def test_without_results_everything_is_not_measured(tmp_path: Path) -> None:
+def test_without_results_everything_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
     text = report(tmp_path)
     assert "old" not in text
     assert text.count("not measured") == len(gpu_report.MEASURES) + 2
@@ -103,8 +233,8 @@ def test_results_fill_the_tables(tmp_path: Path) -> None:
         results,
         "end_to_end",
         [
-            {**point, "quantity": "predict", "unit": "s", "median": 0.00123},
-            {**point, "quantity": "predict", "unit": "J/sample", "median": 0.5},
+            {**point, "quantity": "predict_device", "unit": "s", "median": 0.00123},
+            {**point, "quantity": "predict_device", "unit": "J/sample", "median": 0.5},
             {**point, "quantity": "ideal", "unit": "s", "median": ""},
         ],
         {
@@ -114,7 +244,7 @@ def test_results_fill_the_tables(tmp_path: Path) -> None:
             "date": "today",
             "gpu": {"driver": "580"},
             "ceilings": {"copy_bytes_per_s": 2e12},
-            "measures": [{"measure": "predict/ideal <= 1.1", "worst": 1.07}],
+            "measures": [{"measure": "predict_device/ideal <= 1.1", "worst": 1.07}],
         },
     )
     text = report(tmp_path)

@@ -548,8 +548,11 @@ class OldExtension(Extension):
     [
         (None, "cet was installed without its CUDA extension; install it where nvcc is, with CET_BUILD_CUDA=1"),
         (OldExtension(13000), "built with CUDA older than 12.8; build it again with a newer nvcc"),
-        (Extension(12060), "the driver supports CUDA 12.6 but 13.0 is needed; install a newer driver"),
-        (Extension(0), "the driver supports CUDA 0.0 but 13.0 is needed"),
+        (
+            Extension(12060),
+            "the driver supports CUDA 12.6, and an extension built with CUDA 13.0 needs 13.0",
+        ),
+        (Extension(0), "there is no NVIDIA driver; install it on a machine with a GPU"),
         (Extension(13010), None),
         (Extension(13000), None),
     ],

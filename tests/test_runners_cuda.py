@@ -68,5 +68,10 @@ def test_an_operation_that_waits_is_named_and_its_segment_runs_eagerly(device: s
     x = torch.randn(6, 3, device=device)
     model.policy = cet.ExitPolicy("confidence", (math.inf, math.inf))
     with pytest.warns(UserWarning, match="before exit 'waits' cannot be captured .*item"):
-        model.predict(x)
+        got = model.predict(x)
     assert model.captures[0].eager == ("waits",)
+    with torch.no_grad():
+        torch.testing.assert_close(got.logits, model.exit_logits(x)[-1])
+    assert torch.randn(3, device=device).isfinite().all()  # the capture that failed let go of the generator
+    model.free_graphs()
+    assert torch.randn(1 << 20, device=device).isfinite().all()  # and of the allocator

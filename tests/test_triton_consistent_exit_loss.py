@@ -76,6 +76,16 @@ def test_a_graph_that_is_retained_gives_unscaled_gradients_again(backend: str) -
         torch.testing.assert_close(3 * single, triple)
 
 
+def test_no_rows_cost_nothing(backend: str) -> None:  # noqa: F811
+    logits = [torch.randn(0, 3) for _ in range(4)]
+    labels = torch.empty(0, dtype=torch.int64)
+    for losses in (
+        ops.consistent_exit_loss(logits[:2], logits[2:], labels),
+        torch.ops.cet.consistent_exit_loss(logits, labels, 0.5, "soft", "final", 0.3, [0.5, 0.5])[:4],
+    ):
+        assert [part.tolist() for part in losses] == [0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
 def test_the_custom_operator_keeps_its_promises(backend: str) -> None:  # noqa: F811
     logits = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
     arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
