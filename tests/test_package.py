@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,21 @@ def test_import_loads_neither_torch_nor_the_training_extra() -> None:
     code = "import sys, cet, cet.cli; print([m for m in ('torch', 'lightning', 'matplotlib') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert found.strip() == "[]"
+
+
+def test_a_source_distribution_has_all_kernels_whatever_could_be_built_here(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "src", "csrc", "kernels"):
+        (tmp_path / name).symlink_to(root / name)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist"],
+        cwd=tmp_path,
+        env={**os.environ, "CET_BUILD_CPP": "0", "CET_BUILD_CUDA": "0"},
+        check=True,
+        capture_output=True,
+    )
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        packed = {Path(*Path(name).parts[1:]) for name in file.getnames()}
+    kernels = {path.relative_to(root) for folder in ("csrc", "kernels") for path in (root / folder).rglob("*.*")}
+    assert {path for path in kernels if path.suffix in (".cpp", ".cu", ".h", ".py")} <= packed
