@@ -27,8 +27,9 @@ class MultiExitTraining(LightningModule):
 
     All randomness of a step, of the perturbation and of the model's own layers, comes from torch's global generators,
     which every step starts from a seed of its own: a run that goes on from the checkpoint of any epoch ends with the
-    weights of a run that was never interrupted. Batches are ``(x, y)`` as :class:`cet.ConsistentExitLoss` takes them.
-    Each epoch logs ``train_loss``; validation logs the accuracy of every exit as ``accuracy_<exit>``.
+    weights of a run that was never interrupted. Processes that train together draw differently. Batches are ``(x, y)``
+    as :class:`cet.ConsistentExitLoss` takes them. Each epoch logs ``train_loss``; validation logs the accuracy of every
+    exit as ``accuracy_<exit>``.
 
     Args:
         model: the model to train.
@@ -62,16 +63,18 @@ class MultiExitTraining(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx))
+        torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx) + self.global_rank)
         loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
+        self.log(
+            "train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y), sync_dist=True
+        )
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         for name, logits in zip(self.model.exit_names, self.model.exit_logits(x), strict=True):
             accuracy = (logits.argmax(1) == y).float().mean()
-            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=len(y))
+            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=len(y), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
