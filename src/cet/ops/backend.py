@@ -193,10 +193,9 @@ def _cannot_take(
     )
 
 
-def require_tensor(op: str, name: str, value: object) -> None:
-    """Refuse what is no tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(value).__name__}; give a tensor")
+def no_tensor(op: str, name: str, value: object) -> TypeError:
+    """The error for what is no tensor."""
+    return TypeError(f"{op}: {name} is a {type(value).__name__}; give a tensor")
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

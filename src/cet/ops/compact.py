@@ -14,7 +14,7 @@ from cet.ops.backend import (
     is_tracing,
     kernels_for,
     needs_grad,
-    require_tensor,
+    no_tensor,
     runs_on_triton,
     traced_backend,
     triton_kernels,
@@ -182,7 +182,8 @@ def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int] | Non
 
 
 def _check_leaves(leaves: Tensor) -> None:
-    require_tensor("compact", "leaves", leaves)
+    if not isinstance(leaves, Tensor):
+        raise no_tensor("compact", "leaves", leaves)
     if leaves.dtype is not torch.bool:
         raise TypeError(f"compact: leaves are {leaves.dtype}; give bool flags")
     if leaves.ndim != 1 or leaves.shape[0] > _MAX_ROWS:
@@ -194,7 +195,8 @@ def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tenso
     if len(dims) != len(tensors):
         raise ValueError(f"{op}: {len(dims)} dims for {len(tensors)} tensors; give one per tensor")
     for index, tensor in enumerate(tensors):
-        require_tensor(op, f"tensors[{index}]", tensor)
+        if not isinstance(tensor, Tensor):
+            raise no_tensor(op, f"tensors[{index}]", tensor)
         dim = dims[index]
         if not 0 <= dim < tensor.ndim or tensor.shape[dim] != rows:
             raise ValueError(
@@ -264,7 +266,8 @@ def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | No
         IndexError: for an index or a position out of range, before anything is written.
     """
     for name, given in (("output", output), ("rows", rows), ("index", index)):
-        require_tensor("put_rows", name, given)
+        if not isinstance(given, Tensor):
+            raise no_tensor("put_rows", name, given)
     if rows.shape[1:] != output.shape[1:]:
         raise ValueError(
             f"put_rows: rows are {tuple(rows.shape)}, output is {tuple(output.shape)}; give rows of its shape"

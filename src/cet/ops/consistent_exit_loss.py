@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cet.ops.backend import is_tracing, kernels_for, require_tensor, runs_on_triton, traced_backend, triton_kernels
+from cet.ops.backend import is_tracing, kernels_for, no_tensor, runs_on_triton, traced_backend, triton_kernels
 from cet.ops.exit_gate import DTYPES
 
 Target = Literal["soft", "hard"]
@@ -281,7 +281,8 @@ def _check(logits: Sequence[Tensor], labels: Tensor, num_clean: int, num_weights
     if num_weights != num_clean:
         raise ValueError(f"consistent_exit_loss: {num_weights} exit_weights for {num_clean} exits; give one per exit")
     for x in (*logits, labels):
-        require_tensor("consistent_exit_loss", "labels" if x is labels else "one of the logits", x)
+        if not isinstance(x, Tensor):
+            raise no_tensor("consistent_exit_loss", "labels" if x is labels else "one of the logits", x)
     first = logits[0]
     if first.ndim != 2 or first.shape[1] < 2:
         raise ValueError(f"consistent_exit_loss: logits have shape {tuple(first.shape)}; give (B, K) with K >= 2")

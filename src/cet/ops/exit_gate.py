@@ -20,7 +20,7 @@ from cet.ops.backend import (
     is_transforming,
     kernels_for,
     needs_grad,
-    require_tensor,
+    no_tensor,
     runs_on_triton,
     traced_backend,
     triton_kernels,
@@ -137,7 +137,8 @@ def gate(
             finite.
         TypeError: for logits that are not of a floating dtype.
     """
-    require_tensor("gate", "logits", logits)
+    if not isinstance(logits, Tensor):
+        raise no_tensor("gate", "logits", logits)
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > _MAX_ROWS:
         raise ValueError(
             f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
@@ -368,10 +369,12 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: La
         raise ValueError(f"exit_gate: layout {layout!r} is unknown; choose channels_first or channels_last")
     if pool != "mean" and pool != "first":
         raise ValueError(f"exit_gate: pool {pool!r} is unknown; choose mean or first")
-    require_tensor("exit_gate", "features", features)
-    require_tensor("exit_gate", "weight", weight)
-    if bias is not None:
-        require_tensor("exit_gate", "bias", bias)
+    if not isinstance(features, Tensor):
+        raise no_tensor("exit_gate", "features", features)
+    if not isinstance(weight, Tensor):
+        raise no_tensor("exit_gate", "weight", weight)
+    if not (bias is None or isinstance(bias, Tensor)):
+        raise no_tensor("exit_gate", "bias", bias)
     shape = features.shape
     if len(shape) < 2 or shape[0] > _MAX_ROWS:
         raise ValueError(
