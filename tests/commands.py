@@ -45,10 +45,8 @@ class Commands:
             [CET, "energy", *args],
             cwd=TESTS,
             env={**env, **self.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
-            **more,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
         )
 
     def run(self, *args: str, script: Sequence[str] = (), **more: Any) -> tuple[int, str, str]:

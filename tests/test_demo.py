@@ -304,7 +304,7 @@ def test_joules_are_measured_where_there_is_a_counter(
         stop()
     assert joules["ratio"] == pytest.approx((joules["early"] or 0) / (joules["full"] or 1))
     assert joules["source"] == "counter"
-    assert joules["reason"] is None
+    assert joules["reason"] == "an interval needs 3 rounds, and this is of 1"
     assert "short-window" in (joules["flags"] or "")
     text = energy_verdict({**report, "timing": {**report["timing"], "joules": joules}})
     assert text.startswith(f"Early exit of consistent takes {joules['ratio']:.2f}x the full network's energy: ")

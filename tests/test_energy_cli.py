@@ -217,9 +217,22 @@ class TestRun:
         output.write_text("mine")
         args = ("--output", str(output), "--", "true")
         assert run("run", *args)[0] == 20
-        assert output.read_text() == "mine"
+        code, _, err = run("run", "--overwrite", *args)
+        assert (code, output.read_text()) == (20, "mine")
+        assert "holds something else than cet energy writes there" in err
+        output.unlink()
+        assert run("run", *args)[0] == 0
+        assert run("run", *args)[0] == 20
         assert run("run", "--overwrite", *args)[0] == 0
         assert json.loads(output.read_text())
+
+    @pytest.mark.parametrize("option", ["--output", "--prometheus"])
+    def test_what_is_no_regular_file_is_left_alone(self, run: Run, tmp_path: Path, option: str) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        code, _, err = run("run", option, str(tmp_path / "pipe"), "--overwrite", "--", "true")
+        assert code == 20
+        assert "pipe is no regular file; give a file" in err
+        assert (tmp_path / "pipe").is_fifo()
 
     @pytest.mark.parametrize(
         ("output", "prometheus"), [("out", "out"), ("out", "folder/../out"), ("out", "link"), ("link", "out")]
@@ -289,6 +302,34 @@ class TestRun:
         assert "– above idle: the idle machine was not measured; --idle 5 does that" in text
         assert "±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain." in text
         assert "shared-device" not in text
+
+    def test_a_counter_that_stops_in_the_window_is_not_believed(self, run: Run, simulation: Simulation) -> None:
+        simulation.at(simulation.time + 1.0, "gpu 0 frozen 1")
+        code, _, err = run("run", "--", "sleep", "2")
+        assert code == 15
+        assert "the counter stands still after the window; it may have stopped within" in " ".join(err.split())
+        assert re.search(r"total +– +– +– +–", err)
+
+    def test_a_counter_that_stood_before_has_power_integrated(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, frozen=1)
+        code, _, err = run("run", "--", "sleep", "1")
+        assert code == 0
+        assert re.search(r"gpu:0 +7\d\.\d+ J .* integral", err)
+
+    def test_a_signal_behind_the_command_keeps_its_joules(self, run: Run, tmp_path: Path) -> None:
+        output = tmp_path / "run.json"
+        kill = f"(sleep 1; kill -TERM {os.getpid()}) >/dev/null 2>&1 & sleep 0.2"
+        code, _, err = run("run", "--idle", "3", "--output", str(output), "--", "sh", "-c", kill)
+        document = json.loads(output.read_text())
+        assert code == 128 + signal.SIGTERM, err
+        assert document["stopped"] == "SIGTERM while the idle machine was measured"
+        assert figure(document, "joules", domain=None)["value"] > 0
+        assert figure(document, "net_joules", domain=None)["value"] is not None  # there is the idle window before
+
+    def test_stderr_that_is_full_takes_nothing_from_the_exit_code(self, nvml_library: Path, tmp_path: Path) -> None:
+        with open("/dev/full", "w") as full:
+            process = Commands(nvml_library, tmp_path).start("run", "--", "sh", "-c", "exit 7", stderr=full)
+            assert process.wait() == 7
 
     def test_another_process_on_the_gpu_is_flagged(self, run: Run, simulation: Simulation) -> None:
         simulation.gpu(0, process=4711)
@@ -421,11 +462,12 @@ class TestCompare:
         model = simulated_net.small()
         model.register_forward_pre_hook(fails_later)
         monkeypatch.setattr(simulated_net, "small", model)
-        code, out, err = run(*COMPARE, "--output", str(output))
-        assert (code, out) == (1, "")
-        assert err.endswith("Error: out of memory\n")
+        code, out, _ = run(*COMPARE, "--output", str(output))
+        assert code == 1
+        assert "! partial: A failed: RuntimeError: out of memory" in " ".join(out.split())
         document = json.loads(output.read_text())
-        assert (document["status"], document["stopped"]) == ("partial", "out of memory")
+        assert (document["status"], document["stopped"]) == ("partial", "A failed: RuntimeError: out of memory")
+        assert figure(document, "seconds", workload="B", domain=None)["value"] > 0
         assert document["measurements"][0]["blocks"]
 
     def test_three_backbones_are_too_many(self, run: Run) -> None:

@@ -454,18 +454,54 @@ def test_a_lost_gpu_that_the_workload_meets_first_is_told_as_such(simulation: Si
     assert finished(found) > 1
 
 
-def test_an_error_of_the_workload_is_its_own(simulation: Simulation, meter: EnergyMeter) -> None:
+@pytest.mark.parametrize("error", [_CudaError("out of memory"), SystemExit(0)])
+def test_an_error_of_the_workload_keeps_what_is_finished(
+    simulation: Simulation, meter: EnergyMeter, error: BaseException
+) -> None:
     calm = work(simulation, "a", 200)
 
     def run() -> None:
         if simulation.time > IN_THE_MIDDLE:
-            raise _CudaError("out of memory")
+            raise error
         calm.run()
 
-    seen: list[Block] = []
-    with pytest.raises(_CudaError, match="out of memory"):
-        measure([Workload("a", run)], meter, SHORT, on_block=seen.append)
-    assert len(seen) > 1
+    found = measure([Workload("a", run)], meter, SHORT)
+    assert (found.status, found.exit_code) == ("partial", 1)
+    assert found.stopped == f"a failed: {type(error).__name__}: {error}"
+    assert finished(found) > 1
+
+
+def test_an_error_of_who_is_told_is_its_own(simulation: Simulation, meter: EnergyMeter) -> None:
+    def refuse(_: Block) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        measure([work(simulation, "a", 200)], meter, SHORT, on_block=refuse)
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_counter_that_jumps_voids_the_window_where_the_limit_is_known(simulation: Simulation, limited: bool) -> None:
+    simulation.gpu(leakage=0)
+    if not limited:
+        simulation.fault("nvmlDeviceGetEnforcedPowerLimit", pynvml.NVML_ERROR_NOT_SUPPORTED)
+    simulation.at(IN_THE_MIDDLE, "gpu 0 counter 999999999")
+    with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
+        found = measure([work(simulation, "a", 200)], meter, SHORT)
+    assert (found.status, finished(found)) == ("complete", 10)
+    jumped = [block for block in found.blocks if Flag.COUNTER_JUMPED in block.flags]
+    assert len(jumped) == limited
+    assert all("at a power limit of 700 W" in block.void for block in jumped)
+
+
+@pytest.mark.parametrize(("growth", "flagged"), [(0.0, False), (0.001, False), (0.03, True), (-0.02, True)])
+def test_calls_that_get_slower_or_faster_are_flagged(
+    simulation: Simulation, meter: EnergyMeter, growth: float, flagged: bool
+) -> None:
+    def run() -> None:
+        simulation.clock.sleep(0.05 * (1 + growth * simulation.time / 6))
+
+    found = measure([Workload("a", run)], meter, SHORT)
+    assert (Flag.TIME_DRIFT in found.flags) == flagged
 
 
 class _Terminated(KeyboardInterrupt):
@@ -549,6 +585,9 @@ def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation
     ("settings", "message"),
     [
         ({"blocks": 0}, "blocks is 0"),
+        ({"blocks": 1.5}, "blocks is 1.5; give a whole number >= 1"),
+        ({"seed": "3"}, "seed is '3'"),
+        ({"warmup": None}, "warmup is None"),
         ({"window": 0.0}, "window is 0.0"),
         ({"ticks": 0}, "ticks is 0"),
         ({"warmup": -1.0}, "warmup is -1.0"),
@@ -563,11 +602,14 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
 
 @pytest.mark.parametrize("given", [[], ["a", "a"], ["a", "idle"]])
 def test_workloads_need_names_of_their_own(simulation: Simulation, meter: EnergyMeter, given: list[str]) -> None:
-    with pytest.raises(ValueError, match="give each a name of its own"):
+    with pytest.raises(ValueError, match="give each a name of its own" if given else "there are no workloads"):
         measure([work(simulation, name, 200) for name in given], meter)
     assert simulation.time == 0
 
 
 def test_workloads_without_items_are_refused(simulation: Simulation, meter: EnergyMeter) -> None:
-    with pytest.raises(ValueError, match="workload a has 0 items"):
-        measure([work(simulation, "a", 200, items=0)], meter)
+    for items in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"workload a has {items} items; give a whole number"):
+            Workload("a", print, items)
+    with pytest.raises(TypeError, match="workload a: run is None"):
+        Workload("a", None)

@@ -128,7 +128,7 @@ class TestWindow:
         figures = Figures(of_window(window(gpu(None, reason="it stood still"), unavailable=(missing,))))
         assert figures("joules", domain="gpu:0")["reason"] == "it stood still"
         assert figures("watts", domain="rapl")["reason"] == "there is no RAPL zone"
-        assert figures("joules")["reason"] == "nothing is known of gpu:0 and rapl"
+        assert figures("joules")["reason"] == "gpu:0: it stood still"
         for name in ("joules", "watts", "net_joules"):
             assert [figures(name, domain=domain)["value"] for domain in ("gpu:0", "rapl", None)] == [None] * 3
 

@@ -9,7 +9,7 @@ import click
 
 import cet
 from cet.cli import completion, demo, doctor, energy
-from cet.cli.errors import INTERRUPTED, Session, Stopped, debug_option, one_sentence
+from cet.cli.errors import INTERRUPTED, Session, Stopped, debug_option, one_sentence, speak_plainly
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
@@ -41,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     An error is one sentence on stderr, or with ``--debug`` a traceback. Errors with an ``exit_code`` exit with it.
     """
     session = Session()
+    speak_plainly()
     try:
         code = cli.main(args, prog_name="cet", standalone_mode=False, obj=session)
     except click.Abort as abort:

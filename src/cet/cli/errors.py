@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,17 +48,37 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` in the main thread on SIGINT and SIGTERM, so that what is finished can be kept."""
+    """Raise :class:`Stopped` in the main thread on SIGINT, SIGTERM and SIGHUP, so that what is finished can be kept."""
 
     def stop(signum: int, _frame: object) -> NoReturn:
         raise Stopped(signum)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # Where there is no SIGHUP, nobody hangs up.
+    stopping = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+    before = {signum: signal.signal(signum, stop) for signum in dict.fromkeys(stopping)}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+_PLAIN = {"–": "-", "±": "+-", "µ": "u", "°": "deg ", "█": "#", "░": "."}
+
+
+def speak_plainly() -> None:
+    """Have stdout and stderr write what their encoding lacks in ASCII, rather than fail behind a long measurement."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
+
+    codecs.register_error("cet.plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="cet.plain")
 
 
 @dataclass
@@ -76,7 +99,7 @@ debug_option = click.option(
 """For the group and for every command, so that it counts wherever on the command line it stands."""
 
 
-def one_sentence(error: Exception) -> str:
+def one_sentence(error: BaseException) -> str:
     """What to tell the user, on one line."""
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "cet"

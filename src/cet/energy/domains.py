@@ -32,6 +32,10 @@ class Flag(StrEnum):
         return flag
 
     COUNTER_BACKWARDS = "counter-backwards", "The energy counter ran backwards; the window has no joules."
+    COUNTER_JUMPED = (
+        "counter-jumped",
+        "The energy counter rose by more than twice what the power limit allows; the window has no joules.",
+    )
     COUNTER_FROZEN = "counter-frozen", "The energy counter did not move over the window."
     COUNTER_FAILED = "counter-failed", "The energy counter could not be read at an edge, even after retries."
     COUNTER_DISAGREES = (
@@ -50,6 +54,7 @@ class Flag(StrEnum):
     FEW_ROUNDS = "few-rounds", "Fewer than 10 rounds were measured."
     NOT_LEVEL = "not-level", "Clocks and temperature were not level when the warm-up ended."
     THROTTLED = "throttled", "The device lowered its clocks for heat or power."
+    TIME_DRIFT = "time-drift", "The calls of a workload became more than 10 % slower or faster over the measurement."
     IDLE_DRIFT = "idle-drift", "Idle power before and after the measurement differs."
     SHARED_DEVICE = "shared-device", "Other processes used the device."
     MODELLED = "modelled", "Joules are assumed watts times measured time, not a measurement."

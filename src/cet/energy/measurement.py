@@ -66,12 +66,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("blocks", 1), ("ticks", 1), ("seed", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a number >= {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; give a whole number >= {least}")
         for name in ("window", "warmup", "warmup_limit", "estimate_watts"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; give a positive number")
+            if value is None and name in ("window", "estimate_watts"):
+                continue
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; give a positive number")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; give a level in (0, 1)")
 

@@ -31,6 +31,8 @@ ATTEMPTS = 3
 PAUSE = 0.002
 """s between two attempts: short against a window, so that a retried edge stays where it is."""
 
+_OWED = 1.0  # s of power from before a window that a counter may add to it, at its first tick
+
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
 _MAY_PASS = (pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_TIMEOUT)
 _MENDS = {
@@ -142,9 +144,19 @@ class Gpu:
 
     def fault(self, start: CounterReading, end: CounterReading) -> tuple[Flag, str] | None:
         """What makes the joules between two readings wrong."""
-        if end.raw >= start.raw:
-            return None
-        return Flag.COUNTER_BACKWARDS, f"{self.label}: the counter ran backwards, from {start.raw} to {end.raw} mJ"
+        if end.raw < start.raw:
+            return Flag.COUNTER_BACKWARDS, f"{self.label}: the counter ran backwards, from {start.raw} to {end.raw} mJ"
+        seconds = end.time - start.time + _OWED
+        if self._power_limit is not None and end.joules - start.joules > 2 * self._power_limit * seconds:
+            jump = f"the counter jumped from {start.raw} to {end.raw} mJ, at a power limit of {self._power_limit:g} W"
+            return Flag.COUNTER_JUMPED, f"{self.label}: {jump}"
+        return None
+
+    @cached_property
+    def _power_limit(self) -> float | None:
+        """W."""
+        limit = self._optional(pynvml.nvmlDeviceGetEnforcedPowerLimit)
+        return limit / 1e3 if limit else None
 
     @cached_property
     def power(self) -> Power:
@@ -181,7 +193,6 @@ class Gpu:
 
     def facts(self) -> DeviceFacts:
         """What a measurement should know of it beforehand."""
-        limit = self._optional(pynvml.nvmlDeviceGetEnforcedPowerLimit)
         persistence = self._optional(pynvml.nvmlDeviceGetPersistenceMode)
         processes = self._optional(pynvml.nvmlDeviceGetComputeRunningProcesses_v3)
         try:
@@ -192,7 +203,7 @@ class Gpu:
             name=self.name,
             uuid=self.uuid,
             driver=driver,
-            power_limit=None if limit is None else limit / 1e3,
+            power_limit=self._power_limit,
             persistence=None if persistence is None else persistence == pynvml.NVML_FEATURE_ENABLED,
             processes=None if processes is None else tuple(process.pid for process in processes),
         )

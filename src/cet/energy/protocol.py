@@ -35,6 +35,8 @@ MAX_DRIFT = 5.0
 """Degrees by which the temperature may change within a window, and from the first round to the last."""
 MAX_IDLE_DRIFT = 0.05
 """Relative difference of the idle power before and after."""
+MAX_TIME_DRIFT = 0.1
+"""Relative difference of the time of a call from the first round to the last."""
 
 _HEATING = 60.0  # s at most until the temperature is that of the rounds
 _STRETCH = 1.0  # s of warm-up between looks at clocks and temperature
@@ -59,11 +61,21 @@ class Workload:
         run: one call; it is repeated as often as a window needs, and should do the same work each time. It need not
             wait for the GPU.
         items: samples that one call works on.
+
+    Raises:
+        ValueError: for ``items`` below 1.
+        TypeError: for a ``run`` that cannot be called.
     """
 
     name: str
     run: Callable[[], object]
     items: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.run):
+            raise TypeError(f"workload {self.name}: run is {self.run!r}; give a function without arguments")
+        if not isinstance(self.items, int) or self.items < 1:
+            raise ValueError(f"workload {self.name} has {self.items} items; give a whole number >= 1 per call")
 
 
 def measure(
@@ -85,7 +97,7 @@ def measure(
 
     A window in which a counter ran backwards or failed is void, and repeated. For a counter that does not move the
     window is made longer, then power is integrated from there on. A lost GPU, a counter that stays frozen or keeps
-    failing, and Ctrl-C end the measurement as partial, with all finished windows.
+    failing, a workload that raises, and Ctrl-C end the measurement as partial, with all finished windows.
 
     Args:
         workloads: with different names. All of them run once before anything is measured.
@@ -95,19 +107,18 @@ def measure(
         on_block: gets each window as it ends, so that it can be saved.
 
     Raises:
-        ValueError: for workloads without a name of their own or without items, and for ``estimate_watts`` where energy
-            can be measured.
+        ValueError: for no workloads, for one without a name of its own, and for ``estimate_watts`` where energy can be
+            measured.
         EnergyError: for a GPU that is lost before the first window.
     """
     settings = settings or Settings()
     names = [workload.name for workload in workloads]
-    if not names or len({*names, IDLE}) != len(names) + 1:
+    if not names:
+        raise ValueError("there are no workloads; give at least one")
+    if len({*names, IDLE}) != len(names) + 1:
         raise ValueError(
             f"the workloads are named {', '.join(names)}; give each a name of its own, none of them {IDLE}"
         )
-    for workload in workloads:
-        if workload.items < 1:
-            raise ValueError(f"workload {workload.name} has {workload.items} items; give at least one per call")
     with meter.opened():
         if settings.estimate_watts is not None and meter.domains:
             measured = ", ".join(domain.name for domain in meter.domains)
@@ -127,6 +138,12 @@ def estimated(reading: EnergyReading, watts: float) -> EnergyReading:
         flags=(Flag.MODELLED,),
     )
     return replace(reading, domains=(*reading.domains, assumed))
+
+
+class _WorkloadError(Exception):
+    """A workload raised."""
+
+    exit_code = 1
 
 
 class _Run:
@@ -161,7 +178,7 @@ class _Run:
         stopped, exit_code = None, 0
         try:
             self._measure()
-        except (DeviceLostError, CounterFrozenError, CounterUnstableError) as error:
+        except (DeviceLostError, CounterFrozenError, CounterUnstableError, _WorkloadError) as error:
             stopped, exit_code = str(error), error.exit_code
         except KeyboardInterrupt as error:
             stopped, exit_code = str(error) or "interrupted", getattr(error, "exit_code", _INTERRUPTED)
@@ -311,7 +328,10 @@ class _Run:
         calls, foretold = 0, seconds / self.seconds_per_call[name]
         began = read = self.clock.now()
         while calls < foretold:
-            run()
+            try:
+                run()
+            except (Exception, SystemExit) as error:
+                raise _WorkloadError(f"{name} failed: {type(error).__name__}: {error}") from error
             calls += 1
             now = self.clock.now()
             if now - began > _TOO_LONG * seconds:
@@ -338,8 +358,14 @@ class _Run:
         flags = [flag for block in counted for flag in block.flags]
         if any(facts.others for facts in self.preflight.values()):
             flags.append(Flag.SHARED_DEVICE)
-        if any(_drift(counted, gpu) > MAX_DRIFT for gpu in self.gpus):
-            flags.append(Flag.TEMPERATURE_DRIFT)
+        working = [block for block in counted if block.workload != IDLE]
+        for gpu in self.gpus:
+            if abs(_drift([block.after[gpu].temperature for block in working])) > MAX_DRIFT:
+                flags.append(Flag.TEMPERATURE_DRIFT)
+        for name in self.workloads:
+            times = [block.seconds / block.calls for block in working if block.workload == name]
+            if times and abs(_drift(times)) > MAX_TIME_DRIFT * fmean(times):
+                flags.append(Flag.TIME_DRIFT)
         ends = [block.watts for block in counted if block.round in (-1, self.settings.blocks)]
         if len(ends) == 2 and idle_drifts(*ends):
             flags.append(Flag.IDLE_DRIFT)
@@ -389,12 +415,11 @@ def window_flags(
             yield Flag.THROTTLED
 
 
-def _drift(blocks: Sequence[Block], gpu: str) -> float:
-    """Degrees from the first window of work to the last, taken for linear: twice what the two halves differ by."""
-    states = [block.after[gpu].temperature for block in blocks if block.workload != IDLE]
-    temperatures = [temperature for temperature in states if temperature is not None]
-    half = len(temperatures) // 2
-    return 2 * abs(fmean(temperatures[half:]) - fmean(temperatures[:half])) if half else 0.0
+def _drift(values: Sequence[float | None]) -> float:
+    """From the first window to the last, taken for linear: twice what the two halves differ by; 0 if unknown."""
+    known = [value for value in values if value is not None]
+    half = len(known) // 2
+    return 2 * (fmean(known[half:]) - fmean(known[:half])) if half else 0.0
 
 
 def _spread(a: float | None, b: float | None) -> float:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import cet
-from cet.energy.domains import SYSTEMATIC, EnergyReading, Flag, Source
+from cet.energy.domains import SYSTEMATIC, EnergyReading, Flag, Source, with_domain
 
 if TYPE_CHECKING:
     from cet.energy.comparison import Comparison, Verdict
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "cet-energy"
 SCHEMA_VERSION = 1
+
+JSON_START, PROMETHEUS_START = f'{{\n  "schema": "{SCHEMA}"', "# HELP cet_energy_"
+"""How every document and every metrics file begins."""
 
 POLICY = "policy"
 """In the place of an exit's name: the figures of the policy."""
@@ -240,8 +243,11 @@ class _Power:
         sources = frozenset(part.source for part in parts if part.source)
         joules = reading.joules if domain is None else reading[domain].joules
         if joules is None:
-            nothing = f"nothing is known of {' and '.join(reading.reasons) or 'any domain'}"
-            return cls(None, None, sources, nothing if domain is None else reading[domain].reason)
+            if domain is not None:
+                return cls(None, None, frozenset(), reading[domain].reason)
+            missing = {part.domain: part.reason for part in parts if part.joules is None} or reading.reasons
+            reasons = [with_domain(name, reason) for name, reason in missing.items()]
+            return cls(None, None, frozenset(), "; ".join(reasons) or "no domain was to be measured")
         hidden = 0.0
         for part in parts:
             if part.source != "counter" or part.tick is None or part.joules is None:

@@ -106,7 +106,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     how = "energy counter" if found["source"] == "counter" else "integral of power"
     known = [f"{how}, scope: {found['scope']}"]
     if found["tick"] is not None:
-        known.append(f"tick {1e3 * found['tick']:.3g} ms")
+        known.append(f"tick {round(1e3 * found['tick'], 1):g} ms")
     state, facts = found["state"], found["facts"]
     if state["watts"] is not None:
         known.append(f"{state['watts']:.0f} W now")

@@ -113,7 +113,7 @@ def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
             parts.append((x, y))
             if rows >= samples:
                 break
-    except Exception as error:  # whatever the user's own iterable raises
+    except (Exception, SystemExit) as error:  # whatever the user's own iterable raises
         raise LoadError(f"--data {spec}: {one_sentence(error)}") from error
     if rows == 0:
         raise LoadError(f"--data {spec} gives no sample; give at least one batch (x, y)")
@@ -157,7 +157,7 @@ def batches_for(model: nn.Module, data: Batch, size: int, *, model_name: str, da
         try:
             with torch.no_grad():
                 answer = call(model, x)
-        except Exception as error:  # whatever the user's own model raises
+        except (Exception, SystemExit) as error:  # whatever the user's own model raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise LoadError(
                 f"{model_name} cannot run what {data_name} gives, {_described(x)}; give what the model takes ({reason})"
@@ -224,7 +224,7 @@ def _made(spec: str) -> Any:
                 raise ValueError(_no_such_name(value, part))
             value = getattr(value, part)
         return value() if callable(value) and not isinstance(value, nn.Module) else value
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise LoadError(f"{spec} cannot be loaded: {one_sentence(error)}") from error
 
 

@@ -20,14 +20,15 @@ class FiniteRange(click.FloatRange):
     """A range of finite numbers: click's own lets NaN through, which is neither below nor above anything."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
+        number = click.FLOAT.convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{number} is not a finite number.", param, ctx)
-        return number
+        return float(super().convert(number, param, ctx))
 
 
-SECONDS = FiniteRange(min=0, min_open=True)
-WATTS = FiniteRange(min=0, min_open=True)
+MOST_SECONDS, MOST_WATTS, MOST_THREADS = 1e6, 1e6, 1024  # beyond these it is a slip
+SECONDS = FiniteRange(min=0, min_open=True, max=MOST_SECONDS)
+WATTS = FiniteRange(min=0, min_open=True, max=MOST_WATTS)
 
 FORMAT = click.option(
     "--format",
@@ -78,7 +79,9 @@ MEASUREMENT = (
         "--warm-up", type=SECONDS, default=3.0, show_default=True, metavar="S", help="Least seconds before each window."
     ),
     click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the order.  [default: 0]"),
-    click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: torch's choice]"),
+    click.option(
+        "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="CPU threads.  [default: torch's choice]"
+    ),
     click.option("--plots", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw PNG files into it."),
 )
 

@@ -36,7 +36,8 @@ class Outputs:
 
         Raises:
             click.UsageError: for two that are the same file or folder, by whatever spelling or link.
-            OutputError: for a file or folder that cannot be written, and a document that exists without ``overwrite``.
+            OutputError: for a file or folder that cannot be written, a document that exists without ``overwrite``, and
+                for anything else than what cet has written there before.
         """
         options = {"--output": self.document, "--prometheus": self.prometheus, "--plots": self.plots}
         given = {name: os.path.realpath(path) for name, path in options.items() if path is not None}
@@ -57,6 +58,8 @@ class Outputs:
             _check_folder(path.parent, path)
         if self.document is not None and self.document.exists() and not overwrite:
             raise OutputError(f"{self.document} exists; give another file, or replace it with --overwrite")
+        _check_replaceable(self.document, report.JSON_START)
+        _check_replaceable(self.prometheus, report.PROMETHEUS_START)
 
     def save(self, document: Mapping[str, Any]) -> None:
         """Write the document and the metrics, each at once or not at all."""
@@ -72,6 +75,17 @@ class Outputs:
 
             for name, content in plots.draw(document).items():
                 write_atomically(self.plots / name, content)
+
+
+def _check_replaceable(path: Path | None, start: str) -> None:
+    """Refuse to replace devices, pipes, and files of others, such as the checkpoint that is measured."""
+    if path is None or not path.exists():
+        return
+    if not path.is_file():
+        raise OutputError(f"{path} is no regular file; give a file")
+    with path.open("rb") as file:
+        if file.read(len(start)) not in (b"", start.encode()):
+            raise OutputError(f"{path} holds something else than cet energy writes there; give another file")
 
 
 def _check_folder(folder: Path, path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from cet.cli.energy.options import FILES, FORMAT, METER, FiniteRange, check_meter, options
+from cet.cli.energy.options import FILES, FORMAT, METER, MOST_SECONDS, FiniteRange, check_meter, options
 from cet.cli.errors import debug_option
 
 
@@ -15,7 +16,7 @@ from cet.cli.errors import debug_option
 @click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.option(
     "--idle",
-    type=FiniteRange(min=0),
+    type=FiniteRange(min=0, max=MOST_SECONDS),
     default=0.0,
     metavar="S",
     help="Measure the idle machine for S seconds before and after, and take it off.  [default: 0]",
@@ -68,5 +69,6 @@ def command(
             measured = measure(meter, arguments, mask, idle=idle, estimate_watts=estimate_watts)
         document = measured.document()
         outputs.save(document)
-    show(document, form, of_run(document), to_stderr=True)
+    with suppress(OSError):  # a stderr that is closed or full takes nothing from the command's exit code
+        show(document, form, of_run(document), to_stderr=True)
     context.exit(measured.exit_code)

@@ -77,7 +77,9 @@ def columns(content: Mapping[str, Sequence[str | Figure]]) -> Table:
         figures = [cell for cell in column if not isinstance(cell, str)]
         scale = Scale(figures) if figures else None
         unit = f", {scale.unit}" if scale and scale.unit else ""
-        made.add_column(title + unit, justify="right" if cells else "left", vertical="bottom", no_wrap=not cells)
+        made.add_column(
+            title + unit, justify="right" if cells else "left", vertical="bottom", no_wrap=not cells, overflow="fold"
+        )
         cells.append(
             [
                 cell if isinstance(cell, str) else Scale([cell])(cell) if scale is None else scale(cell)

@@ -40,7 +40,7 @@ def of_run(document: Document) -> Iterator[Table | str]:
     notes = [with_domain(part["domain"], part["reason"]) for part in window["domains"] if part["reason"]]
     above_idle = figures("net_joules")
     if above_idle["value"] is None and figures("joules")["value"] is not None:
-        mend = "" if figures.modelled else "; --idle 5 does that"
+        mend = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
         notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{mend}")
     if any(figure["low"] is not None for figure in document["figures"]):
         notes.append("±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain.")
@@ -166,7 +166,7 @@ def _errors(document: Document) -> str:
         )
     window, asked = max(measurement["window"] for measurement in document["measurements"]), settings["window"]
     if asked and window > asked:
-        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, for the counter moves slowly.")
+        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, to hold enough ticks of the counter.")
     return " ".join(sentences)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cet.cli.energy import process
@@ -19,7 +19,7 @@ from cet.energy import (
     Flag,
     report,
 )
-from cet.energy.domains import unique
+from cet.energy.domains import Source, unique
 from cet.energy.protocol import estimated, idle_drifts, window_flags
 
 WRAP = 30.0
@@ -38,6 +38,7 @@ class MeasuredCommand:
         flags: what makes the figures less than they seem.
         failure: of the measurement.
         stopped: why the document is partial; ``None`` if it is complete.
+        interrupted: the exit code of a signal that came behind the command; 0 if none did.
     """
 
     arguments: tuple[str, ...]
@@ -47,11 +48,12 @@ class MeasuredCommand:
     flags: tuple[Flag, ...]
     failure: EnergyError | None
     stopped: str | None
+    interrupted: int = 0
 
     @property
     def exit_code(self) -> int:
-        """The command's own, or that of the failure if the command succeeded."""
-        return self.ended.exit_code or (self.failure.exit_code if self.failure else 0)
+        """The command's own, or that of the failure or the signal if the command succeeded."""
+        return self.ended.exit_code or (self.failure.exit_code if self.failure else self.interrupted)
 
     def document(self) -> dict[str, Any]:
         """For the report."""
@@ -91,31 +93,36 @@ def measure(
         Stopped: for a signal that comes before it was.
         DeviceLostError: for a GPU that is lost then.
     """
-    for domain in meter.domains:
-        meter.measure_tick(domain.name)
+    ticks = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
+    standing = any(domain.source == "counter" and ticks[domain.name] is None for domain in meter.domains)
     idle_readings = [_idle(meter, idle)] if idle else []
     shared, before = _are_shared(meter), _states(meter)
-    meter.start()
+    meter.start(integral=standing or None)
     ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
     failure: EnergyError | None
     try:
         reading = meter.stop()
-        failure = failure_of(reading)
     except DeviceLostError as error:
         if error.reading is None:
             raise
         reading, failure = error.reading, error
+    else:
+        reading = without_standing(meter, reading)
+        failure = failure_of(reading)
     flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
     if shared or _are_shared(meter):
         flags.append(Flag.SHARED_DEVICE)
     stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
+    interrupted = 0
     if idle and failure is None:
         try:
             idle_readings.append(_idle(meter, idle))
         except Stopped as signal:
             stopped = stopped or f"{signal} while the idle machine was measured"
-        if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
-            flags.append(Flag.IDLE_DRIFT)
+            interrupted = signal.exit_code
+        else:
+            if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
+                flags.append(Flag.IDLE_DRIFT)
     if estimate_watts is not None:
         reading = estimated(reading, estimate_watts)
         flags.append(Flag.MODELLED)
@@ -127,6 +134,7 @@ def measure(
         unique(flags),
         failure,
         str(failure) if failure else stopped,
+        interrupted,
     )
 
 
@@ -137,6 +145,29 @@ def _idle(meter: EnergyMeter, seconds: float) -> EnergyReading:
     finally:
         reading = meter.stop()
     return reading
+
+
+def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReading:
+    """The reading without the joules of counters that moved over the window, but stand still now.
+
+    They stopped somewhere in it, and nobody knows where. The integral takes their place, if there is one.
+    """
+    parts = []
+    for part in reading.domains:
+        if part.source == "counter" and part.tick is not None and _stands(meter, part.domain):
+            source: Source | None = None if part.integral_joules is None else "integral"
+            reason = f"{part.domain}: the counter stands still after the window; it may have stopped within"
+            flags = unique((*part.flags, Flag.COUNTER_FROZEN))
+            part = replace(part, joules=part.integral_joules, source=source, reason=reason, flags=flags)
+        parts.append(part)
+    return replace(reading, domains=tuple(parts))
+
+
+def _stands(meter: EnergyMeter, domain: str) -> bool:
+    try:
+        return meter.measure_tick(domain) is None
+    except DeviceLostError:  # which it was not in the window
+        return False
 
 
 def _states(meter: EnergyMeter) -> dict[str, DeviceState]:
