@@ -30,7 +30,7 @@ def command() -> None:
       11  no counter where one is required     21  model or data cannot be used
       12  CUDA_VISIBLE_DEVICES cannot be told  22  the model has no such exit
       13  MIG instances have no joules         126, 127  COMMAND cannot be run, found
-      14  a GPU was lost                       130, 143  stopped by SIGINT, SIGTERM
+      14  a GPU was lost                       129, 130, 143  stopped by a signal
       15  the counter stands still under load
       16  the counter ran backwards or failed
     """
