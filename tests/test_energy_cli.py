@@ -557,16 +557,15 @@ class TestLoading:
             ("simulated_net", "'simulated_net' is neither MODULE:NAME, such as mynet:build, nor the file of a check"),
             ("simulated_net:broken", "unexpected KeyError: 'spam'"),
             ("simulated_net:not_a_model", "gives int; it must give a torch.nn.Module"),
-            ("missing.safetensors", "name its backbone by --backbone"),
+            ("missing.safetensors", "missing.safetensors is not there; give the file of a checkpoint, or MODULE"),
+            (__file__, "name its backbone by --backbone"),
+            ("./simulated_net:build", "names a file; write its module as import does, simulated_net:build"),
+            ("simulated_net.py:build", "names a file; write its module as import does, simulated_net:build"),
         ],
     )
     def test_what_is_no_model_is_refused(self, spec: str, message: str) -> None:
         with pytest.raises(LoadError, match=message):
             load_model(spec, None, None)
-
-    def test_a_missing_checkpoint_is_named(self) -> None:
-        with pytest.raises(LoadError, match=r"missing\.safetensors is no file"):
-            load_model("missing.safetensors", "simulated_net:backbone", None)
 
     def test_a_model_comes_in_eval_mode(self) -> None:
         assert not load_model("simulated_net:backbone", None, None).training
@@ -606,7 +605,7 @@ class TestLoading:
             ([(torch.zeros(2, 6), torch.tensor([0, 9]))], "the label 9 for 4 classes"),
             (
                 [(torch.zeros(2, width), torch.tensor([0, 1])) for width in (6, 7)],
-                "batches that do not fit together",
+                "--data simulated_net:data gives batches that do not fit together",
             ),
         ],
     )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -56,6 +57,8 @@ def load_model(spec: str, backbone: str | None, device: torch.device | None) -> 
         LoadError: when it cannot be loaded.
     """
     if is_checkpoint(spec):
+        if not Path(spec).is_file():
+            raise LoadError(f"{spec} is not there; give the file of a checkpoint, or MODULE:NAME")
         if backbone is None:
             raise LoadError(f"{spec} is a checkpoint, which holds no code; name its backbone by --backbone MODULE:NAME")
         try:
@@ -117,7 +120,7 @@ def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
         raise LoadError(f"--data {spec}: {one_sentence(error)}") from error
     if rows == 0:
         raise LoadError(f"--data {spec} gives no sample; give at least one batch (x, y)")
-    return _joined(parts, samples)
+    return _joined(spec, parts, samples)
 
 
 def batches_of(data: Batch, size: int) -> list[Batch]:
@@ -195,11 +198,11 @@ def _described(x: Any) -> str:
     )
 
 
-def _joined(parts: list[Batch], samples: int) -> Batch:
+def _joined(spec: str, parts: list[Batch], samples: int) -> Batch:
     try:
         joined: Batch = pytree.tree_map(lambda *leaves: torch.cat(leaves)[:samples], *parts)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise LoadError(f"--data gives batches that do not fit together ({one_sentence(error)})") from error
+        raise LoadError(f"--data {spec} gives batches that do not fit together ({one_sentence(error)})") from error
     return joined
 
 
@@ -215,6 +218,8 @@ def _made(spec: str) -> Any:
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
         raise LoadError(f"{spec!r} is not MODULE:NAME, such as mynet:build")
+    if os.sep in module or module.endswith(".py"):
+        raise LoadError(f"{spec} names a file; write its module as import does, {Path(module).stem}:{name}")
     if os.getcwd() not in sys.path:  # as `python -m` has it
         sys.path.insert(0, os.getcwd())
     try:
