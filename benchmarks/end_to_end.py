@@ -8,7 +8,6 @@ hand. How to run it and how to read what it writes: README.md in this folder.
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -603,7 +602,7 @@ def main(
     console.print(measures_table(verdicts))
     description = {
         "benchmark": "end_to_end",
-        **provenance(place, shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]])),
+        **provenance(place, "end_to_end"),
         "settings": {
             **settings,
             "dtype": dtype,

@@ -6,8 +6,6 @@ energy counter, times are measured the same way and the joules are null, with th
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -106,7 +104,7 @@ def main(
                 flags += measurement.flags
                 measurements.append(report.plain_measurement(measurement, net=name, batch=batch))
     about: dict[str, Any] = {
-        **provenance(torch.device(device), shlex.join(["python", "benchmarks/energy.py", *sys.argv[1:]])),
+        **provenance(torch.device(device), "energy"),
         "scenario": scenario,
         "settings": asdict(settings),
     }

@@ -15,7 +15,9 @@ import json
 import os
 import platform
 import random
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -236,19 +238,31 @@ class Row:
         return cls(quantity, unit, spread.median, spread.p20, spread.p80, blocks)
 
 
-def provenance(device: torch.device, command: str) -> dict[str, Any]:
+def provenance(device: torch.device, benchmark: str) -> dict[str, Any]:
     """Where, when and with what the figures were taken."""
     machine = host()
     return {
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": _command(benchmark),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine["processor"],
         **machine,
         "python": platform.python_version(),
         **{package: installed_version(package) for package in PACKAGES},
         **({"gpu": gpu.state(device)} if device.type == "cuda" else {}),
     }
+
+
+def _command(benchmark: str) -> str:
+    """The command line of this run, less where it writes to."""
+    arguments = iter(sys.argv[1:])
+    kept = []
+    for argument in arguments:
+        if argument == "--output":
+            next(arguments, None)
+        elif not argument.startswith("--output="):
+            kept.append(argument)
+    return shlex.join(["python", f"benchmarks/{benchmark}.py", *kept])
 
 
 def _commit() -> str | None:

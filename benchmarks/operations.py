@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,7 +120,7 @@ def command(
         console.print(verdicts(measured))
         description = {
             "benchmark": name,
-            **provenance(place, shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])),
+            **provenance(place, name),
             "settings": {**settings, "cold": cold, "keep_freed_memory": keep_freed_memory},
             "ceilings": ceilings,
             "measures": verdicts(measured),

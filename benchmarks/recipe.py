@@ -12,8 +12,6 @@ import csv
 import io
 import json
 import multiprocessing
-import shlex
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
@@ -250,7 +248,7 @@ def main(splits: int, seeds: int, variants: str, workers: int, output: Path) -> 
             write_rows(output / "recipe.csv", rows)
     present = [name for name in RECIPES if any(row.recipe == name for row in rows)]
     summary = {
-        **provenance(torch.device("cpu"), shlex.join(["python", "benchmarks/recipe.py", *sys.argv[1:]])),
+        **provenance(torch.device("cpu"), "recipe"),
         "threads": 1,
         "workers": workers,
         "numpy": np.__version__,

@@ -155,7 +155,7 @@ def test_wrong_results_are_refused(wrong: list[float]) -> None:
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     rows = [({"net": "n"}, Row.of("predict", "s", Spread(0.123456789, 0.1, 0.2), 7)), ({"net": "n"}, Row("x", "s"))]
-    origin = harness.provenance(torch.device("cpu"), "python script.py")
+    origin = harness.provenance(torch.device("cpu"), "speed")
     harness.write_results(tmp_path, "speed", rows, origin, Figure())
     first, missing = csv.DictReader((tmp_path / "speed.csv").read_text().splitlines())
     assert (first["median"], first["blocks"], first["torch"]) == ("0.12346", "7", torch.__version__)
@@ -256,7 +256,7 @@ def test_quick_run(tmp_path: Path) -> None:
     assert left_out["note"].startswith("not run: one pass of the backbone would take")
     description = json.loads((tmp_path / "out/end_to_end.json").read_text())
     assert description["threads"] == 1
-    assert description["command"] == f"python benchmarks/end_to_end.py {options}"
+    assert description["command"] == f"python benchmarks/end_to_end.py {options.removesuffix(' --output out')}"
     assert [verdict["met"] is None for verdict in description["measures"]] == [True, True, False]
     assert (tmp_path / "out/end_to_end.png").read_bytes().startswith(b"\x89PNG")
 
@@ -276,3 +276,10 @@ def test_bad_options_are_refused_before_anything_runs(options: list[str], messag
     assert result.exit_code != 0
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("output", [["--output", "some/folder"], ["--output=some/folder"], []])
+def test_results_tell_the_command_but_not_where_it_wrote(output: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["compact.py", *output, "--threads", "2"])
+    described = harness.provenance(torch.device("cpu"), "compact")
+    assert described["command"] == "python benchmarks/compact.py --threads 2"
