@@ -312,9 +312,9 @@ class TestRun:
 
     def test_a_counter_that_stood_before_has_power_integrated(self, run: Run, simulation: Simulation) -> None:
         simulation.gpu(0, frozen=1)
-        code, _, err = run("run", "--", "sleep", "1")
+        code, _, err = run("run", "--idle", "1", "--", "sleep", "1")
         assert code == 0
-        assert re.search(r"gpu:0 +7\d\.\d+ J .* integral", err)
+        assert re.search(r"gpu:0 +7\d\.\d+ J +-?\d[\d.]* \w*J .* integral", err)
 
     def test_a_signal_behind_the_command_keeps_its_joules(self, run: Run, tmp_path: Path) -> None:
         output = tmp_path / "run.json"

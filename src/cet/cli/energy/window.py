@@ -94,10 +94,11 @@ def measure(
         DeviceLostError: for a GPU that is lost then.
     """
     ticks = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
-    standing = any(domain.source == "counter" and ticks[domain.name] is None for domain in meter.domains)
-    idle_readings = [_idle(meter, idle)] if idle else []
+    standing = any(name.startswith("gpu:") and tick is None for name, tick in ticks.items())
+    integral = standing or None  # else as the meter was made
+    idle_readings = [_idle(meter, idle, integral)] if idle else []
     shared, before = _are_shared(meter), _states(meter)
-    meter.start(integral=standing or None)
+    meter.start(integral=integral)
     ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
     failure: EnergyError | None
     try:
@@ -116,7 +117,7 @@ def measure(
     interrupted = 0
     if idle and failure is None:
         try:
-            idle_readings.append(_idle(meter, idle))
+            idle_readings.append(_idle(meter, idle, integral))
         except Stopped as signal:
             stopped = stopped or f"{signal} while the idle machine was measured"
             interrupted = signal.exit_code
@@ -138,8 +139,8 @@ def measure(
     )
 
 
-def _idle(meter: EnergyMeter, seconds: float) -> EnergyReading:
-    meter.start()
+def _idle(meter: EnergyMeter, seconds: float, integral: bool | None) -> EnergyReading:
+    meter.start(integral=integral)
     try:
         process.sleep(seconds)
     finally:
