@@ -231,15 +231,3 @@ def test_the_accuracy_of_every_exit_is_logged(split: Split) -> None:
             accuracy = (logits.argmax(1) == split.calibration.y).float().mean()
             assert logged[f"accuracy_{name}"] == pytest.approx(float(accuracy))
     assert logged["train_loss"] > 0
-
-
-def test_several_processes_train_one_model(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("distributed_training.py"), tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("both trained\n")
