@@ -122,6 +122,7 @@ class TestWindow:
     def test_without_idle_it_says_so(self) -> None:
         figure = Figures(of_window(window(gpu(300.0))))("net_joules")
         assert (figure["value"], figure["reason"]) == (None, "the idle machine was not measured")
+        assert figure["source"] is None
 
     def test_the_unknown_is_none_with_its_reason(self) -> None:
         missing = Unavailable("rapl", "there is no RAPL zone")

@@ -276,7 +276,7 @@ class _Power:
             if self.hidden is not None:
                 low, high = value - factor * self.hidden, value + factor * self.hidden
             systematic = None if "model" in self.sources else SYSTEMATIC * abs(value)
-        source = "+".join(sorted(self.sources)) or None
+        source = None if value is None else "+".join(sorted(self.sources)) or None
         return Figure(
             name, unit, value, low, high, systematic, source=source, reason=self.reason, per="window", domain=domain
         )

@@ -83,9 +83,13 @@ def _check_replaceable(path: Path | None, start: str) -> None:
         return
     if not path.is_file():
         raise OutputError(f"{path} is no regular file; give a file")
-    with path.open("rb") as file:
-        if file.read(len(start)) not in (b"", start.encode()):
-            raise OutputError(f"{path} holds something else than cet energy writes there; give another file")
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(start))
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    if found not in (b"", start.encode()):
+        raise OutputError(f"{path} holds something else than cet energy writes there; give another file")
 
 
 def _check_folder(folder: Path, path: Path) -> None:
