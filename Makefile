@@ -40,7 +40,7 @@ test: lint
 # The kernels with address and undefined-behaviour sanitizers, built apart from those that are installed. Python itself
 # leaks by design, and OpenMP's threads outlive the check.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
-OP_TESTS := tests/test_exit_gate.py tests/test_exit_step.py tests/test_compact.py tests/test_consistent_exit_loss.py
+OP_TESTS := tests/ops/test_exit_gate.py tests/ops/test_exit_step.py tests/ops/test_compact.py tests/ops/test_consistent_exit_loss.py
 
 sanitize: setup
 	CET_BUILD_CPP=1 CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import cet
 import gpu
-from cet.runners import RunnerName
-from cet.runners.cuda_graphs import why_no_switch
-from cet.stages import logits_of
+from cet.partition.stages import logits_of
+from cet.runtime import RunnerName
+from cet.runtime.cuda_graphs import why_no_switch
 from harness import (
     MIN_BLOCKS,
     NO_TIME,

@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import gpu
-from cet.checkpoint import write_atomically
-from cet.machine import host, installed_version
+from cet.measure.machine import host, installed_version
+from cet.model.checkpoint import write_atomically
 
 WANTED_BLOCKS = 20
 MIN_BLOCKS = 7

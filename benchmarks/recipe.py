@@ -27,7 +27,7 @@ from scipy import stats
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from cet import perturb
-from cet.checkpoint import write_atomically
+from cet.model.checkpoint import write_atomically
 from cet.ops import exit_score
 from cet.training import CONSISTENT, JOINT, load_windows, perturbation, split_by_person, train
 from harness import provenance

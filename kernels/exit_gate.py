@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.heads import Layout, Pool
 from cet.kernels import alignment, block_size, is_interpreted, on_device_of
 from cet.kernels.compact import SCAN_BLOCK, write_order
-from cet.policy import ScoreName
+from cet.ops.definitions import Layout, Pool, ScoreName
 
 _MAX_CLASSES = 128  # whose logits, and their block of the weight, fit in registers
 _CLASS_BLOCK = 4096  # logits whose statistics are taken at once

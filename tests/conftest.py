@@ -31,7 +31,7 @@ settings.load_profile("test")
 # In TF32, PyTorch's default for convolutions, a row's answer depends on its batch mates in the third digit.
 torch.backends.cudnn.allow_tf32 = False
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_energy_cuda.py", "test_runners_cuda.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["energy/test_energy_cuda.py", "runtime/test_runners_cuda.py"]
 pytest_plugins = ("nvml.fixtures",)
 
 Built = tuple[Family, cet.EarlyExit]

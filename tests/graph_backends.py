@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import cet
-from cet.runners import GraphRunner, RunnerName
-from cet.runners.backend import CaptureError
+from cet.runtime import GraphRunner, RunnerName
+from cet.runtime.graph_backend import CaptureError
 
 
 class FakeGraph:
@@ -125,6 +125,6 @@ class Fakes:
 def run_by(model: cet.EarlyExit, runner: RunnerName, monkeypatch: pytest.MonkeyPatch, **options: object) -> Fakes:
     """Have ``model`` run by ``runner`` on fake graphs."""
     fakes = Fakes(**options)
-    monkeypatch.setattr("cet.early_exit.runner_for", lambda device, wanted: runner)
+    monkeypatch.setattr("cet.model.early_exit.runner_for", lambda device, wanted: runner)
     monkeypatch.setattr(model, "_graphs", GraphRunner(model.exit_names, fakes))
     return fakes

@@ -32,7 +32,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_functions_stay_functions_when_their_modules_are_imported() -> None:
-    code = "import cet, cet.calibration, cet.early_exit; assert callable(cet.calibrate) and callable(cet.load)"
+    code = "import cet, cet.calibration, cet.model.early_exit; assert callable(cet.calibrate) and callable(cet.load)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cet import energy, ops, perturb
     from cet.calibration import Calibration, CalibrationReport, calibrate
-    from cet.cost import ExitCosts, exit_costs
-    from cet.early_exit import EarlyExit, ExitOutput, load
-    from cet.heads import ExitHead, HeadSpec
-    from cet.objective import ConsistentExitLoss
-    from cet.policy import ExitPolicy
-    from cet.stages import CutError, Stages
+    from cet.calibration.cost import ExitCosts, exit_costs
+    from cet.model.early_exit import EarlyExit, ExitOutput, load
+    from cet.model.heads import ExitHead, HeadSpec
+    from cet.partition.stages import CutError, Stages
+    from cet.runtime.policy import ExitPolicy
+    from cet.training.loss import ConsistentExitLoss
 
 __version__ = "0.1.0"
 
@@ -41,18 +41,18 @@ __all__ = [
 _MODULE_OF = {
     "Calibration": "calibration",
     "CalibrationReport": "calibration",
-    "ConsistentExitLoss": "objective",
-    "CutError": "stages",
-    "EarlyExit": "early_exit",
-    "ExitCosts": "cost",
-    "ExitHead": "heads",
-    "ExitOutput": "early_exit",
-    "ExitPolicy": "policy",
-    "HeadSpec": "heads",
-    "Stages": "stages",
+    "ConsistentExitLoss": "training.loss",
+    "CutError": "partition.stages",
+    "EarlyExit": "model.early_exit",
+    "ExitCosts": "calibration",
+    "ExitHead": "model.heads",
+    "ExitOutput": "model.early_exit",
+    "ExitPolicy": "runtime.policy",
+    "HeadSpec": "model.heads",
+    "Stages": "partition.stages",
     "calibrate": "calibration",
-    "exit_costs": "cost",
-    "load": "early_exit",
+    "exit_costs": "calibration",
+    "load": "model.early_exit",
 }
 
 

@@ -80,9 +80,9 @@ def _demo(
 ) -> None:
     from rich.console import Console
 
-    from cet import machine
     from cet.cli.progress import show
     from cet.demo.folder import RunFolder
+    from cet.measure import machine
 
     folder = RunFolder.create(output)
     machine.require("cet demo", NEEDED, extra="demo")

@@ -12,7 +12,7 @@ import cet
 from cet.cli.errors import debug_option
 
 if TYPE_CHECKING:
-    from cet.machine import Finding
+    from cet.measure.machine import Finding
 
 SCHEMA_VERSION = 1
 
@@ -38,7 +38,7 @@ def command(context: click.Context, form: str) -> None:
       cet doctor
       cet doctor --format json
     """
-    from cet import machine
+    from cet.measure import machine
 
     findings = {
         "backends": machine.backends(),

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from cet.cost import ExitCosts
-from cet.early_exit import EarlyExit
+from cet.calibration.cost import ExitCosts
+from cet.calibration.threshold_search import simulate
+from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
-from cet.threshold_search import simulate
 from cet.training import Windows, perturbation
 
 BATCH_SIZE = 512

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cet.checkpoint import write_atomically
+from cet.model.checkpoint import write_atomically
 
 STATE = "run.json"
 REPORT = "report.json"

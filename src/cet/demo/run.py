@@ -19,9 +19,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import cet
-from cet import machine
 from cet.calibration import calibrate
-from cet.cost import exit_costs
+from cet.calibration.cost import exit_costs
 from cet.demo import plots
 from cet.demo.energy import measure_energy
 from cet.demo.evaluation import accuracy_compute_curve, at_severity, curve_thresholds, perturbed
@@ -29,7 +28,8 @@ from cet.demo.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STAT
 from cet.demo.markdown import to_markdown
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Cost, Data, RecipeReport, Report, Speeds, Timing
 from cet.demo.timing import measure_latency, measure_throughput
-from cet.early_exit import EarlyExit
+from cet.measure import machine
+from cet.model.early_exit import EarlyExit
 from cet.training import (
     CONSISTENT,
     EXITS,

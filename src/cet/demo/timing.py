@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cet.early_exit import EarlyExit
+from cet.model.early_exit import EarlyExit
 
 Floats = npt.NDArray[np.float64]
 

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cet.batches import call, check_batch
-from cet.cost import exit_costs
-from cet.early_exit import EarlyExit
+from cet.calibration.cost import exit_costs
+from cet.data.batches import call, check_batch
 from cet.energy.measurement import Block, Measurement, Quantity, Settings
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
-from cet.inputs import copies
+from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.policy import ExitPolicy
-from cet.stages import StagedProgram, evaluating
+from cet.partition.inputs import copies
+from cet.partition.stages import StagedProgram, evaluating
+from cet.runtime.policy import ExitPolicy
 
 MIXED = "mixed"
 """The name of the workload in which the policy decides where each sample leaves."""

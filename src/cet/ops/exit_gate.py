@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cet.heads import Layout, Pool, pool_features
 from cet.ops.backend import (
     is_tracing,
     is_transforming,
@@ -25,7 +24,7 @@ from cet.ops.backend import (
     traced_backend,
     triton_kernels,
 )
-from cet.policy import SCORE_NAMES, ScoreName
+from cet.ops.definitions import SCORE_NAMES, Layout, Pool, ScoreName, pool_features
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels compute with, and the number by which they know it."""

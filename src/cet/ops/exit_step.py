@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cet.heads import Layout, Pool
 from cet.ops.backend import chosen_backend, is_tracing, kernels_for, needs_grad, runs_on_triton, triton_kernels
 from cet.ops.compact import KEPT_MEMORY, Compaction, check_rows, compact, move, split
+from cet.ops.definitions import Layout, Pool, ScoreName
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
-from cet.policy import ScoreName
 
 _MUCH_ROOM = 8
 

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cet.heads import Layout, Pool, pool_features
 from cet.ops.backend import chosen_backend, cuda_extension, runs_on_triton, triton_kernels
+from cet.ops.definitions import Layout, Pool, ScoreName, pool_features
 from cet.ops.exit_gate import DTYPES, score_reference
-from cet.policy import ScoreName
 
 RowPairs = Sequence[tuple[Tensor, Tensor]]
 

@@ -15,9 +15,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from cet.checkpoint import write_atomically
-from cet.early_exit import EarlyExit
-from cet.objective import ConsistentExitLoss
+from cet.model.checkpoint import write_atomically
+from cet.model.early_exit import EarlyExit
+from cet.training.loss import ConsistentExitLoss
 
 CHECKPOINT_KEY = "cet_training"
 

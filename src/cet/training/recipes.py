@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from cet import perturb
-from cet.early_exit import EarlyExit
-from cet.heads import HeadSpec
-from cet.objective import ConsistentExitLoss
+from cet.data.smartwatch import Split
+from cet.model.early_exit import EarlyExit
+from cet.model.heads import HeadSpec
 from cet.ops.consistent_exit_loss import Target, Teacher
 from cet.training.lightning import AtomicCheckpointIO, MultiExitTraining, ShuffledBatches, batches
+from cet.training.loss import ConsistentExitLoss
 from cet.training.sensor_net import EXITS, SensorNet
-from cet.training.smartwatch import Split
 
 CHECKPOINT = "last"
 

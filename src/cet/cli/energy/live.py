@@ -22,7 +22,7 @@ from cet.energy.domains import with_domain
 
 if TYPE_CHECKING:
     from cet.cli.energy.loading import Batch
-    from cet.early_exit import EarlyExit
+    from cet.model.early_exit import EarlyExit
 
 BAR = 24
 """Characters for all samples."""
@@ -58,7 +58,7 @@ class Traffic:
 
     def run(self, until: float) -> dict[str, int]:
         """Run at least one batch, and on until a time of the monotonic clock; how many samples left at each exit."""
-        from cet.batches import call
+        from cet.data.batches import call
 
         counts = dict.fromkeys(self._model.exit_names, 0)
         while True:

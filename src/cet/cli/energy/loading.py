@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cet
-from cet.batches import call, check_batch
 from cet.cli.energy.options import is_checkpoint
 from cet.cli.errors import LoadError, NoSuchExitError, one_sentence
+from cet.data.batches import call, check_batch
 
 Batch = tuple[Any, Tensor]
 """Inputs, a tensor, a tuple or a dict of tensors ``(B, ...)``, and labels ``(B,)`` int64."""

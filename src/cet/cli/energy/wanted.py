@@ -54,7 +54,7 @@ class Wanted:
             ModuleNotFoundError: for plots without matplotlib.
         """
         if self.plots is not None:
-            from cet import machine
+            from cet.measure import machine
 
             machine.require("--plots", ["matplotlib"], extra="demo")
         outputs = Outputs(self.output, self.prometheus, self.plots)
@@ -80,7 +80,7 @@ class Wanted:
         """For the document: what is measured, and where."""
         import torch
 
-        from cet import machine
+        from cet.measure import machine
 
         return {
             **models,

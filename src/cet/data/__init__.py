@@ -1,0 +1,1 @@
+"""Labelled batches, and the recordings of the demonstration."""

@@ -1,0 +1,1 @@
+"""Measuring: how long something takes, and on what machine."""

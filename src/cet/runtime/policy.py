@@ -1,0 +1,109 @@
+"""When a sample may leave: a score, one threshold per early exit, one temperature per exit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cet.ops.definitions import SCORE_NAMES, ScoreName
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """The rule by which samples leave.
+
+    Args:
+        score: ``"entropy"`` of the softmax in nats (a sample leaves when it is ``<= threshold``),
+            ``"confidence"``, its largest probability (``>= threshold``), or ``"margin"``, its largest
+            probability minus the second largest (``>= threshold``).
+        thresholds: one per early exit, shallow first; ``None`` closes that exit.
+        temperatures: one per exit, the final one included; logits are divided by it before the softmax
+            (Guo et al. 2017, arXiv 1706.04599). It changes scores, never the logits that are returned.
+            ``None`` means 1 everywhere.
+        survival: one per early exit, the fraction of samples that is expected to be still on its way behind it, as
+            calibration found it. It changes no answer: runners that pad batches choose by it what to pad to.
+            ``None``: nothing is known.
+
+    Raises:
+        ValueError: for an unknown score, a NaN threshold, a temperature that is not positive and finite, a survival
+            outside [0, 1], or lengths that disagree.
+    """
+
+    score: ScoreName = "entropy"
+    thresholds: tuple[float | None, ...] = ()
+    temperatures: tuple[float, ...] | None = None
+    survival: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORE_NAMES:
+            raise ValueError(f"score {self.score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
+        object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
+        if self.survival is not None:
+            object.__setattr__(self, "survival", _numbers("survival", self.survival, optional=False))
+            if len(self.survival) != len(self.thresholds):
+                raise ValueError(
+                    f"survival has {len(self.survival)} entries for {len(self.thresholds)} thresholds; give one each"
+                )
+            if not all(0 <= fraction <= 1 for fraction in self.survival):
+                raise ValueError(f"survival is {self.survival}; give fractions in [0, 1]")
+        if self.temperatures is None:
+            return
+        object.__setattr__(self, "temperatures", _numbers("temperatures", self.temperatures, optional=False))
+        for index, temperature in enumerate(self.temperatures):
+            if not 1e-30 <= temperature <= 1e30:  # what float32 can divide by
+                raise ValueError(f"temperatures[{index}] is {temperature}; give a positive, finite number")
+        if len(self.temperatures) != len(self.thresholds) + 1:
+            raise ValueError(
+                f"temperatures has {len(self.temperatures)} entries for {len(self.thresholds)} thresholds; "
+                f"give {len(self.thresholds) + 1}, one per early exit and one for the final exit"
+            )
+
+    @classmethod
+    def closed(cls, num_exits: int) -> ExitPolicy:
+        """The policy under which every sample runs through all ``num_exits`` exits."""
+        return cls(thresholds=(None,) * (num_exits - 1))
+
+    def temperature(self, exit_index: int) -> float:
+        """The temperature of one exit."""
+        return 1.0 if self.temperatures is None else self.temperatures[exit_index]
+
+    def check_num_exits(self, num_exits: int) -> None:
+        """Refuse a policy that was made for another number of exits (the final one counted)."""
+        if len(self.thresholds) != num_exits - 1:
+            raise ValueError(
+                f"policy has {len(self.thresholds)} thresholds but the model has {num_exits - 1} early exits; "
+                "give one threshold per early exit, None for a closed one"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold; ``ExitPolicy(**policy.to_dict())`` is the same policy.
+
+        JSON has no infinity, so infinite thresholds are written as the strings that ``float`` reads.
+        """
+        thresholds = [str(t) if t is not None and math.isinf(t) else t for t in self.thresholds]
+        return {
+            "score": self.score,
+            "thresholds": thresholds,
+            "temperatures": self.temperatures,
+            "survival": self.survival,
+        }
+
+
+def _numbers(name: str, values: Sequence[float | None], *, optional: bool) -> tuple[float | None, ...]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} is {values!r}; give a sequence of numbers")
+    numbers: list[float | None] = []
+    for index, value in enumerate(values):
+        if value is None and optional:
+            numbers.append(None)
+            continue
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}[{index}] is {value!r}; give a number") from None
+        if math.isnan(number):
+            raise ValueError(f"{name}[{index}] is NaN; give a number" + (" or None to close the exit" * optional))
+        numbers.append(number)
+    return tuple(numbers)

@@ -1,0 +1,384 @@
+"""`cet demo` from end to end on every eighth window: its report, its plots, its timing, and going on after a stop."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cet
+from cet.calibration.cost import exit_costs
+from cet.cli import main
+from cet.demo import run, timing
+from cet.demo.energy import measure_energy
+from cet.demo.folder import RunFolder
+from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
+from cet.demo.report import Report, at, verdict
+from cet.demo.timing import Speed, Speedup
+from cet.energy import MonotonicClock
+from cet.training import JOINT, Split, build, find_dataset, load_windows, split_by_person
+from powercap import Powercap
+
+TINY = replace(
+    run.QUICK,
+    epochs=3,
+    threads=1,
+    test_windows=128,
+    timed_batches=4,
+    timed_windows=12,
+    energy_rounds=1,
+    energy_window=0.1,
+)
+SPARSE = partial(load_windows, stride=256)
+BY_SUBPROCESS = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_demo; test_demo."
+
+
+class Recorder:
+    """Keeps what a run shows: each stage with its notes."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, list[str]] = {}
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[_Recorded]:
+        yield _Recorded(self.notes.setdefault(title, []))
+
+
+class _Recorded:
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def advance(self, done: int, total: int) -> None:
+        assert 0 <= done <= total
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def start_tiny(output: str) -> None:
+    """In a process of its own, which a test stops."""
+    run.load_windows = SPARSE
+    run.start(RunFolder.create(Path(output)), TINY, Recorder())
+
+
+def main_tiny(output: str) -> None:
+    """The same through the command line."""
+    run.load_windows = SPARSE
+    run.QUICK = TINY
+    main(["demo", "--quick", "--threads", "1", "--output", output])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sparse() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_windows", SPARSE)
+        patch.setattr(run, "QUICK", TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
+    """The folder of a finished run, and what the command printed."""
+    path = tmp_path_factory.mktemp("demo")
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+        main(["demo", "--quick", "--threads", "1", "--output", str(path)])
+    assert not stop.value.code
+    return RunFolder(path), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(finished: tuple[RunFolder, str]) -> RunFolder:
+    return finished[0]
+
+
+@pytest.fixture(scope="module")
+def report(folder: RunFolder) -> Report:
+    report: Report = json.loads((folder / "report.json").read_text())
+    return report
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return split_by_person(SPARSE(), seed=0)
+
+
+def without_timing(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in report.items() if key != "timing"}
+
+
+def check_type(value: Any, expected: Any, where: str) -> None:
+    """A JSON value against the type hints of the report."""
+    if is_typeddict(expected):
+        hints = get_type_hints(expected)
+        assert value.keys() == hints.keys(), where
+        for key, hint in hints.items():
+            check_type(value[key], hint, f"{where}.{key}")
+    elif get_origin(expected) is dict:
+        key_type, value_type = get_args(expected)
+        for key, item in value.items():
+            check_type(key, key_type, where)
+            check_type(item, value_type, f"{where}.{key}")
+    elif get_origin(expected) is list:
+        assert isinstance(value, list), where
+        assert value, where
+        for index, item in enumerate(value):
+            check_type(item, get_args(expected)[0], f"{where}[{index}]")
+    elif get_origin(expected) is Literal:
+        assert value in get_args(expected), where
+    elif expected is not Any:
+        assert isinstance(value, expected), where
+
+
+def test_report_is_what_its_types_say(report: Report) -> None:
+    check_type(report, Report, "report")
+    assert report["schema_version"] == 1
+    assert list(report["recipes"]) == ["joint", "consistent"]
+    assert report["settings"] == {**asdict(TINY), "data": None}
+    persons = report["data"]["persons"]
+    assert sorted(person for part in persons.values() for person in part) == list(range(1, 11))
+    assert report["data"]["windows"]["test"] == TINY.test_windows
+
+
+def test_report_holds_together(report: Report) -> None:
+    for recipe in report["recipes"].values():
+        full = recipe["flops"]["full"]
+        assert [row["severity"] for row in recipe["severities"]] == list(run.SEVERITIES)
+        for row in recipe["severities"]:
+            assert sum(row["early"]["exit_shares"]) == pytest.approx(1)
+            assert 0 < row["early"]["mean_flops"] <= recipe["calibration"]["exits"][-1]["cost"]
+        for condition, severity in report["conditions"].items():
+            curve, exits = recipe["curves"][condition], at(recipe, severity)["exits"]
+            assert (curve[0]["accuracy"], curve[0]["mean_flops"]) == (exits[-1]["accuracy"], full)
+            flops = [point["mean_flops"] for point in curve[1:]]
+            assert flops == sorted(flops, reverse=True)
+
+
+def test_report_agrees_with_the_models_it_stands_beside(folder: RunFolder, report: Report, split: Split) -> None:
+    test = run._some(split.test, TINY.test_windows, 0)
+    for name, recipe in report["recipes"].items():
+        model = cet.load(folder / f"{name}.safetensors", build(JOINT, split, 0).backbone)
+        assert model.policy == cet.ExitPolicy(**recipe["policy"])
+        assert recipe["flops"]["full"] == exit_costs(model).full
+        clean = at(recipe, 0.0)
+        with torch.no_grad():
+            full = (model.backbone(test.x).argmax(1) == test.y).double().mean().item()
+        rows = [model.predict(row[None]) for row in test.x]  # one by one: no batch, no compaction
+        labels = torch.cat([row.labels for row in rows])
+        exits = torch.cat([row.exit_index for row in rows]).bincount(minlength=4)
+        assert clean["exits"][-1]["accuracy"] == full
+        assert clean["early"]["accuracy"] == (labels == test.y).double().mean().item()
+        assert clean["early"]["exit_shares"] == pytest.approx((exits / len(test)).tolist())
+
+
+def test_markdown_says_what_the_figures_are_and_are_not(folder: RunFolder, report: Report) -> None:
+    text = (folder / "report.md").read_text()
+    assert SCOPE in text
+    assert "not a reproduction of its tables" in SCOPE
+    assert energy_verdict(report) in text
+    assert time_verdict(report) in text
+    early = at(report["recipes"]["consistent"], 1.0)["early"]
+    assert f"{100 * early['accuracy']:.1f} %" in text
+
+
+def test_folder_holds_the_results_and_no_leftovers(folder: RunFolder) -> None:
+    assert {path.name for path in folder.path.iterdir()} == {*folder.results(), "run.json"}
+    for name in ("accuracy.png", "exits.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_command_prints_plain_lines_with_the_figures_of_the_report(
+    finished: tuple[RunFolder, str], report: Report
+) -> None:
+    folder, out = finished
+    assert re.fullmatch(r"[\x20-\x7e\n]*", out)
+    assert "Train joint: epoch 3/3" in out
+    assert SCOPE in " ".join(out.split())
+    assert out.endswith(f"In {folder.path}: {', '.join(folder.results())}\n")
+    for name, recipe in report["recipes"].items():
+        clean = at(recipe, 0.0)
+        assert re.search(
+            rf"{name} +clean +{clean['exits'][-1]['accuracy']:.1%} +{clean['early']['accuracy']:.1%} ", out
+        )
+
+
+def test_finished_run_is_read_again_by_resume(folder: RunFolder, report: Report) -> None:
+    recorder = Recorder()
+    assert run.resume(folder, recorder) == report
+    assert recorder.notes == {}
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_figures(folder: RunFolder, report: Report, tmp_path: Path) -> None:
+    code = f"{BY_SUBPROCESS}start_tiny({str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], env=single_threaded()) as process:
+        wait_for(tmp_path / "checkpoints" / "consistent" / "last.ckpt", process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    notes = check_resumed(tmp_path, folder, report)
+    assert notes["Train joint"] == []
+    assert not any(note.startswith("epoch 1/3") for note in notes["Train consistent"])
+
+
+def test_ctrl_c_says_how_to_go_on_and_loses_nothing(folder: RunFolder, report: Report, tmp_path: Path) -> None:
+    # A shell that runs the tests in the background has its children ignore the signal.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{heed}{BY_SUBPROCESS}main_tiny({str(tmp_path)!r})"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=single_threaded(), stdout=-1, stderr=-1, text=True) as process:
+        wait_for(tmp_path / "checkpoints" / "joint" / "last.ckpt", process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == f"Interrupted; go on with: cet demo --resume --output {tmp_path}\n"
+    notes = check_resumed(tmp_path, folder, report)
+    assert not any(note.startswith("epoch 1/3") for note in notes["Train joint"])
+
+
+def check_resumed(stopped: Path, folder: RunFolder, report: Report) -> dict[str, list[str]]:
+    """Go on with a stopped run, compare it with one that was never stopped, and return what it showed."""
+    assert not (stopped / "report.json").exists()
+    recorder = Recorder()
+    run.resume(RunFolder.create(stopped), recorder)
+    assert without_timing(json.loads((stopped / "report.json").read_text())) == without_timing(report)
+    for name in ("joint.safetensors", "consistent.safetensors"):
+        assert (stopped / name).read_bytes() == (folder / name).read_bytes()
+    return recorder.notes
+
+
+def single_threaded() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"the run ended before {path} appeared"
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["cet", "torch", "recordings_sha256"])
+def test_resume_refuses_another_version_or_other_recordings(tmp_path: Path, name: str) -> None:
+    folder = RunFolder.create(tmp_path)
+    made_with = {**run._made_with(find_dataset()), name: "other"}
+    folder.write_json("run.json", {"settings": asdict(TINY), "made_with": made_with})
+    with pytest.raises(ValueError, match=f"{name} other"):
+        run.resume(folder, Recorder())
+
+
+def test_overwrite_replaces_the_run_and_spares_everything_else(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path)
+    for name in ("run.json", "report.json", "joint.safetensors", ".report.json.half", "notes.txt"):
+        (folder / name).write_text("old")
+    (folder / "checkpoints" / "joint").mkdir(parents=True)
+    folder.check_free(overwrite=True)
+    folder.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_joules_are_measured_where_there_is_a_counter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder, report: Report, split: Split
+) -> None:
+    powercap = Powercap(tmp_path)
+    powercap.zone("intel-rapl:0", "package-0")
+    monkeypatch.setenv("CET_POWERCAP_ROOT", str(tmp_path))
+    model = cet.load(folder / "consistent.safetensors", build(JOINT, split, 0).backbone)
+    stop = powercap.follow(MonotonicClock(), "intel-rapl:0", 25)
+    try:
+        joules = measure_energy(model, "consistent", split.test.x, batch_size=16, rounds=1, window=0.1, seed=0)
+    finally:
+        stop()
+    assert joules["ratio"] == pytest.approx((joules["early"] or 0) / (joules["full"] or 1))
+    assert joules["source"] == "counter"
+    assert joules["reason"] == "an interval needs 3 rounds, and this is of 1"
+    assert "short-window" in (joules["flags"] or "")
+    text = energy_verdict({**report, "timing": {**report["timing"], "joules": joules}})
+    assert text.startswith(f"Early exit of consistent takes {joules['ratio']:.2f}x the full network's energy: ")
+    assert "by the CPU's counter; flagged: " in text
+
+
+class Clocked(nn.Module):
+    """Takes a fixed number of seconds per row of a virtual clock, and notes who ran."""
+
+    def __init__(self, clock: list[float], seconds: float, log: list[float]) -> None:
+        super().__init__()
+        self.clock, self.seconds, self.log = clock, seconds, log
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock[0] += self.seconds * len(x)
+        self.log.append(self.seconds)
+        return x
+
+
+def clocked_model(monkeypatch: pytest.MonkeyPatch, *, full: float, early: float) -> tuple[Any, list[float]]:
+    """A model whose backbone takes ``full`` seconds per row and which itself takes ``early``."""
+    clock, log = [0.0], list[float]()
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    model = Clocked(clock, early, log)
+    model.backbone = Clocked(clock, full, log)
+    return model, log
+
+
+@pytest.mark.parametrize(("early", "outcome"), [(1.0, "faster"), (4.0, "slower"), (2.0, "no clear difference")])
+def test_timing_is_exact_on_a_virtual_clock(monkeypatch: pytest.MonkeyPatch, early: float, outcome: str) -> None:
+    model, _ = clocked_model(monkeypatch, full=2.0, early=early)
+    x = torch.zeros(50, 3)
+    throughput = timing.measure_throughput(model, x, batch_size=8, rounds=20, seed=0)
+    assert throughput["full"] == pytest.approx({"p20": 0.5, "p50": 0.5, "p80": 0.5})
+    assert throughput["early"]["p50"] == pytest.approx(1 / early)
+    latency = timing.measure_latency(model, x, windows=30, seed=0)
+    assert latency["early"] == pytest.approx({"p50": 1000 * early, "p90": 1000 * early})
+    for speed in (throughput, latency):
+        assert speed["speedup"] == pytest.approx({"value": 2 / early, "low": 2 / early, "high": 2 / early})
+        assert verdict(speed) == outcome
+
+
+def test_timing_is_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, log = clocked_model(monkeypatch, full=2.0, early=1.0)
+    timing.measure_latency(model, torch.zeros(60, 3), windows=50, seed=0)
+    pairs = list(zip(log[0::2], log[1::2], strict=True))[timing.WARM_UP :]
+    assert len(pairs) == 50
+    assert set(pairs) == {(1.0, 2.0), (2.0, 1.0)}
+
+
+def test_more_rows_than_there_are_make_a_smaller_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = clocked_model(monkeypatch, full=2.0, early=1.0)
+    assert timing.measure_throughput(model, torch.zeros(5, 3), batch_size=8, rounds=2, seed=0)["batch_size"] == 5
+    assert timing.measure_latency(model, torch.zeros(5, 3), windows=8, seed=0)["batches"] == 5
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (1.1, 1.2, ["Early exit was faster in every case measured."]),
+        (0.8, 0.9, ["does not pay on this machine for", "faster in no case"]),
+        (0.9, 1.1, ["no clear difference for", "faster in no case"]),
+    ],
+)
+def test_report_says_plainly_whether_it_pays(report: Report, low: float, high: float, says: Sequence[str]) -> None:
+    speed = Speed(
+        batch_size=1,
+        batches=1,
+        unit="ms",
+        full={"p50": 1.0},
+        early={"p50": 1.0},
+        speedup=Speedup(value=(low + high) / 2, low=low, high=high),
+    )
+    speeds: Any = {name: dict.fromkeys(report["conditions"], speed) for name in report["recipes"]}
+    text = time_verdict({**report, "timing": {**report["timing"], "throughput": speeds, "latency": speeds}})
+    for part in says:
+        assert part in text

@@ -1,0 +1,154 @@
+"""The exit step on padded batches, against loops over the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cet import ops
+from cet.ops.definitions import SCORE_NAMES, ScoreName
+from cet.ops.padded import move_rows, padded_exit_gate, padded_gate
+
+NAN, INF = float("nan"), float("inf")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def int32(values: object, device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+@on_devices
+def test_order_by_example(device: str) -> None:
+    sure, unsure, lost = [9.0, 0.0], [0.1, 0.0], [NAN, 0.0]
+    logits = torch.tensor([unsure, sure, lost, sure, unsure, sure], device=device)
+    staying = int32(-1, device)
+    decision = torch.tensor([0.9, 1.0], device=device)
+    scores, order = padded_gate(logits, decision, int32(5, device), staying, score="confidence")
+    assert order.tolist() == [0, 2, 4, 1, 3, 5]
+    assert order.dtype is torch.int32
+    assert staying.item() == 3
+    assert scores.dtype is torch.float32
+
+
+@on_devices
+@given(
+    rows=st.integers(1, 300),
+    classes=st.sampled_from([2, 7, 33]),
+    real=st.floats(0, 1),
+    quantile=st.floats(0, 1),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    score=st.sampled_from(SCORE_NAMES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_padded_batch_is_gated_as_its_real_rows_are(
+    device: str,
+    rows: int,
+    classes: int,
+    real: float,
+    quantile: float,
+    temperature: float,
+    score: ScoreName,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    features = torch.randn(rows, 6, 5).to(dtype)
+    features[torch.rand(rows) < 0.1] = NAN
+    weight, bias = torch.randn(classes, 6).to(dtype), torch.randn(classes).to(dtype)
+    features, weight, bias = (tensor.to(device) for tensor in (features, weight, bias))
+    count = round(real * rows)
+    with ops.use_backend("reference"):
+        scores = ops.exit_gate(features, weight, bias, threshold=0.0, score=score, temperature=temperature)[1]
+        ascending = scores.nan_to_num(0).sort().values
+        place = round(quantile * (rows - 1))
+        threshold = float(ascending[place : place + 2].mean())  # between two rows, where rounding decides nothing
+        leaves = ops.exit_gate(features, weight, bias, threshold=threshold, score=score, temperature=temperature)[2]
+    staying = int32(-1, device)
+    decision = torch.tensor([threshold, temperature], device=device)
+    logits, got, order = padded_exit_gate(
+        features,
+        weight,
+        bias,
+        decision,
+        int32(count, device),
+        staying,
+        layout="channels_first",
+        pool="mean",
+        score=score,
+    )
+    on_the_edge = (scores - threshold).abs() < 1e-5
+    if on_the_edge[:count].any():
+        return
+    flags = leaves[:count].tolist()
+    stay, leave = ([row for row in range(count) if flags[row] is flag] for flag in (False, True))
+    assert order.tolist() == [*stay, *leave, *range(count, rows)]
+    assert staying.item() == len(stay)
+    torch.testing.assert_close(got[:count], scores[:count], rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert logits.dtype is dtype
+    assert logits.shape == (rows, classes)
+
+
+LAYOUTS = {
+    "vectors": lambda rows: torch.randn(rows, 12),
+    "odd": lambda rows: torch.randn(rows, 7).half(),
+    "bytes": lambda rows: torch.randint(0, 99, (rows, 5), dtype=torch.uint8),
+    "flags": lambda rows: torch.rand(rows) < 0.5,
+    "long": lambda rows: torch.randint(0, 9, (rows, 2, 3)),
+    "wide": lambda rows: torch.randn(rows, 1100).bfloat16(),
+    "channels_last": lambda rows: torch.randn(rows, 4, 3, 2).to(memory_format=torch.channels_last),
+    "one_for_all": lambda rows: torch.randn(3).expand(rows, 3),
+    "within": lambda rows: torch.randn(rows, 9)[:, 1:5],
+    "empty": lambda rows: torch.randn(rows, 0),
+}
+
+
+def poisoned_like(source: Tensor, rows: int) -> Tensor:
+    dense = torch.empty_like(source[:1].clone().expand(rows, *source.shape[1:]).clone(memory_format=_format(source)))
+    return dense.fill_(77) if source.dtype is not torch.bool else dense.fill_(True)
+
+
+def _format(source: Tensor) -> torch.memory_format:
+    plain = source.ndim != 4
+    return torch.contiguous_format if plain else torch.channels_last
+
+
+@on_devices
+@given(
+    rows=st.integers(1, 70),
+    batch=st.integers(0, 30),
+    real=st.floats(0, 1),
+    going_on=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_move_where_they_belong_and_nothing_else_is_written(
+    device: str, rows: int, batch: int, real: float, going_on: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    count = round(real * rows)
+    staying = round(going_on * count)
+    order = torch.cat([torch.randperm(count), torch.arange(count, rows)])
+    capacity = rows + batch
+    positions = torch.cat([torch.randperm(capacity)[:count], torch.randint(0, capacity, (rows - count,))])
+    sources = [make(rows).to(device) for make in LAYOUTS.values()]
+    stay = [(source, poisoned_like(source, capacity)) for source in sources]
+    leave = [(source, poisoned_like(source, capacity)) for source in sources]
+    expected_stay, expected_leave = ([target.clone() for _, target in pairs] for pairs in (stay, leave))
+    before = [source.clone() for source in sources]
+    for index, source in enumerate(sources):
+        for j in range(count):
+            if j < staying:
+                expected_stay[index][j] = source[order[j]]
+            else:
+                expected_leave[index][positions[order[j]]] = source[order[j]]
+
+    on_device = [tensor.int().to(device) for tensor in (order, positions, torch.tensor(staying), torch.tensor(count))]
+    move_rows(*on_device, stay, leave)
+
+    for (_, target), expected in zip([*stay, *leave], [*expected_stay, *expected_leave], strict=True):
+        assert torch.equal(target, expected)
+    assert all(torch.equal(source, copy) for source, copy in zip(sources, before, strict=True))

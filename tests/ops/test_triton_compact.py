@@ -1,0 +1,119 @@
+"""Compaction on Triton: the tests of every backend, and the moves that only padded batches make."""
+
+from __future__ import annotations
+
+import pytest
+import test_compact
+import torch
+from test_compact import (  # noqa: F401
+    DTYPES,
+    LAYOUTS,
+    assert_compacted,
+    numbered,
+    same_bits,
+    test_any_dtype_in_one_call,
+    test_any_shape_and_strides,
+    test_compiled_calls_give_the_same,
+    test_gradients_flow_through_the_rows_that_stay,
+    test_the_custom_operators_keep_their_promises,
+    test_the_same_tensor_twice_and_views_of_one,
+    test_what_could_be_viewed_can_still_be_viewed,
+)
+from torch import Tensor
+
+from cet import ops
+from cet.kernels import compact
+from cet.ops.padded import move_rows
+from conftest import triton_backend as backend  # noqa: F401
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 17, 1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("which", ["none", "all", "half", "but one"])
+def test_rows_that_stay_keep_their_order(backend: str, rows: int, which: str) -> None:  # noqa: F811
+    test_compact.test_rows_that_stay_keep_their_order(backend, rows, which)
+
+
+def on_default_device(tensor: Tensor) -> Tensor:
+    """Copied with its strides."""
+    storage = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage())
+    copy = storage.to(torch.get_default_device())
+    return copy.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_stays_what_it_is(backend: str, name: str) -> None:  # noqa: F811
+    tensor, dim = LAYOUTS[name]
+    tensor = on_default_device(tensor)
+    leaves = torch.rand(30) < 0.5
+    assert_compacted(leaves, [tensor], [dim])
+    moved = ops.compact(leaves, [tensor], [dim]).tensors[0]
+    with ops.use_backend("reference"):
+        assert moved.stride() == ops.compact(leaves, [tensor], [dim]).tensors[0].stride()
+
+
+def test_more_tensors_than_a_launch_takes(backend: str) -> None:  # noqa: F811
+    assert_compacted(torch.rand(40) < 0.5, [numbered(40, 1 + i) for i in range(19)])
+
+
+def test_rows_longer_than_a_tile(backend: str) -> None:  # noqa: F811
+    x = numbered(5, 2, 5003)
+    assert_compacted(torch.tensor([False, True, False, False, True]), [x, x[:, 1], x[:, :, 1:5001]])
+
+
+def test_nothing_is_written_behind_the_rows_that_stay(backend: str) -> None:  # noqa: F811
+    leaves = torch.tensor([False, True, False, True, True])
+    order, staying = torch.full((7,), -7), torch.tensor(-7)
+    compact.partition_into(leaves, order, staying)
+    assert order.tolist() == [0, 2, 1, 3, 4, -7, -7]
+    assert staying.item() == 2
+    for columns in (1, 3, 16, 257):
+        source, target = torch.randn(5, columns), torch.full((5, columns), -1.0)
+        compact.move_rows(order[:5], order[:5], staying, staying, [(source, target)], [])
+        assert torch.equal(target[:2], source[[0, 2]])
+        assert (target[2:] == -1).all()
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_put_rows_writes_where_they_belong(
+    backend: str,  # noqa: F811
+    with_positions: bool,
+    dtype: torch.dtype,
+) -> None:
+    positions = torch.tensor([7, 0, 3, 5]) if with_positions else None
+    rows, output = numbered(4, 3, dtype=dtype), torch.zeros(8, 3, dtype=dtype)
+    ops.put_rows(output, rows, torch.tensor([1, 3]), positions)
+    at = [0, 5] if with_positions else [1, 3]
+    assert same_bits(output[at], rows[[1, 3]])
+    assert same_bits(output[[row for row in range(8) if row not in at]], torch.zeros(6, 3, dtype=dtype))
+
+
+def ones_for(rows: int, source: Tensor) -> Tensor:
+    """Laid out as the source."""
+    target = torch.ones(rows, *source.shape[1:], dtype=source.dtype)
+    return target.to(memory_format=torch.channels_last) if source.ndim == 4 else target
+
+
+@pytest.mark.parametrize(("staying", "count"), [(0, 0), (0, 30), (30, 30), (9, 30), (9, 21), (0, 7), (7, 7)])
+def test_padded_rows_go_on_or_home(backend: str, staying: int, count: int) -> None:  # noqa: F811
+    order = torch.cat([torch.randperm(count), torch.arange(count, 30)]).int()
+    positions = torch.randperm(50)[:30].int()
+    sources = [
+        torch.randn(30, 12),
+        torch.randn(30, 7).half(),
+        torch.randint(0, 99, (30, 5), dtype=torch.uint8),
+        torch.rand(30) < 0.5,
+        torch.randn(30, 4, 3, 2).to(memory_format=torch.channels_last),
+        torch.randn(3).expand(30, 3),
+        torch.randn(30, 9)[:, 1:5],
+        torch.randn(30, 0),
+    ]
+    stay, leave = ([(x, ones_for(50, x)) for x in sources] for _ in range(2))
+    wanted = [[target.clone() for _, target in pairs] for pairs in (stay, leave)]
+    for x, kept, put in zip(sources, *wanted, strict=True):
+        kept[:staying] = x[order[:staying]]
+        put[positions[order[staying:count]]] = x[order[staying:count]]
+    move_rows(order, positions, torch.tensor(staying).int(), torch.tensor(count).int(), stay, leave)
+    for pairs, targets in zip((stay, leave), wanted, strict=True):
+        for (_, target), expected in zip(pairs, targets, strict=True):
+            assert same_bits(target, expected)

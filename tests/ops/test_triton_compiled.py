@@ -1,0 +1,99 @@
+"""What the compiler makes of every Triton kernel, in every path, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CAPABILITIES = (80, 90, 100)
+ROW_COPIES = ["row copy", "row copy, channels last", "row copy, padded"]
+
+
+@pytest.fixture(scope="module")
+def every_kernel() -> list[dict[str, Any]]:
+    """For all of the capabilities; in a process of its own, because Triton may interpret in this one."""
+    script = Path(__file__).parents[1] / "compile_triton.py"
+    command = [sys.executable, script, *map(str, CAPABILITIES)]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def kernels(request: pytest.FixtureRequest, every_kernel: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    compiled = [kernel for kernel in every_kernel if kernel["capability"] == request.param]
+    print(f"\nsm_{request.param:<24} {'kernel':<30} registers  shared bytes  warps")
+    for k in compiled:
+        print(f"{k['case']:<27} {k['kernel']:<30} {k['registers']:>9} {k['shared']:>13} {k['warps']:>6}")
+    return compiled
+
+
+def test_nothing_is_spilled(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["local"] == 0, kernel["case"]
+        assert not [name for name in kernel["instructions"] if name[:3] in ("LDL", "STL")], kernel["case"]
+        assert kernel["registers"] * 32 * kernel["warps"] <= 2**15, f"{kernel['case']}: not even two programs at a time"
+
+
+def wide(kernel: dict[str, Any]) -> dict[str, int]:
+    """How many loads from and stores to global memory are of 16 bytes."""
+    counts = kernel["instructions"].items()
+    return {kind: sum(n for name, n in counts if name.startswith(kind) and ".128" in name) for kind in ("LDG", "STG")}
+
+
+def test_rows_are_copied_16_bytes_at_a_time(kernels: list[dict[str, Any]]) -> None:
+    copies = {kernel["case"]: kernel for kernel in kernels if kernel["kernel"] == "move_rows_kernel"}
+    for case in ROW_COPIES:
+        moves = 2 if case == "row copy, padded" else 1
+        assert wide(copies[case]) == {"LDG": 8 * moves, "STG": 8 * moves}, "eight independent loads in flight"
+        others = [
+            n for name, n in copies[case]["instructions"].items() if name.startswith("STG") and ".128" not in name
+        ]
+        assert not others, case
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel", "loads"),
+    [
+        ("sensor rows", "exit_gate_kernel", 8),
+        ("tokens", "exit_gate_kernel", 4),
+        ("one long recording", "pool_kernel", 4),
+        ("1000 classes", "gate_kernel", 1),
+        ("loss, 1000 classes", "consistent_exit_loss_kernel", 3),
+    ],
+)
+def test_features_and_logits_are_read_16_bytes_at_a_time(
+    kernels: list[dict[str, Any]], case: str, kernel: str, loads: int
+) -> None:
+    (found,) = [k for k in kernels if k["case"] == case and k["kernel"] == kernel]
+    assert wide(found)["LDG"] >= loads
+
+
+def test_another_number_of_rows_compiles_nothing(kernels: list[dict[str, Any]]) -> None:
+    """Each case was launched with two."""
+    compiled = [(kernel["case"], kernel["kernel"]) for kernel in kernels]
+    assert len(compiled) == len(set(compiled))
+
+
+def test_the_last_program_sees_what_the_others_wrote(kernels: list[dict[str, Any]]) -> None:
+    """A barrier, then one thread's addition that releases and acquires; and no load through the read-only cache."""
+    ordered = [kernel for kernel in kernels if "atom" in kernel["ptx"]]
+    assert {kernel["kernel"] for kernel in ordered} == {
+        "exit_gate_kernel",
+        "head_kernel",
+        "gate_kernel",
+        "consistent_exit_loss_kernel",
+    }
+    for kernel in ordered:
+        before, _, after = kernel["ptx"].partition("atom.")
+        assert re.match(r"(global\.)?(gpu\.acq_rel|acq_rel\.gpu)", after), after[:80]
+        last_stored = before.rindex("st.global")
+        assert re.search(r"bar(rier)?\.(warp\.)?sync", before[last_stored:]), kernel["case"]
+        assert "ld.global.nc" not in kernel["ptx"]
