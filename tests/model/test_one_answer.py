@@ -90,6 +90,20 @@ class Sines(Block):
         return torch.sin(3 * h)
 
 
+class Convolutions(nn.Module):
+    """Features that heads pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv1d(3, WIDTH, 3, padding=1), nn.Tanh())
+        self.b = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.Tanh())
+        self.c = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.Tanh())
+        self.top = nn.Linear(WIDTH, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(self.c(self.b(self.a(x))).mean(2))
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +169,11 @@ def parametrized_twice(block: Block) -> None:
     parametrized(block)
 
 
+def normed_weights(block: Block) -> None:
+    parametrizations.weight_norm(block.layer)
+    block.layer.parametrizations.weight.original0.data.mul_(3)
+
+
 CHANGES: dict[str, Callable[[Block], Any]] = {
     "a forward hook": lambda b: b.layer.register_forward_hook(twice),
     "a forward hook on the whole block": lambda b: b.register_forward_hook(twice),
@@ -202,9 +221,9 @@ CHANGES: dict[str, Callable[[Block], Any]] = {
     "two submodules exchanged": lambda b: b._modules.update(layer=b.sequence[0], sequence=nn.Sequential(b.layer)),
     "a parametrization": parametrized,
     "two parametrizations": parametrized_twice,
-    "weight norm": lambda b: parametrizations.weight_norm(b.layer),
+    "weight norm": normed_weights,
     "spectral norm": lambda b: parametrizations.spectral_norm(b.layer),
-    "weight norm by hooks": lambda b: torch.nn.utils.weight_norm(b.layer),
+    "weight norm by hooks": lambda b: torch.nn.utils.weight_norm(b.layer).weight_g.data.mul_(3),
     "pruning": lambda b: prune.l1_unstructured(b.layer, "weight", 0.5),
     "dropout of a submodule that trains": lambda b: (b.sequence.append(b.drop), b.drop.train()),
 }
@@ -218,14 +237,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("where", ["a", "c"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_after_the_first_call_shows_in_the_next(name: str, where: str) -> None:
+def test_a_change_after_the_first_call_shows_in_the_next(name: str) -> None:
+    """In the stage before the first exit and in the one behind the last."""
     model, x = build(), R(ROWS, WIDTH)
     before = assert_answers_of_eager_backbone(model, x)
-    CHANGES[name](model.backbone.get_submodule(where))
+    for where in ("a", "c"):
+        CHANGES[name](model.backbone.get_submodule(where))
     after = assert_answers_of_eager_backbone(model, x)
-    assert not torch.allclose(before[-1], after[-1], atol=1e-3), "the change changes nothing, so that the test is void"
+    for k in (0, -1):
+        assert not torch.allclose(before[k], after[k], atol=1e-3), "the change changes nothing: the test is void"
     assert model.check(x) is None
 
 
@@ -312,21 +333,10 @@ CONV_CHANGES: dict[str, Callable[[nn.Conv1d], Any]] = {
 
 @pytest.mark.parametrize("name", CONV_CHANGES)
 def test_an_attribute_of_a_convolution_shows_in_the_next_call(name: str) -> None:
-    class Convolutions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Conv1d(3, 6, 3, padding=1)
-            self.b = nn.Conv1d(6, 6, 3, padding=1)
-            self.c = nn.Conv1d(6, 6, 3, padding=1)
-            self.top = nn.Linear(6, K)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.top(torch.relu(self.c(torch.relu(self.b(torch.relu(self.a(x)))))).mean(2))
-
     model, x = cet.EarlyExit(Convolutions().eval(), ["a", "b"], (R(4, 3, 16),)).eval(), R(ROWS, 3, 16)
     for where in ("a", "c"):
         assert_answers_of_eager_backbone(model, x)
-        CONV_CHANGES[name](model.backbone.get_submodule(where))
+        CONV_CHANGES[name](model.backbone.get_submodule(where)[0])
         assert_answers_of_eager_backbone(model, x)
     assert model.check(x) is None
 
@@ -461,7 +471,7 @@ HEAD_CHANGES: dict[str, Callable[[cet.EarlyExit], Any]] = {
     "a layer without bias": lambda m: setattr(m.heads[0].linear, "bias", None),
     "a parametrization": lambda m: parametrize.register_parametrization(m.heads[0].linear, "weight", Doubled()),
     "pruning": lambda m: prune.l1_unstructured(m.heads[0].linear, "weight", 0.5),
-    "weight norm by hooks": lambda m: torch.nn.utils.weight_norm(m.heads[0].linear),
+    "weight norm by hooks": lambda m: torch.nn.utils.weight_norm(m.heads[0].linear).weight_g.data.mul_(3),
     "a hidden layer": lambda m: setattr(m.heads[0], "hidden", nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())),
     "a norm": lambda m: setattr(m.heads[0], "norm", nn.LayerNorm(WIDTH)),
     "weights in place": lambda m: m.heads[0].linear.weight.data.mul_(3),
@@ -517,14 +527,14 @@ class LoraLinear(nn.Module):
 
 
 ADAPTER_STEPS: dict[str, Callable[[LoraLinear], Any]] = {
-    "scaling": lambda l: l.scaling.update(one=5.0),
-    "disabled": lambda l: setattr(l, "_disable_adapters", True),
-    "enabled": lambda l: setattr(l, "_disable_adapters", False),
-    "another adapter": lambda l: setattr(l, "_active_adapter", ["two"]),
-    "both adapters, in place": lambda l: l._active_adapter.append("one"),
-    "merged": lambda l: l.merge(),
-    "unmerged": lambda l: l.unmerge(),
-    "trained": lambda l: l.lora_B["two"].weight.data.add_(0.3),
+    "scaling": lambda lora: lora.scaling.update(one=5.0),
+    "disabled": lambda lora: setattr(lora, "_disable_adapters", True),
+    "enabled": lambda lora: setattr(lora, "_disable_adapters", False),
+    "another adapter": lambda lora: setattr(lora, "_active_adapter", ["two"]),
+    "both adapters, in place": lambda lora: lora._active_adapter.append("one"),
+    "merged": lambda lora: lora.merge(),
+    "unmerged": lambda lora: lora.unmerge(),
+    "trained": lambda lora: lora.lora_B["two"].weight.data.add_(0.3),
 }
 
 
@@ -728,12 +738,12 @@ def test_a_backbone_that_ends_in_a_softmax_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backbone_that_returns_a_functional_softmax_is_refused(dtype: torch.dtype) -> None:
-    class Probabilities(Net):
+    class Probabilities(Convolutions):
         def forward(self, x: Tensor) -> Tensor:
             return torch.softmax(super().forward(x), -1)
 
     with pytest.raises(ValueError, match=r"(?i)softmax.*logits"):
-        cet.EarlyExit(Probabilities().to(dtype), ["a"], (R(4, WIDTH, dtype=dtype),))
+        cet.EarlyExit(Probabilities().to(dtype), ["a"], (R(4, 3, 20, dtype=dtype),))
 
 
 def test_a_backbone_that_ends_in_a_log_softmax_is_fine() -> None:
@@ -742,9 +752,9 @@ def test_a_backbone_that_ends_in_a_log_softmax_is_fine() -> None:
     assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
 
 
-def test_logits_that_happen_to_lie_between_0_and_1_are_fine() -> None:
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, K), nn.Sigmoid()).eval()
-    cet.EarlyExit(nn.Sequential(*net[:3], nn.Hardtanh(0, 1)).eval(), ["0"], (R(4, WIDTH),))
+def test_logits_that_lie_between_0_and_1_but_do_not_add_up_to_1_are_fine() -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, K), nn.Hardtanh(0, 1)).eval()
+    assert_answers_of_eager_backbone(cet.EarlyExit(net, ["0"], (R(4, WIDTH),)).eval(), R(ROWS, WIDTH))
 
 
 # ---- dtype, device, copies ------------------------------------------------------------------------------------------
@@ -876,40 +886,43 @@ def test_check_agrees_on_values_that_are_not_finite() -> None:
     assert model.check(x) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("change", [None, "a forward hook"])
-def test_rows_leave_where_calibration_said_that_they_would(dtype: torch.dtype, change: str | None) -> None:
-    """At the thresholds themselves: calibration puts them where scores are, not where gaps are."""
-    model = (
-        build(Net().to(dtype))
-        if dtype == torch.float32
-        else cet.EarlyExit(Net().to(dtype).eval(), ["a", "b"], (R(4, WIDTH, dtype=dtype),)).eval()
-    )
-    x, y = R(256, WIDTH, dtype=dtype), torch.randint(K, (256,))
+@pytest.mark.parametrize(
+    ("dtype", "exits"), [(torch.bfloat16, ["a"]), (torch.float32, ["a"]), (torch.float32, ["a", "b"])]
+)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])
+def test_rows_leave_where_calibration_found_that_they_would(
+    dtype: torch.dtype, exits: list[str], hooked: bool, score: Any
+) -> None:
+    """Thresholds are put where scores are, so that any other way to compute these shows."""
+    net = Convolutions().to(dtype).eval()
+    model = cet.EarlyExit(net, exits, (R(4, 3, 20, dtype=dtype),)).eval()
+    x, y = R(256, 3, 20, dtype=dtype), torch.randint(K, (256,))
     model.predict(x[:8])
-    if change is not None:
-        CHANGES[change](model.backbone.c)
-        CHANGES[change](model.backbone.a)
-    for score in ("entropy", "confidence", "margin"):
-        found = cet.calibrate(model, list(zip(x.split(64), y.split(64), strict=True)), 0.3, score=score)
-        model.policy = found.policy
-        assert any(threshold is not None for threshold in found.policy.thresholds)
-        for rows in (64, 16):
-            exits = torch.cat([model.predict(part).exit_index for part in x.split(rows)])
-            shares = torch.bincount(exits, minlength=3).double() / len(x)
-            assert [row.fraction for row in found.report.exits] == shares.tolist()
+    if hooked:
+        net.a.register_forward_hook(twice)
+    found = cet.calibrate(model, list(zip(x.split(64), y.split(64), strict=True)), 0.3, score=score)
+    model.policy = found.policy
+    assert any(threshold is not None for threshold in found.policy.thresholds)
+    leaving = torch.cat([model.predict(part).exit_index for part in x.split(64)])
+    shares = torch.bincount(leaving, minlength=len(exits) + 1).double() / len(x)
+    assert [row.fraction for row in found.report.exits] == shares.tolist()
 
 
-@pytest.mark.parametrize("threshold_of", range(6))
-def test_a_policy_at_the_very_score_of_a_row_lets_that_row_leave(threshold_of: int) -> None:
-    """In bfloat16, with the score that ``predict`` gave the row."""
-    model = cet.EarlyExit(Net().bfloat16().eval(), ["a", "b"], (R(4, WIDTH, dtype=torch.bfloat16),)).eval()
-    x = R(ROWS, WIDTH, dtype=torch.bfloat16)
-    model.policy = cet.ExitPolicy("confidence", (0.0, None))
-    score = model.predict(x).score[threshold_of].item()
-    model.policy = cet.ExitPolicy("confidence", (score, None))
-    assert model.predict(x).exit_index[threshold_of] == 0
-    assert model.predict(x[threshold_of : threshold_of + 1]).exit_index.tolist() == [0]
+@pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_scores_of_predict_are_those_of_exit_logits_to_the_bit(dtype: torch.dtype, score: Any) -> None:
+    """Calibration reads the one and ``predict`` decides by the other."""
+    model = cet.EarlyExit(Convolutions().to(dtype).eval(), ["a", "b"], (R(4, 3, 20, dtype=dtype),)).eval()
+    x = R(64, 3, 20, dtype=dtype)
+    for k in range(2):
+        model.policy = cet.ExitPolicy(
+            score, tuple((0.0 if score != "entropy" else 9.0) if i == k else None for i in (0, 1))
+        )
+        got = model.predict(x)
+        assert got.exit_index.tolist() == [k] * 64
+        with torch.no_grad():
+            assert torch.equal(got.score, cet.ops.exit_score(model.exit_logits(x)[k], score))
 
 
 def test_the_uncut_answer_is_that_of_the_heads_as_they_are() -> None:
