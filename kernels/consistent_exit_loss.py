@@ -11,7 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from cet.kernels import alignment, block_size, on_device_of
-from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches, refuse_second_derivative
+from cet.ops.consistent_exit_loss import (
+    HALF_GRADIENT_SCALE,
+    UNLABELLED,
+    ExitLosses,
+    Switches,
+    refuse_second_derivative,
+)
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 256  # logits of a program, where a row has fewer
@@ -19,6 +25,7 @@ _BLOCK = 1024
 _SUM_BLOCK = 256
 
 _UNLABELLED = tl.constexpr(UNLABELLED)
+_HALF_GRADIENT_SCALE = tl.constexpr(HALF_GRADIENT_SCALE)
 
 
 @triton.jit
@@ -90,6 +97,16 @@ def softmax_of_rows(
 def log_normalizer(softmax):
     """What is subtracted from logits for log-probabilities."""
     return (softmax[0] + tl.log(softmax[2]))[:, None]
+
+
+@triton.jit
+def store_gradient(grad_ptr, o_grad, b_difference, b_factor, scale, mask):
+    """Differences of probabilities ``(ROWS, K)`` times a factor per row and a scale: in float16, where small gradients
+    would be lost, always the same one, and :func:`scale_kernel` does the rest."""
+    if grad_ptr.dtype.element_ty == tl.float16:
+        scale = _HALF_GRADIENT_SCALE
+    b_grad = b_difference * (b_factor * scale)[:, None]
+    tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -197,15 +214,15 @@ def consistent_exit_loss_kernel(
         o_grad = o_row[:, None] * CLASSES + o_class[None, :]
         if perturbed_grad_ptrs is not None:
             b_share = tl.exp(b_student - student[0][:, None]) / student[2][:, None]
-            b_grad = (b_share - b_target) * (b_confident * (weight * consistency_weight / rows))[:, None]
             grad_ptr = pick(perturbed_grad_ptrs, i_exit, EXITS)
-            tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            scale = weight * consistency_weight / rows
+            store_gradient(grad_ptr, o_grad, b_share - b_target, b_confident, scale, mask)
         if clean_grad_ptrs is not None:
             b_share = tl.exp(b_clean - clean[0][:, None]) / clean[2][:, None]
-            b_grad = (b_share - b_is_label.to(tl.float32)) * (b_one * (weight / labelled))[:, None]
-            b_grad = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_grad)
+            b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_share - b_is_label.to(tl.float32))
+            b_factor = tl.where(b_label == _UNLABELLED, 1.0, b_one)
             grad_ptr = pick(clean_grad_ptrs, i_exit, EXITS)
-            tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            store_gradient(grad_ptr, o_grad, b_difference, b_factor, weight / labelled, mask)
 
     b_supervised = b_one * (clean[0] + tl.log(clean[2]) - b_label_logit)
     b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
@@ -230,11 +247,22 @@ def consistent_exit_loss_kernel(
 
 
 @triton.jit
-def scale_kernel(gradient_ptrs, scale_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiplies gradients by a scale in place; mostly it is 1, and nothing is read or written."""
+def scale_kernel(
+    gradient_ptrs, factors, scale_ptr, labelled_ptr, size, CLEAN: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Multiplies gradients in place, of which the first ``CLEAN`` are those of clean logits.
+
+    Mostly the scale is 1, and nothing is read or written. In float16 each gradient has a factor too, and those of the
+    clean logits are divided by the number of labelled rows.
+    """
     scale = tl.load(scale_ptr).to(tl.float32)
+    i_gradient = tl.program_id(0) % COUNT
+    if factors is not None:
+        scale *= pick(factors, i_gradient, COUNT)
+        if i_gradient < CLEAN:
+            scale /= tl.maximum(tl.load(labelled_ptr), 1).to(tl.float32)
     if scale != 1.0:
-        gradient_ptr = pick(gradient_ptrs, tl.program_id(0) % COUNT, COUNT)
+        gradient_ptr = pick(gradient_ptrs, i_gradient, COUNT)
         o_entry = (tl.program_id(0) // COUNT).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         b_gradient = tl.load(gradient_ptr + o_entry, mask=o_entry < size).to(tl.float32) * scale
         tl.store(gradient_ptr + o_entry, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_entry < size)
@@ -244,9 +272,15 @@ Gradients = tuple[list[Tensor] | None, list[Tensor] | None]
 
 
 def consistent_exit_loss_into(
-    logits: Sequence[Tensor], labels: Tensor, switches: Switches, losses: ExitLosses, gradients: Gradients
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    switches: Switches,
+    losses: ExitLosses,
+    gradients: Gradients,
+    work: Tensor,
 ) -> None:
-    """``gradients`` are those of the clean and of the perturbed logits, contiguous; None where they are not wanted."""
+    """``gradients`` are those of the clean and of the perturbed logits, contiguous; None where they are not wanted. Of
+    ``work``, ``(2,)`` int32, the first entry becomes the number of labelled rows."""
     logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
     exits, (rows, classes) = len(logits) // 2, logits[0].shape
     block_k = block_size(classes, _CLASS_BLOCK if classes <= _CLASS_BLOCK else _CLASS_BLOCK // 2)
@@ -256,7 +290,6 @@ def consistent_exit_loss_into(
     clean_grad, perturbed_grad = (None if group is None else tuple(group) for group in gradients)
     strides = [x.stride(0) for x in logits]
     partials = losses.loss.new_empty(3, exits, blocks)
-    work = labels.new_empty(2, dtype=torch.int32)
     labels = labels.contiguous()
     with on_device_of(labels):
         count_labelled_kernel[(1,)](labels, work, rows, BLOCK=_BLOCK)
@@ -289,8 +322,9 @@ def consistent_exit_loss_into(
 
 def losses_and_gradients(
     logits: Sequence[Tensor], labels: Tensor, switches: Switches, wanted: Sequence[bool]
-) -> tuple[ExitLosses, list[Tensor | None]]:
-    """The losses, and the gradients of the loss, of the clean logits where any is wanted, and so of the perturbed."""
+) -> tuple[ExitLosses, list[Tensor | None], Tensor]:
+    """The losses; the gradients of the loss, of the clean logits where any is wanted, and so of the perturbed, not yet
+    scaled in float16; the number of labelled rows, the first entry of an int32 tensor."""
     exits = len(switches.exit_weights)
     loss = logits[0].new_empty((), dtype=torch.float32)
     losses = ExitLosses(loss, *(loss.new_empty(exits) for _ in range(3)))
@@ -300,15 +334,29 @@ def losses_and_gradients(
         [x.new_empty(x.shape) for x in logits[group]] if any(wanted[group]) else None
         for group in (slice(exits), slice(exits, None))
     )
-    consistent_exit_loss_into(logits, labels, switches, losses, (clean, perturbed))
-    return losses, [*(clean or [None] * exits), *(perturbed or [None] * exits)]
+    work = labels.new_empty(2, dtype=torch.int32)
+    consistent_exit_loss_into(logits, labels, switches, losses, (clean, perturbed), work)
+    return losses, [*(clean or [None] * exits), *(perturbed or [None] * exits)], work
 
 
-def scale_into(gradients: Sequence[Tensor], scale: Tensor) -> None:
-    size = gradients[0].numel()
+def scale_into(gradients: Sequence[Tensor | None], scale: Tensor, switches: Switches, labelled: Tensor) -> None:
+    """Make gradients of the loss those of ``scale`` times the loss, in place."""
+    exits = len(gradients) // 2
+    given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
+    size, factors = given[0][1].numel(), None
+    if given[0][1].dtype is torch.float16:
+        supervised, consistency = switches.half_factors(len(given[0][1]))
+        factors = tuple(([*supervised, *consistency])[i] for i, _ in given)
     with on_device_of(scale):
-        scale_kernel[(triton.cdiv(size, _BLOCK) * len(gradients),)](
-            tuple(gradients), scale, size, COUNT=len(gradients), BLOCK=_BLOCK
+        scale_kernel[(triton.cdiv(size, _BLOCK) * len(given),)](
+            tuple(gradient for _, gradient in given),
+            factors,
+            scale,
+            labelled,
+            size,
+            CLEAN=sum(i < exits for i, _ in given),
+            COUNT=len(given),
+            BLOCK=_BLOCK,
         )
 
 
@@ -318,8 +366,8 @@ class ConsistentExitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, labels: Tensor, switches: Switches, *logits: Tensor) -> ExitLosses:
         ctx.wanted, ctx.switches = ctx.needs_input_grad[2:], switches
-        losses, ctx.gradients = losses_and_gradients(logits, labels, switches, ctx.wanted)
-        ctx.save_for_backward(labels, *logits)
+        losses, ctx.gradients, labelled = losses_and_gradients(logits, labels, switches, ctx.wanted)
+        ctx.save_for_backward(labels, labelled, *logits)
         ctx.mark_non_differentiable(*losses[1:])
         return losses
 
@@ -329,8 +377,8 @@ class ConsistentExitLoss(torch.autograd.Function):
         # Whoever takes the gradients owns them, so they can be scaled in place. A second call, on a graph that was
         # retained, computes them again.
         gradients, ctx.gradients = ctx.gradients, None
+        labels, labelled, *logits = ctx.saved_tensors
         if gradients is None:
-            labels, *logits = ctx.saved_tensors
-            _, gradients = losses_and_gradients(logits, labels, ctx.switches, ctx.wanted)
-        scale_into([g for g in gradients if g is not None], grad)
+            _, gradients, _ = losses_and_gradients(logits, labels, ctx.switches, ctx.wanted)
+        scale_into(gradients, grad, ctx.switches, labelled)
         return None, None, *(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True))

@@ -70,6 +70,12 @@ def loss(rows: int, classes: int, exits: int, dtype: torch.dtype, target: Target
     consistent_exit_loss.losses_and_gradients(logits, labels, switches, [True] * (2 * exits))
 
 
+def scale(dtype: torch.dtype) -> None:
+    switches = Switches(1.0, "soft", "self", 0.5, (0.25,) * 4)
+    gradients, labelled = [torch.zeros(1024, 1000, dtype=dtype)] * 8, torch.ones(2, dtype=torch.int32)
+    consistent_exit_loss.scale_into(gradients, torch.ones(()), switches, labelled)
+
+
 def partition(rows: int) -> None:
     compact.compact(torch.zeros(rows, dtype=torch.bool), [], [])
 
@@ -106,7 +112,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "loss, 7 classes": lambda rows: loss(rows, 7, 4, FLOAT, "soft", "self"),
     "loss, 1000 classes": lambda rows: loss(rows, 1000, 4, BFLOAT, "hard", "final"),
     "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "final"),
-    "gradients": lambda _: consistent_exit_loss.scale_into([torch.zeros(1024, 1000)] * 8, torch.ones(())),
+    "gradients": lambda _: scale(FLOAT),
+    "gradients in float16": lambda _: scale(HALF),
 }
 
 

@@ -1,5 +1,6 @@
 // The loss of every exit and its gradient, row by row: both softmaxes of a row are in cache when its gradients are written.
 #include <cmath>
+#include <type_traits>
 
 #include "kernels_of_capability.h"
 #include "parallel.h"
@@ -51,7 +52,6 @@ int64_t argmax(const T* logits, int64_t classes, float largest) {
   return k;
 }
 
-// Gradients are of the mean over the rows, times the weights.
 template <class T>
 void cross_entropy_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
@@ -87,6 +87,13 @@ void soft_gradient(const Softmax& teacher, const Softmax& student, int64_t class
 template <class T>
 void zero(T* grad, int64_t classes) {
   for (int64_t k = 0; k < classes; ++k) store(grad + k, 0.0f);
+}
+
+// What differences of probabilities are multiplied by to be gradients of the loss; in float16, where small ones would be
+// lost, by kHalfGradientScale, and the rest is the caller's.
+template <class T>
+float gradient_scale(double scale) {
+  return std::is_same_v<T, float16> ? kHalfGradientScale : static_cast<float>(scale);
 }
 
 template <class T>
@@ -135,14 +142,14 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
         if (e.clean_grad != nullptr) {
           T* grad = static_cast<T*>(e.clean_grad) + row * s.classes;
           if (label != kUnlabelled) {
-            cross_entropy_gradient(clean, label, s.classes, static_cast<float>(e.weight * supervised_scale), grad);
+            cross_entropy_gradient(clean, label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
           } else {
             zero(grad, s.classes);
           }
         }
         if (e.perturbed_grad != nullptr) {
           T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
-          const float scale = e.weight * consistency_scale * confident;
+          const float scale = gradient_scale<T>(e.weight * consistency_scale) * confident;
           if (s.hard_target) {
             cross_entropy_gradient(student, target, s.classes, scale, grad);
           } else {

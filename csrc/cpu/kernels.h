@@ -74,6 +74,10 @@ struct ExitLogits {
 
 constexpr int64_t kUnlabelled = -100;
 
+// Gradients in float16 are differences of probabilities times this: the largest power of two that keeps them finite. The
+// caller multiplies by the weight, divides by the rows and by this, and by then knows the loss scale, in float32.
+constexpr float kHalfGradientScale = 32768.0f;
+
 struct LossSwitches {
   DType dtype;
   int64_t exits, rows, classes;

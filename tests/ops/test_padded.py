@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cet import ops
-from cet.ops.definitions import SCORE_NAMES, ScoreName
+from cet.ops.definitions import SCORE_NAMES, ScoreName, pool_features
 from cet.ops.padded import move_rows, padded_exit_gate, padded_gate
 
 NAN, INF = float("nan"), float("inf")
@@ -91,6 +95,51 @@ def test_any_padded_batch_is_gated_as_its_real_rows_are(
     torch.testing.assert_close(got[:count], scores[:count], rtol=1e-3, atol=1e-4, equal_nan=True)
     assert logits.dtype is dtype
     assert logits.shape == (rows, classes)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses the operations that would wait for a device, or copy from the host: a CUDA graph cannot hold them."""
+
+    WAIT = frozenset(
+        [
+            "_local_scalar_dense",
+            "item",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "_unique2",
+            "lift_fresh",
+            "lift_fresh_copy",
+        ]
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAIT, func
+        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype is not torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@on_devices
+@pytest.mark.parametrize("score", SCORE_NAMES)
+def test_nothing_waits_for_the_device(device: str, score: ScoreName) -> None:
+    features, weight = torch.randn(6, 4, 5, device=device), torch.randn(3, 4, device=device)
+    mask = torch.rand(6, 5, device=device) < 0.5
+    decision, count, staying = torch.tensor([0.5, 0.7], device=device), int32(5, device), int32(0, device)
+    options: dict[str, Any] = {"layout": "channels_first", "pool": "mean", "score": score}
+    with ops.use_backend("reference"), NoWaiting():
+        logits, _, order = padded_exit_gate(features, weight, None, decision, count, staying, **options)
+        padded_gate(logits, decision, count, staying, score=score)
+        padded_gate(
+            F.linear(pool_features(features, "channels_first", "mean", mask), weight),
+            decision,
+            count,
+            staying,
+            score=score,
+        )
+        pair = features, torch.empty_like(features)
+        move_rows(order, order, staying, count, [pair], [(logits, torch.empty_like(logits))])
 
 
 LAYOUTS = {

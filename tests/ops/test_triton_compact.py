@@ -15,6 +15,7 @@ from test_compact import (  # noqa: F401
     test_any_shape_and_strides,
     test_compiled_calls_give_the_same,
     test_gradients_flow_through_the_rows_that_stay,
+    test_put_rows_is_seen_by_autograd,
     test_the_custom_operators_keep_their_promises,
     test_the_same_tensor_twice_and_views_of_one,
     test_what_could_be_viewed_can_still_be_viewed,

@@ -146,7 +146,7 @@ def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dty
         return None
     if is_transforming():
         if chosen == "cpp":
-            raise ValueError(f"{op}: backend 'cpp' knows no torch.func and no tangents; use use_backend('reference')")
+            raise _no_transforms(op, "cpp")
         return None
     for tensor in tensors:
         if not (tensor.is_cpu and _is_plain(tensor, dtypes)):
@@ -164,6 +164,8 @@ def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.
     """
     if _chosen.get() != "triton":
         return False
+    if is_transforming():
+        raise _no_transforms(op, "triton")
     device = tensors[0].device
     for tensor in tensors:
         reachable = tensor.is_cuda or (tensor.is_cpu and triton_kernels().is_interpreted())
@@ -180,6 +182,10 @@ def _is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] | None) -> bool:
         and not tensor.is_neg()
         and (tensor.dtype in dtypes if dtypes is not None else not tensor.is_conj())
     )
+
+
+def _no_transforms(op: str, backend: Backend) -> ValueError:
+    return ValueError(f"{op}: backend {backend!r} knows no torch.func and no tangents; use use_backend('reference')")
 
 
 def _cannot_take(

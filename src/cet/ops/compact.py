@@ -224,19 +224,19 @@ def _put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | N
         return
     if on_triton:
         kernels.put_rows(output, rows, index, positions)
-        return
-    row_bytes = output.element_size() * math.prod(output.shape[1:])
-    where = 0 if positions is None else positions.data_ptr()
-    kernels.put_rows(
-        rows.data_ptr(),
-        rows.shape[0],
-        output.data_ptr(),
-        output.shape[0],
-        row_bytes,
-        index.data_ptr(),
-        len(index),
-        where,
-    )
+    else:
+        row_bytes = output.element_size() * math.prod(output.shape[1:])
+        where = 0 if positions is None else positions.data_ptr()
+        kernels.put_rows(
+            rows.data_ptr(),
+            rows.shape[0],
+            output.data_ptr(),
+            output.shape[0],
+            row_bytes,
+            index.data_ptr(),
+            len(index),
+            where,
+        )
     if not output.is_inference():
         increment_version(output)
 

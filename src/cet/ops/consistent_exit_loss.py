@@ -19,6 +19,13 @@ Teacher = Literal["self", "final"]
 
 UNLABELLED = -100
 
+HALF_GRADIENT_SCALE = 2.0**15
+"""What the kernels multiply differences of probabilities by, where they store gradients in float16.
+
+Divided by the number of rows already, small gradients would round to zero before the loss scale of mixed-precision
+training can save them.
+"""
+
 
 @dataclass(frozen=True)
 class Switches:
@@ -27,6 +34,12 @@ class Switches:
     teacher: Teacher
     min_confidence: float
     exit_weights: tuple[float, ...]
+
+    def half_factors(self, rows: int) -> tuple[list[float], list[float]]:
+        """What the kernels' gradients in float16 still have to be multiplied by, per exit: those of the clean logits,
+        which are divided by the number of labelled rows too, and those of the perturbed."""
+        supervised = [weight / HALF_GRADIENT_SCALE for weight in self.exit_weights]
+        return supervised, [weight * (self.consistency_weight / rows) for weight in supervised]
 
 
 class ExitLosses(NamedTuple):
@@ -54,7 +67,7 @@ def consistent_exit_loss_reference(logits: Sequence[Tensor], labels: Tensor, swi
         if switches.target == "soft":
             divergences = F.kl_div(student, teacher_k, reduction="none", log_target=True)
             # A class that the teacher rules out adds nothing, whatever the student's logit.
-            divergence = divergences.masked_fill(teacher_k == -math.inf, 0.0).sum(dim=1)
+            divergence = divergences.masked_fill(teacher_k.exp() == 0.0, 0.0).sum(dim=1)
         else:
             divergence = F.nll_loss(student, prediction, reduction="none")
         s = F.cross_entropy(clean_k.float(), labels, ignore_index=UNLABELLED, reduction="sum") / labelled
@@ -124,6 +137,7 @@ class _ConsistentExitLoss(torch.autograd.Function):
         pieces = iter(logits[0].new_empty((sum(wanted), *logits[0].shape)).unbind())
         gradients = [next(pieces) if want else None for want in wanted]
         losses = _losses_and_gradients_cpp(kernels, logits, labels, switches, gradients)
+        ctx.factors = _half_factors(labels, switches) if logits[0].dtype is torch.float16 else [1.0] * len(logits)
         ctx.save_for_backward(*gradients)  # which lets go of them in time for a leaf to keep, rather than copy, its own
         ctx.mark_non_differentiable(*losses[1:])
         return losses
@@ -131,10 +145,24 @@ class _ConsistentExitLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        # Mostly the loss is what backward() starts from: then there is nothing to scale.
-        if grad.item() == 1.0:
-            return None, None, None, *ctx.saved_tensors
-        return None, None, None, *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        # Mostly the loss is what backward() starts from: then there is nothing to scale. A number is not rounded to half
+        # precision before it multiplies, as a tensor is: there a loss scale may be infinite.
+        scale = grad.item()
+        return (
+            None,
+            None,
+            None,
+            *(
+                g if g is None or scale * factor == 1.0 else g * (scale * factor)
+                for g, factor in zip(ctx.saved_tensors, ctx.factors, strict=True)
+            ),
+        )
+
+
+def _half_factors(labels: Tensor, switches: Switches) -> list[float]:
+    supervised, consistency = switches.half_factors(len(labels))
+    labelled = max(1, int((labels != UNLABELLED).sum()))
+    return [*(factor / labelled for factor in supervised), *consistency]
 
 
 # The four fields of ExitLosses, then the gradients of the loss: what a custom operator can return.
@@ -153,7 +181,7 @@ def _loss_op(
     )
     if runs_on_triton("consistent_exit_loss", logits, DTYPES):
         run = triton_kernels("consistent_exit_loss").losses_and_gradients
-        losses, gradients = run(logits, labels, switches, wanted=(True,) * len(logits))
+        losses, gradients, _ = run(logits, labels, switches, wanted=(True,) * len(logits))
         return [*losses, *gradients]
     kernels = kernels_for("consistent_exit_loss", logits, DTYPES)
     if kernels is None:
@@ -181,11 +209,19 @@ def _(
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*output[4:])
+    _, labels, *numbers = inputs
+    ctx.switches = Switches(*numbers)
+    ctx.save_for_backward(labels, *output[4:])
 
 
 def _scale_gradients(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
-    scaled = [g * grads[0].to(g.dtype) for g in ctx.saved_tensors]
+    labels, *gradients = ctx.saved_tensors
+    scales = [grads[0]] * len(gradients)
+    if gradients[0].dtype is torch.float16:
+        supervised, consistency = ctx.switches.half_factors(len(labels))
+        labelled = (labels != UNLABELLED).sum().clamp(min=1)
+        scales = [*(grads[0] * factor / labelled for factor in supervised), *(grads[0] * f for f in consistency)]
+    scaled = [(g.float() * scale).to(g.dtype) for g, scale in zip(gradients, scales, strict=True)]
     return scaled, None, None, None, None, None, None
 
 

@@ -34,12 +34,11 @@ _LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = torch.finfo(torch.float32).smallest_n
 _MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 
-def score_reference(logits: Tensor, score: ScoreName, temperature: float) -> Tensor:
-    """The definition of :func:`exit_score`."""
-    scaled = logits.float()
-    if temperature < 1:  # then finite logits may overflow; what they are less than the largest is all that counts
-        scaled = scaled - scaled.detach().amax(dim=1, keepdim=True)
-    scaled = scaled / temperature
+def score_reference(logits: Tensor, score: ScoreName, temperature: float | Tensor) -> Tensor:
+    """The definition of :func:`exit_score`; the temperature may be a tensor ``()``, which stays on its device."""
+    logits = logits.float()
+    # Differences are divided, never the logits: these may overflow, or lose the digits that differ.
+    scaled = (logits - logits.detach().amax(dim=1, keepdim=True)) / temperature
     if score == "entropy":
         log_p = torch.log_softmax(scaled, dim=1)
         # A class ruled out by a logit of -Inf adds nothing, to the gradient neither.
