@@ -97,14 +97,16 @@ float gradient_scale(double scale) {
 }
 
 template <class T>
-void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms, int threads) {
+void loss_rows(const LossArguments& arguments) {
+  const LossConfig& s = arguments.config;
+  const ExitLogits* const exits = arguments.exits;
   int64_t labelled = 0;
   for (int64_t row = 0; row < s.rows; ++row) labelled += s.labels[row] != kUnlabelled;
   const double supervised_scale = 1.0 / static_cast<double>(labelled > 0 ? labelled : 1);
   const float consistency_scale = s.consistency_weight / static_cast<float>(s.rows);
 
   const int64_t padded = (s.classes + kLanes - 1) / kLanes * kLanes;
-  const int workers = workers_for(s.exits * s.rows * s.classes * 2 * kBytesPerLogit, threads);
+  const int workers = workers_for(s.exits * s.rows * s.classes * 2 * kBytesPerLogit, arguments.threads);
   const Buffer<float> scratch(workers * 3 * padded);
   const int64_t tasks = (s.rows + kRowsPerTask - 1) / kRowsPerTask;
   const Buffer<ExitTerms> sums(tasks * s.exits);
@@ -168,17 +170,17 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
       total.consistency += part.consistency;
       total.confident += part.confident;
     }
-    terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows};
+    arguments.terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows};
   }
 }
 
 }  // namespace
 
-void consistent_exit_loss(const LossSwitches& switches, const ExitLogits* exits, ExitTerms* terms, int threads) {
-  switch (switches.dtype) {
-    case DType::float32: return loss_rows<float>(switches, exits, terms, threads);
-    case DType::bfloat16: return loss_rows<bfloat16>(switches, exits, terms, threads);
-    case DType::float16: return loss_rows<float16>(switches, exits, terms, threads);
+void consistent_exit_loss(const LossArguments& arguments) {
+  switch (arguments.config.dtype) {
+    case DType::float32: return loss_rows<float>(arguments);
+    case DType::bfloat16: return loss_rows<bfloat16>(arguments);
+    case DType::float16: return loss_rows<float16>(arguments);
   }
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.model.heads import ExitHead
-from cet.ops.compact import Compaction, compact, put_rows
+from cet.ops.compact import Compaction, compact, scatter_rows
 from cet.ops.exit_gate import exit_score, gate
 from cet.ops.exit_step import exit_step
 from cet.partition.stages import StagedProgram
@@ -28,10 +28,10 @@ class _Answers:
 
     def put(self, leaving: Tensor, rows: Tensor | None, logits: Tensor, exit_index: int, scores: Tensor | None) -> None:
         """Answer the rows ``leaving`` of those on their way, which are the rows ``rows`` of the batch."""
-        put_rows(self.logits, logits, leaving, rows)
+        scatter_rows(self.logits, logits, leaving, rows)
         if self.exit_index is not None and self.scores is not None and scores is not None:
             self.exit_index.index_fill_(0, leaving if rows is None else rows[leaving], exit_index)
-            put_rows(self.scores, scores, leaving, rows)
+            scatter_rows(self.scores, scores, leaving, rows)
 
 
 def run_batch(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cet.model.heads import ExitHead
 from cet.ops.compact import memory_order
-from cet.ops.padded import RowPairs, move_rows, padded_exit_gate, padded_gate
+from cet.ops.padded import RowPairs, gather_and_scatter_rows, padded_exit_gate, padded_gate
 from cet.partition.inputs import copies
 from cet.partition.stages import Stage, StagedProgram
 from cet.runtime.policy import ExitPolicy
@@ -207,23 +207,23 @@ class PaddedProgram:
         """One segment on the first ``rows`` rows, as many as enter it or more. Rows that leave get their answers, the
         others are moved on to the next segment. ``sending`` is entered with the count of these once it is known."""
         exit_index = self.segments[index].exit_index
-        count, staying = self.counts[index], self.counts[index + 1]
+        count, num_kept = self.counts[index], self.counts[index + 1]
         positions = self._positions[index][:rows]
         decision = self._decisions[exit_index]
         outputs = self._compute(index, rows)
         if index == len(self.segments) - 1:
             (logits,) = outputs
-            scores, _ = padded_gate(logits, decision, count, staying, score=self._score)
+            scores, _ = padded_gate(logits, decision, count, num_kept, score=self._score)
             leave = self._answers(logits, scores, exit_index)
-            move_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
+            gather_and_scatter_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
             return
         feature, *values = outputs
-        logits, scores, order = self._gate(self._heads[exit_index], feature, decision, count, staying)
-        with sending(index, staying):
+        logits, scores, order = self._gate(self._heads[exit_index], feature, decision, count, num_kept)
+        with sending(index, num_kept):
             stay = [(positions, self._positions[index + 1])]
             for buffer, value in zip(self._crossing[index + 1], values, strict=True):
                 stay += buffer.give(value)
-            move_rows(order, positions, staying, count, stay, self._answers(logits, scores, exit_index))
+            gather_and_scatter_rows(order, positions, num_kept, count, stay, self._answers(logits, scores, exit_index))
 
     def answers(self, rows: int, *, with_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits, exit index and score of the last batch, in memory of their own."""
@@ -242,17 +242,17 @@ class PaddedProgram:
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     def _gate(
-        self, head: nn.Module, feature: Tensor, decision: Tensor, count: Tensor, staying: Tensor
+        self, head: nn.Module, feature: Tensor, decision: Tensor, count: Tensor, num_kept: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         if type(head) is ExitHead and head.is_plain and not torch.is_autocast_enabled(feature.device.type):
             layout, pool = head.spec.layout, head.spec.pool
             assert layout is not None
             weight, bias = head.linear.weight, head.linear.bias
             return padded_exit_gate(
-                feature, weight, bias, decision, count, staying, layout=layout, pool=pool, score=self._score
+                feature, weight, bias, decision, count, num_kept, layout=layout, pool=pool, score=self._score
             )
         logits = head(feature)
-        return logits, *padded_gate(logits, decision, count, staying, score=self._score)
+        return logits, *padded_gate(logits, decision, count, num_kept, score=self._score)
 
     def _answers(self, logits: Tensor, scores: Tensor, exit_index: int) -> RowPairs:
         exits = self._exit_indices[exit_index].expand(len(scores))
