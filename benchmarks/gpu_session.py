@@ -27,7 +27,16 @@ OP_TESTS += [f"tests/test_triton_{name}.py" for name in ("exit_gate", "compact",
 ON_GPU = "cuda or triton"  # the Triton tests run on the GPU where there is one
 SANITIZED = f"({ON_GPU}) and (every_way or ticket or padding or padded_rows or longer or retained or rows_move)"
 WITHIN = "{within}"  # stands for the seconds after which a step is to come to its end
-KERNELS = ("gate", "pool", "head", "partition", "move_rows", "count_labelled", "consistent_exit_loss", "scale")
+KERNELS = (
+    "gate",
+    "pool",
+    "head",
+    "order_rows",
+    "gather_and_scatter_rows",
+    "count_labelled",
+    "consistent_exit_loss",
+    "scale",
+)
 RUNNER_TESTS = ["tests/runtime/test_runners.py", "tests/runtime/test_runners_cuda.py"]
 ENERGY_TESTS = ["tests/energy/test_energy_cuda.py"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import cet
 from cet.energy import Domain, EnergyError, EnergyMeter
-from cet.ops.backend import cuda_extension, kernels, triton_kernels
+from cet.ops.backend import cuda_extension, interprets_triton, kernels
 from cet.runtime.cuda_graphs import why_no_switch
 
 GPU_MEND = "install a PyTorch that is built for CUDA, on a machine with an NVIDIA GPU and its driver"
@@ -141,7 +141,7 @@ def _triton() -> Finding:
     version = installed_version("triton")
     if version is None:
         return Finding("triton", False, "the package triton is not installed", "pip install triton")
-    if triton_kernels().is_interpreted():
+    if interprets_triton():
         return Finding("triton", True, f"triton {version} interprets its kernels (TRITON_INTERPRET): right, but slow")
     no_device = _no_cuda_device()
     if no_device:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cet.ops.compact import put_rows
+from cet.ops.compact import scatter_rows
 from cet.ops.exit_gate import exit_score, gate
 from cet.partition.stages import Program
 from cet.runtime.exits import head_logits, score_exit, take_exit
@@ -31,10 +31,10 @@ class _Answers:
 
     def put(self, exited: Tensor, rows: Tensor | None, logits: Tensor, exit_index: int, scores: Tensor | None) -> None:
         """Answer the rows ``exited`` of those on their way, which are the rows ``rows`` of the batch."""
-        put_rows(self.logits, logits, exited, rows)
+        scatter_rows(self.logits, logits, exited, rows)
         if self.exit_index is not None and self.scores is not None and scores is not None:
             self.exit_index.index_fill_(0, exited if rows is None else rows[exited], exit_index)
-            put_rows(self.scores, scores, exited, rows)
+            scatter_rows(self.scores, scores, exited, rows)
 
     def all(self) -> Answers:
         return self.logits, self.exit_index, self.scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import memory_order
-from cet.ops.padded import RowPairs, move_rows, padded_gate
+from cet.ops.padded import RowPairs, gather_and_scatter_rows, padded_gate
 from cet.partition.inputs import copied
 from cet.partition.stages import Program
 from cet.runtime.exits import take_padded_exit
@@ -190,24 +190,30 @@ class PaddedProgram:
         """One segment on the first ``rows`` rows, as many as enter it or more. Rows that leave get their answers, the
         others are moved on to the next segment. ``sending`` is entered with the count of these once it is known."""
         exit_index = self.segments[index].exit_index
-        count, staying = self.counts[index], self.counts[index + 1]
+        count, num_kept = self.counts[index], self.counts[index + 1]
         positions = self._positions[index][:rows]
         decision = self._decisions[exit_index]
         features, values = self._compute(index, rows)
         if index == len(self.segments) - 1:
             logits = features
-            scores, _ = padded_gate(logits, decision, count, staying, score=self._gating.score)
+            scores, _ = padded_gate(logits, decision, count, num_kept, score=self._gating.score)
             leave = self._answers(logits, scores, exit_index)
-            move_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
+            gather_and_scatter_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
             return
         logits, scores, order = take_padded_exit(
-            self._heads[exit_index], features, self.segments[index].mask(values), decision, count, staying, self._gating
+            self._heads[exit_index],
+            features,
+            self.segments[index].mask(values),
+            decision,
+            count,
+            num_kept,
+            self._gating,
         )
-        with sending(index, staying):
+        with sending(index, num_kept):
             stay = [(positions, self._positions[index + 1])]
             for buffer, value in zip(self._crossing[index + 1], values, strict=True):
                 stay += buffer.give(value)
-            move_rows(order, positions, staying, count, stay, self._answers(logits, scores, exit_index))
+            gather_and_scatter_rows(order, positions, num_kept, count, stay, self._answers(logits, scores, exit_index))
 
     def answers(self, rows: int, *, with_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits, exit index and score of the last batch, in memory of their own."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cet.data.batches import Inputs, call, check_batch
-from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_switches, consistent_exit_loss
+from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_loss_config, consistent_exit_loss
 
 
 class ConsistentExitLoss:
@@ -50,7 +50,7 @@ class ConsistentExitLoss:
         min_confidence: float = 0.0,
         exit_weights: Sequence[float] | None = None,
     ) -> None:
-        check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
+        check_loss_config(consistency_weight, target, teacher, min_confidence, exit_weights)
         if consistency_weight > 0 and not callable(perturb):
             raise TypeError(f"perturb is {perturb!r}; give a callable, or consistency_weight=0 for none")
         self.perturb = perturb
