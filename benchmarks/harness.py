@@ -12,11 +12,9 @@ import csv
 import ctypes
 import io
 import json
-import os
 import platform
 import random
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +30,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import gpu
-from cet.measure.machine import host, installed_version
+from cet.measure.host import commit, host_facts, versions
 from cet.model.checkpoint import write_atomically
 
 WANTED_BLOCKS = 20
@@ -240,15 +238,14 @@ class Row:
 
 def provenance(device: torch.device, benchmark: str) -> dict[str, Any]:
     """Where, when and with what the figures were taken."""
-    machine = host()
+    host = host_facts()
     return {
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(benchmark),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine["processor"],
-        **machine,
-        "python": platform.python_version(),
-        **{package: installed_version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host["processor"],
+        **host,
+        **versions(PACKAGES),
         **({"gpu": gpu.state(device)} if device.type == "cuda" else {}),
     }
 
@@ -263,22 +260,6 @@ def _command(benchmark: str) -> str:
         elif not argument.startswith("--output="):
             kept.append(argument)
     return shlex.join(["python", f"benchmarks/{benchmark}.py", *kept])
-
-
-def _commit() -> str | None:
-    """The commit that is checked out, with ``-dirty`` behind it if tracked files were changed; None without git.
-
-    A copy without its history is told by the variable ``CET_COMMIT``.
-    """
-    told = os.environ.get("CET_COMMIT")
-    if told:
-        return told
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return run.stdout.strip() or None
 
 
 def write_results(

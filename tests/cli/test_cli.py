@@ -11,7 +11,8 @@ import pytest
 
 import cet
 from cet.cli import main
-from cet.measure import machine
+from cet.cli.doctor import findings
+from cet.measure import host
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_damaged_recordings_are_refused_and_spare_the_run_to_replace(run: Any, t
 def test_missing_extra_is_refused_with_the_command_that_installs_it(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine, "installed_version", lambda package: None if package == "lightning" else "1.0")
+    monkeypatch.setattr(host, "installed_version", lambda package: None if package == "lightning" else "1.0")
     code, _, err = run("demo", "--output", str(tmp_path))
     assert code == 1
     assert err == "Error: cet demo needs lightning; pip install 'cet[demo]'\n"
@@ -156,7 +157,7 @@ def test_an_error_that_nobody_foresaw_says_so(run: Any, monkeypatch: pytest.Monk
     def broken() -> None:
         raise KeyError("spam")
 
-    monkeypatch.setattr(machine, "backends", broken)
+    monkeypatch.setattr(findings, "backends", broken)
     assert run("doctor") == (1, "", "Error: unexpected KeyError: 'spam'; --debug shows where\n")
 
 
@@ -164,7 +165,7 @@ def test_ctrl_c_exits_with_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "backends", interrupted)
+    monkeypatch.setattr(findings, "backends", interrupted)
     code, out, err = run("doctor")
     assert (code, out) == (130, "")
     assert err.strip() == "Interrupted."

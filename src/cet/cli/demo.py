@@ -82,10 +82,10 @@ def _demo(
 
     from cet.cli.progress import show
     from cet.demo.folder import RunFolder
-    from cet.measure import machine
+    from cet.measure.host import require
 
     folder = RunFolder.create(output)
-    machine.require("cet demo", NEEDED, extra="demo")
+    require("cet demo", NEEDED, extra="demo")
     from cet.demo import run
 
     console = Console(highlight=False)

@@ -28,7 +28,7 @@ from cet.demo.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STAT
 from cet.demo.markdown import to_markdown
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Cost, Data, RecipeReport, Report, Speeds, Timing
 from cet.demo.timing import measure_latency, measure_throughput
-from cet.measure import machine
+from cet.measure.host import host_facts
 from cet.model.early_exit import EarlyExit
 from cet.training import (
     CONSISTENT,
@@ -164,7 +164,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
                 seed=settings.seed,
                 progress=lambda done, total, _: step.advance(done, total),
             )
-        host = machine.host()
+        host = host_facts()
     report = Report(
         schema_version=SCHEMA_VERSION,
         settings={**asdict(settings), "data": None if settings.data is None else path.name},
