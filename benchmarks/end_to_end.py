@@ -25,11 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import cet
-import gpu
-from cet.partition.stages import logits_of
-from cet.runtime import RunnerName
-from cet.runtime.cuda_graphs import why_no_switch
-from harness import (
+from benchmarks import gpu
+from benchmarks.harness import (
     MIN_BLOCKS,
     NO_TIME,
     Case,
@@ -45,8 +42,11 @@ from harness import (
     timer_for,
     write_results,
 )
-from models import NETS, Net, multi_exit, random_inputs
-from operations import require_device
+from benchmarks.models import NETS, Net, multi_exit, random_inputs
+from benchmarks.operations import require_device
+from cet.partition.stages import logits_of
+from cet.runtime import RunnerName
+from cet.runtime.cuda_graphs import why_no_switch
 
 Fractions = tuple[float | None, ...]
 
@@ -558,7 +558,7 @@ def main(
     start = time.perf_counter()
     require_device(device)
     if joules is not None and device == "cpu":
-        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks/energy.py.")
+        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks.energy.")
     output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
     try:
         output.mkdir(parents=True, exist_ok=True)

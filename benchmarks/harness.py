@@ -29,7 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-import gpu
+from benchmarks import gpu
 from cet.measure.host import commit, host_facts, versions
 from cet.model.checkpoint import write_atomically
 
@@ -259,7 +259,7 @@ def _command(benchmark: str) -> str:
             next(arguments, None)
         elif not argument.startswith("--output="):
             kept.append(argument)
-    return shlex.join(["python", f"benchmarks/{benchmark}.py", *kept])
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept])
 
 
 def write_results(

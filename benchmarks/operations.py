@@ -15,10 +15,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-import gpu
-import harness
-from cet import ops
-from harness import (
+from benchmarks import gpu, harness
+from benchmarks.harness import (
     MIN_BLOCKS,
     NO_TIME,
     Case,
@@ -31,6 +29,7 @@ from harness import (
     timer_for,
     write_results,
 )
+from cet import ops
 
 Point = Mapping[str, Any]
 Measured = list[tuple[Point, Timings]]

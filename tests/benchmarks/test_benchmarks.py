@@ -24,12 +24,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import cet
-import harness
-from end_to_end import SCENARIOS, Measure, Point, Reference, choose_policy, main, set_up
-from harness import Case, Row, Spread, Timings, WrongResultError, check_close, measure
-from models import Net
+from benchmarks import harness
+from benchmarks.end_to_end import SCENARIOS, Measure, Point, Reference, choose_policy, main, set_up
+from benchmarks.harness import Case, Row, Spread, Timings, WrongResultError, check_close, measure
+from benchmarks.models import Net
 
-SCRIPT = Path(harness.__file__).with_name("end_to_end.py")
+ROOT = Path(harness.__file__).parents[1]
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
@@ -132,14 +132,15 @@ def test_eviction_goes_over_more_than_the_last_cache() -> None:
 def test_freed_memory_is_kept() -> None:
     """In a process of its own, as it holds for the whole process."""
     program = """
-import resource, harness, numpy
+import resource, numpy
+from benchmarks import harness
 kept = harness.keep_freed_memory()
 numpy.ones(1 << 23)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 numpy.ones(1 << 23)
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     kept, faults = run.stdout.split()
     assert kept == str(platform.libc_ver()[0] == "glibc"), run.stderr
     assert kept == "False" or int(faults) < 100  # of 16,384 pages
@@ -236,11 +237,16 @@ def test_measures_are_judged_by_their_worst_point() -> None:
 
 def test_quick_run(tmp_path: Path) -> None:
     """The script as users run it; the last batch is too large for the time it is given."""
-    options = "--quick --models sensor_cnn --batches 1,4,65536 --longest-call 0.2 --threads 1 --output out"
-    run = subprocess.run([sys.executable, SCRIPT, *options.split()], cwd=tmp_path, capture_output=True, text=True)
+    options = "--quick --models sensor_cnn --batches 1,4,65536 --longest-call 0.2 --threads 1"
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.end_to_end", *options.split(), "--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert "predict/ideal" in run.stdout
-    rows = list(csv.DictReader((tmp_path / "out/end_to_end.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "end_to_end.csv").read_text().splitlines()))
     times = {(r["batch"], r["scenario"], r["quantity"]): r for r in rows}
     for batch in ("1", "4"):
         for scenario in SCENARIOS:
@@ -254,11 +260,11 @@ def test_quick_run(tmp_path: Path) -> None:
     left_out = times["65536", "all", "predict"]
     assert left_out["median"] == ""
     assert left_out["note"].startswith("not run: one pass of the backbone would take")
-    description = json.loads((tmp_path / "out/end_to_end.json").read_text())
+    description = json.loads((tmp_path / "end_to_end.json").read_text())
     assert description["threads"] == 1
-    assert description["command"] == f"python benchmarks/end_to_end.py {options.removesuffix(' --output out')}"
+    assert description["command"] == f"python -m benchmarks.end_to_end {options}"
     assert [verdict["met"] is None for verdict in description["measures"]] == [True, True, False]
-    assert (tmp_path / "out/end_to_end.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "end_to_end.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -282,4 +288,4 @@ def test_bad_options_are_refused_before_anything_runs(options: list[str], messag
 def test_results_tell_the_command_but_not_where_it_wrote(output: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["compact.py", *output, "--threads", "2"])
     described = harness.provenance(torch.device("cpu"), "compact")
-    assert described["command"] == "python benchmarks/compact.py --threads 2"
+    assert described["command"] == "python -m benchmarks.compact --threads 2"
