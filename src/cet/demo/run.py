@@ -246,7 +246,7 @@ def _measure(
             step.advance(done, len(models) * len(CONDITIONS))
             model, x = models[name], perturbed(test, CONDITIONS[condition], seed)
             throughput[name][condition] = measure_throughput(
-                model, x, batch_size=THROUGHPUT_BATCH, rounds=settings.timed_batches, seed=seed
+                model, x, batch_size=THROUGHPUT_BATCH, num_rounds=settings.timed_batches, seed=seed
             )
             latency[name][condition] = measure_latency(model, x, windows=settings.timed_windows, seed=seed)
     return throughput, latency
