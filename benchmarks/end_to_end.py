@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,17 @@ from torch import Tensor, nn
 
 import cet
 from benchmarks import gpu
-from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, check_close, measure, provenance, write_results
+from benchmarks.harness import (
+    NO_TIME,
+    Case,
+    Row,
+    WrongResultError,
+    check_close,
+    measure,
+    provenance,
+    results_folder,
+    write_results,
+)
 from benchmarks.models import NETS, Net, multi_exit, random_inputs
 from benchmarks.operations import require_device
 from cet.measure.rounds import MIN_ROUNDS, Timings
@@ -547,13 +556,7 @@ def main(
     require_device(device)
     if joules is not None and device == "cpu":
         raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks.energy.")
-    output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
+    output = results_folder(output or Path("runs/benchmarks" if quick else "benchmarks/results"))
     if threads is not None:
         torch.set_num_threads(threads)
     place = torch.device(device)

@@ -11,6 +11,7 @@ import io
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from matplotlib.figure import Figure
 
@@ -124,6 +126,17 @@ def _command(benchmark: str) -> str:
         elif not argument.startswith("--output="):
             kept.append(argument)
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept])
+
+
+def results_folder(output: Path) -> Path:
+    """Make the folder for the results where it is missing, and refuse one that takes no files."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
+    return output
 
 
 def write_results(

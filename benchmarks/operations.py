@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import gpu
-from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, measure, provenance, write_results
+from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, measure, provenance, results_folder, write_results
 from cet import ops
 from cet.measure import timers
 from cet.measure.rounds import MIN_ROUNDS, Timings
@@ -71,8 +71,7 @@ def command(
             ops.use_backend("triton")  # which serves on request only
         if threads is not None:
             torch.set_num_threads(threads)
-        output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
-        output.mkdir(parents=True, exist_ok=True)
+        output = results_folder(output or Path("runs/benchmarks" if quick else "benchmarks/results"))
         settings = {"seconds": 0.02 if quick else seconds, "min_rounds": 3 if quick else MIN_ROUNDS}
         if keep_freed_memory and not timers.keep_freed_memory():
             raise click.ClickException("--keep-freed-memory needs glibc's allocator")
