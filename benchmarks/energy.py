@@ -20,7 +20,7 @@ import cet
 from benchmarks.end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
 from benchmarks.harness import Case, provenance, results_folder
 from benchmarks.models import NETS, multi_exit, random_inputs
-from benchmarks.operations import require_device
+from benchmarks.session import require_device
 from cet.cli.energy.progress import Windows
 from cet.cli.energy.tables import columns, interval, one
 from cet.energy import EnergyMeter, report

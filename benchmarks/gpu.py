@@ -89,21 +89,34 @@ def _handle(device: torch.device) -> Any:
 
 
 def graphed(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
-    """The call as one CUDA graph with its inputs copied into it; what it returns is overwritten by the next call."""
-    static = [tensor.clone() for tensor in inputs]
+    """The call on these very tensors as one CUDA graph; what it returns is overwritten by the next call.
+
+    The arguments of what is returned are ignored: nothing but the replay is timed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(*static)
+        call(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = call(*static)
+        result = call(*inputs)
 
-    def replay(*given: Tensor) -> Any:
-        for target, source in zip(static, given, strict=True):
-            target.copy_(source)
+    def replay(*_: Tensor) -> Any:
         graph.replay()
         return result
 
     return replay
+
+
+def graphed_with_copy(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+    """The call as one CUDA graph into which the arguments are copied first, as whoever has new inputs must."""
+    static = [tensor.clone() for tensor in inputs]
+    replay = graphed(call, *static)
+
+    def copy_and_replay(*given: Tensor) -> Any:
+        for target, source in zip(static, given, strict=True):
+            target.copy_(source)
+        return replay()
+
+    return copy_and_replay

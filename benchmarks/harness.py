@@ -32,10 +32,17 @@ from cet.measure.timers import Timer
 
 PACKAGES = ("cet", "torch", "transformers")
 NO_TIME = "not run: no time was left"
+NOT_TIMED = "not timed: "
 
 
 class WrongResultError(Exception):
     """A provider gives another result than it must; its time would mean nothing."""
+
+
+def failure(error: Exception) -> str:
+    """The note of a point that failed: its figures are missing, and those of other points are not lost with them."""
+    text = str(error) if isinstance(error, WrongResultError) else f"{type(error).__name__}: {error}"
+    return NOT_TIMED + " ".join(text.split())[:200]
 
 
 @dataclass(frozen=True)
@@ -144,9 +151,9 @@ def write_results(
     name: str,
     rows: Sequence[tuple[Mapping[str, Any], Row]],
     description: Mapping[str, Any],
-    figure: Figure,
+    figure: Figure | None = None,
 ) -> list[Path]:
-    """Write ``name.csv``, ``name.json`` and ``name.png`` into ``folder``, each atomically.
+    """Write ``name.csv``, ``name.json`` and, with a figure, ``name.png`` into ``folder``, each atomically.
 
     Args:
         folder: an existing folder.
@@ -154,7 +161,7 @@ def write_results(
         rows: the point of each figure, with the same keys for all, and the figure.
         description: :func:`provenance` and settings, for the JSON file; commit, date, device and versions are repeated
             in every row of the CSV file.
-        figure: the plot.
+        figure: the plot; ``None`` while the results are not complete.
     """
     repeated = {key: description[key] for key in ("commit", "date", "device", "cores", "threads", *PACKAGES)}
     table = io.StringIO()
@@ -162,13 +169,14 @@ def write_results(
     writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in line.items()} for line in lines)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
     contents = {
         f"{name}.csv": table.getvalue().encode(),
         f"{name}.json": (json.dumps(description, indent=2) + "\n").encode(),
-        f"{name}.png": picture.getvalue(),
     }
+    if figure is not None:
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        contents[f"{name}.png"] = picture.getvalue()
     for file, content in contents.items():
         write_atomically(folder / file, content)
     return [folder / file for file in contents]
