@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pynvml
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cet.energy import EnergyMeter
+from cet.measure.timers import Call, cuda_events
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
@@ -29,18 +31,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def _median_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+def _median_seconds(call: Call) -> float:
     for _ in range(3):
         call()
-    seconds = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return sorted(seconds)[repeats // 2]
+    return median(cuda_events(call, 1) for _ in range(10))
 
 
 def state(device: torch.device) -> dict[str, Any]:
