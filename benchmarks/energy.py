@@ -18,9 +18,9 @@ from rich.console import Console
 
 import cet
 from benchmarks.end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
-from benchmarks.harness import Case, provenance
+from benchmarks.harness import Case, provenance, results_folder
 from benchmarks.models import NETS, multi_exit, random_inputs
-from cet.cli.energy.output import Outputs
+from benchmarks.session import require_device
 from cet.cli.energy.progress import Windows
 from cet.cli.energy.tables import columns, interval, one
 from cet.energy import EnergyMeter, report
@@ -81,10 +81,8 @@ def main(
     output: Path,
 ) -> None:
     """Joules of predict against the backbone and its stages on the rows that need them (the ideal)."""
-    output.mkdir(parents=True, exist_ok=True)
-    Outputs(output / "energy.json", output / "energy.csv").check(overwrite=True)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
+    require_device(device)
+    results_folder(output)
     settings = Settings(blocks=rounds, window=window, warmup=warm_up)
     found: list[report.Figure] = []
     measurements, flags = [], []
