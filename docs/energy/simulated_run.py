@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import cet
 from cet.cli.energy.text import of_profile
 from cet.energy import EnergyMeter, plots, report
+from cet.energy.figures import profile_figures
 from cet.energy.measurement import Settings
 from cet.energy.profile import profile
 from cet.files import write_atomically
@@ -85,7 +86,7 @@ def early_exit(simulation: Simulation) -> cet.EarlyExit:
 
 
 def simulated() -> report.Document:
-    """The document of `cet energy profile --batch 1 --batch 16 --integral`."""
+    """The document of `cet energy profile --batch-size 1 --batch-size 16 --integral`."""
     with tempfile.TemporaryDirectory() as folder:
         simulation = Simulation(build(Path(folder)))
     simulation.install()
@@ -96,7 +97,7 @@ def simulated() -> report.Document:
     with EnergyMeter(rapl=False, integral=True, clock=simulation.clock).opened() as meter:
         for size in BATCHES:
             result = profile(model, list(zip(x.split(size), y.split(size), strict=True)), meter, settings)
-            figures += report.profile_figures(result)
+            figures += profile_figures(result)
             flags += result.measurement.flags
             measurements.append(report.plain_measurement(result.measurement, batch_size=size))
     return report.document(

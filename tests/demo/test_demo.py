@@ -73,7 +73,7 @@ class _Recorded:
 def start_tiny(output: str) -> None:
     """In a process of its own, which a test stops."""
     run.load_windows = SPARSE
-    run.start(RunFolder.create(Path(output)), TINY, Recorder())
+    run.start(RunFolder(Path(output)), TINY, Recorder())
 
 
 def main_tiny(output: str) -> None:
@@ -252,7 +252,7 @@ def check_resumed(stopped: Path, folder: RunFolder, report: Report) -> dict[str,
     """Go on with a stopped run, compare it with one that was never stopped, and return what it showed."""
     assert not (stopped / "report.json").exists()
     recorder = Recorder()
-    run.resume(RunFolder.create(stopped), recorder)
+    run.resume(RunFolder(stopped), recorder)
     assert without_timing(json.loads((stopped / "report.json").read_text())) == without_timing(report)
     for name in ("joint.safetensors", "consistent.safetensors"):
         assert (stopped / name).read_bytes() == (folder / name).read_bytes()
@@ -273,7 +273,7 @@ def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["cet", "torch", "recordings_sha256"])
 def test_resume_refuses_another_version_or_other_recordings(tmp_path: Path, name: str) -> None:
-    folder = RunFolder.create(tmp_path)
+    folder = RunFolder(tmp_path)
     made_with = {**run._made_with(find_dataset()), name: "other"}
     folder.write_json("run.json", {"settings": asdict(TINY), "made_with": made_with})
     with pytest.raises(ValueError, match=f"{name} other"):
@@ -281,7 +281,7 @@ def test_resume_refuses_another_version_or_other_recordings(tmp_path: Path, name
 
 
 def test_overwrite_replaces_the_run_and_spares_everything_else(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path)
+    folder = RunFolder(tmp_path)
     for name in ("run.json", "report.json", "joint.safetensors", ".report.json.half", "notes.txt"):
         (folder / name).write_text("old")
     (folder / "checkpoints" / "joint").mkdir(parents=True)

@@ -254,7 +254,7 @@ def test_without_nvml_the_gpu_is_null_with_reason_and_mend(simulation: Simulatio
     (row,) = meter.reading.unavailable
     assert row.domain == "gpu"
     assert f"NVML error {code}" in row.reason
-    assert row.mend
+    assert row.fix
 
 
 def test_the_cpu_alone_is_a_total_and_says_what_it_lacks(simulation: Simulation, tmp_path: Path) -> None:

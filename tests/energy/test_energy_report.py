@@ -19,9 +19,17 @@ from cet.cli.energy.tables import Scale
 from cet.cli.energy.text import of_comparison, of_profile, of_run
 from cet.energy import DomainEnergy, EnergyMeter, EnergyReading, Flag, Unavailable, plots, report
 from cet.energy.comparison import compare
+from cet.energy.figures import (
+    POLICY,
+    Figure,
+    Figures,
+    comparison_figures,
+    profile_figures,
+    si_prefix,
+    window_figures,
+)
 from cet.energy.measurement import Measurement, Settings
 from cet.energy.profile import profile
-from cet.energy.report import POLICY, Figure, Figures
 from nvml.simulation import Simulation
 from simulated_net import backbone, data
 from simulated_work import work
@@ -40,7 +48,7 @@ def window(*domains: DomainEnergy, seconds: float = 2.0, unavailable: tuple[Unav
 
 
 def of_window(reading: EnergyReading, *idle: EnergyReading) -> report.Document:
-    return report.document("run", report.window_figures(reading, idle), [], about={})
+    return report.document("run", window_figures(reading, idle), [], about={})
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def compared(simulation: Simulation) -> report.Document:
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         pair = (work(simulation, "A", 100, items=10), work(simulation, "B", 110, items=10))
         comparison = compare(*pair, meter, SETTINGS)
-    return of_measurement("compare", report.comparison_figures(comparison), comparison.measurement)
+    return of_measurement("compare", comparison_figures(comparison), comparison.measurement)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,7 @@ def profiled() -> report.Document:
     settings = replace(SETTINGS, window=0.01, warmup=0.005, estimate_watts=50)
     with EnergyMeter([], rapl=False).opened() as meter:
         result = profile(model, list(data()), meter, settings)
-    return of_measurement("profile", report.profile_figures(result), result.measurement, batch_size=8)
+    return of_measurement("profile", profile_figures(result), result.measurement, batch_size=8)
 
 
 def of_measurement(kind: report.Kind, figures: Any, measurement: Measurement, **labels: Any) -> report.Document:
@@ -207,19 +215,19 @@ class TestPrometheus:
     def test_values_and_intervals(self, compared: report.Document) -> None:
         samples = SAMPLE.findall(report.to_prometheus(compared))
         ratio = Figures(compared)("net_joules", part="ratio", workload="A/B")
-        labels = 'kind="compare",part="ratio",workload="A/B",source="counter",of="net_joules"'
+        labels = 'kind="compare",of="net_joules",part="ratio",source="counter",workload="A/B"'
         assert ("ratio", labels, repr(ratio["value"])) in samples
         assert ("ratio_low", labels, repr(ratio["low"])) in samples
-        assert ("complete", 'kind="compare"', "1") in samples
+        assert ("complete", 'kind="compare"', "1.0") in samples
 
     def test_the_unknown_has_a_reason_and_no_value(self) -> None:
         text = report.to_prometheus(of_window(window(gpu(None, reason='a "quoted" \\ reason\n'))))
         assert "cet_energy_joules{" not in text
-        assert r'of="joules",reason="a \"quoted\" \\ reason\n"} 1' in text
+        assert r'of="joules",per="window",reason="a \"quoted\" \\ reason\n"} 1.0' in text
 
     def test_partial_is_not_complete(self) -> None:
         text = report.to_prometheus(report.document("run", [], [], stopped="SIGTERM", about={}))
-        assert 'cet_energy_complete{kind="run"} 0\n' in text
+        assert 'cet_energy_complete{kind="run"} 0.0\n' in text
 
 
 @pytest.mark.parametrize(
@@ -227,7 +235,7 @@ class TestPrometheus:
     [(0.0, 0, ""), (1.0, 0, ""), (-999.0, 0, ""), (1000.0, 3, "k"), (0.02, -3, "m"), (1e-15, -9, "n"), (1e20, 12, "T")],
 )
 def test_si_prefix(value: float, power: int, prefix: str) -> None:
-    assert report.si_prefix(value) == (power, prefix)
+    assert si_prefix(value) == (power, prefix)
 
 
 class TestText:

@@ -105,8 +105,9 @@ def start(folder: RunFolder, settings: Settings, progress: Progress, *, overwrit
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     stages = _Stages(progress)
     path, windows = _read_recordings(settings, stages)
-    folder.clear()
-    folder.write_json(STATE, {"settings": asdict(settings), "made_with": _made_with(path)})
+    with folder.begun():
+        folder.clear()
+        folder.write_json(STATE, {"settings": asdict(settings), "made_with": _made_with(path)})
     return _run(folder, settings, path, windows, stages)
 
 

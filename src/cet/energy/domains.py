@@ -65,13 +65,13 @@ class ReadingError(Exception):
 
     Attributes:
         reason: in one sentence without a full stop.
-        mend: what would help; ``None`` when nothing would.
+        fix: what would help; ``None`` when nothing would.
     """
 
-    def __init__(self, reason: str, mend: str | None = None) -> None:
-        super().__init__(f"{reason}; {mend}" if mend else reason)
+    def __init__(self, reason: str, fix: str | None = None) -> None:
+        super().__init__(f"{reason}; {fix}" if fix else reason)
         self.reason = reason
-        self.mend = mend
+        self.fix = fix
 
 
 class EnergyError(RuntimeError):
@@ -131,13 +131,13 @@ class Unavailable:
     Attributes:
         domain: as in :class:`Domain`; ``"gpu"`` or ``"rapl"`` where the whole interface is missing.
         reason: why, in one sentence without a full stop.
-        mend: what would make it available; ``None`` when nothing would.
+        fix: what would make it available; ``None`` when nothing would.
         lost: whether it is a GPU that was lost or needs a reset.
     """
 
     domain: str
     reason: str
-    mend: str | None = None
+    fix: str | None = None
     lost: bool = False
 
 

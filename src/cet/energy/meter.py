@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,10 @@ from cet.energy.domains import (
     Domain,
     EnergyReading,
     MigError,
+    NoCounterError,
     ReadingError,
     Unavailable,
+    with_domain,
 )
 from cet.energy.rapl import POWERCAP, Zone, zones
 from cet.energy.window import Meterable, Window
@@ -156,6 +158,22 @@ class EnergyMeter:
     def unavailable(self) -> tuple[Unavailable, ...]:
         """What it cannot measure, and why, once it was opened."""
         return tuple(self._unavailable)
+
+    def require(self, *, gpu: bool = False, any_domain: bool = False) -> None:
+        """Refuse to go on with what could be opened.
+
+        Args:
+            gpu: whether the joules of a GPU are needed.
+            any_domain: whether those of anything are.
+
+        Raises:
+            DeviceLostError: for a GPU that was lost before.
+            NoCounterError: where there are no such joules, with the reasons.
+        """
+        _raise_lost(self._unavailable)
+        for needed, what, begin in ((gpu, "GPU's joules", "gpu"), (any_domain, "joules", "")):
+            if needed and not any(name.startswith(begin) for name in self._meterables):
+                raise no_counter(what, [row for row in self._unavailable if row.domain.startswith(begin)])
 
     def start(self, *, integral: bool | None = None) -> None:
         """Begin a window, inside the one that is open, if one is.
@@ -296,28 +314,30 @@ class EnergyMeter:
         try:
             gpus, silent = stack.enter_context(nvml.opened(self.clock))
         except ReadingError as error:
-            self._unavailable.append(Unavailable("gpu", error.reason, error.mend))
+            self._unavailable.append(Unavailable("gpu", error.reason, error.fix))
             return
         asked_for = self._devices is not None or VISIBLE in os.environ
         if not asked_for:
             self._unavailable += silent
+        ignored = None
         try:
             if self._devices is None:
-                chosen = visible_gpus(gpus)
+                chosen, ignored = visible_gpus(gpus)
             else:
                 chosen = list(dict.fromkeys(gpu_of(device, gpus) for device in self._devices if device.type == "cuda"))
         except DeviceSelectionError as error:
-            for missing in silent:
-                if missing.lost:  # a GPU that does not even tell its name is nowhere to be found
-                    raise DeviceLostError(missing.reason) from error
+            _raise_lost(silent, error)
             raise
+        if ignored:
+            _raise_lost(silent)
+            self._unavailable.append(Unavailable("gpu", ignored, "name GPUs that nvidia-smi -L lists, each once"))
         for gpu in chosen:
             try:
                 if gpu.in_mig_mode():
                     raise MigError(f"{gpu.label} is in MIG mode: {NO_MIG}")
                 self._meterables[gpu.domain.name] = gpu
             except ReadingError as error:
-                self._unavailable.append(Unavailable(gpu.label, error.reason, error.mend))
+                self._unavailable.append(Unavailable(gpu.label, error.reason, error.fix))
             except (MigError, DeviceLostError) as error:
                 if asked_for:
                     raise
@@ -333,3 +353,16 @@ class EnergyMeter:
         """End all windows but the first ``keep``, without a reading."""
         while len(self._windows) > keep:
             self._windows.pop().abandon()
+
+
+def no_counter(what: str, unavailable: Iterable[Unavailable]) -> NoCounterError:
+    """The error that ``what`` cannot be measured, for reasons."""
+    reasons = "; ".join(with_domain(row.domain, row.reason) for row in unavailable)
+    return NoCounterError(f"no {what} can be measured ({reasons}); cet doctor shows the fix")
+
+
+def _raise_lost(silent: Sequence[Unavailable], cause: Exception | None = None) -> None:
+    """Blame a GPU that was lost, which does not even answer with its name, for one that is nowhere to be found."""
+    for missing in silent:
+        if missing.lost:
+            raise DeviceLostError(missing.reason) from cause

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cet.cli.energy.tables import UNKNOWN, Scale, columns, interval, one, percent
 from cet.energy.domains import with_domain
-from cet.energy.report import POLICY, Figures, PlainFigure
+from cet.energy.figures import POLICY, Figures, PlainFigure
 
 VERDICTS = {
     "less": "A takes less than B",
@@ -40,8 +40,8 @@ def of_run(document: Document) -> Iterator[Table | str]:
     notes = [with_domain(part["domain"], part["reason"]) for part in window["domains"] if part["reason"]]
     above_idle = figures("net_joules")
     if above_idle["value"] is None and figures("joules")["value"] is not None:
-        mend = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
-        notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{mend}")
+        fix = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
+        notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{fix}")
     if any(figure["low"] is not None for figure in document["figures"]):
         notes.append("±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain.")
     yield _remarks(document, notes)
@@ -187,8 +187,8 @@ def _remarks(document: Document, notes: Iterable[str] = ()) -> str:
     lines = list(notes)
     for measurement in document["measurements"]:
         for missing in measurement["unavailable"]:
-            mend = f"; {missing['mend']}" if missing["mend"] else ""
-            lines.append(f"{UNKNOWN} {with_domain(missing['domain'], missing['reason'])}{mend}")
+            fix = f"; {missing['mend']}" if missing["mend"] else ""
+            lines.append(f"{UNKNOWN} {with_domain(missing['domain'], missing['reason'])}{fix}")
     lines += [f"! {name}: {explanation}" for name, explanation in document["flags"].items()]
     if document["stopped"]:
         lines.append(f"! partial: {document['stopped']}")

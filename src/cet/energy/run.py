@@ -1,27 +1,28 @@
-"""Measures a command: one window from its start to its end."""
+"""The joules while a command runs: one window from its start to its end."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cet.cli.energy import process
-from cet.cli.errors import Stopped
-from cet.energy import (
+from cet.energy import process, report
+from cet.energy.checks import idle_drifts, window_flags
+from cet.energy.domains import (
     CounterFrozenError,
     CounterUnstableError,
     DeviceLostError,
     DeviceState,
     EnergyError,
-    EnergyMeter,
     EnergyReading,
     Flag,
-    report,
+    Source,
+    unique,
 )
-from cet.energy.checks import idle_drifts, window_flags
-from cet.energy.domains import Source, unique
+from cet.energy.figures import window_figures
+from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import estimated
+from cet.signals import Stopped
 
 WRAP = 30.0
 """s, within which counters that wrap are read."""
@@ -61,14 +62,14 @@ class MeasuredCommand:
         measurement = {
             "window": report.plain_reading(self.reading),
             "idle": [report.plain_reading(reading) for reading in self.idle],
-            "unavailable": [asdict(missing) for missing in self.reading.unavailable],
+            "unavailable": report.plain_unavailable(self.reading.unavailable),
         }
         about = {
             "command": list(self.arguments),
             "exit_code": self.ended.exit_code,
             "host": {"platform": platform.platform()},
         }
-        figures = report.window_figures(self.reading, self.idle)
+        figures = window_figures(self.reading, self.idle)
         return report.document("run", figures, [measurement], flags=self.flags, stopped=self.stopped, about=about)
 
 
@@ -78,7 +79,7 @@ def measure(
     mask: process.Mask,
     *,
     idle: float,
-    estimate_watts: float | None,
+    assume_watts: float | None,
 ) -> MeasuredCommand:
     """Run a command within :func:`process.signals_held`, and measure it.
 
@@ -87,7 +88,7 @@ def measure(
         arguments: the program and its arguments.
         mask: the signal mask for it.
         idle: s to measure the idle machine before and after.
-        estimate_watts: W to assume; ``None`` to measure.
+        assume_watts: W to assume; ``None`` to measure.
 
     Raises:
         CommandError: when it cannot be started.
@@ -125,8 +126,8 @@ def measure(
         else:
             if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
                 flags.append(Flag.IDLE_DRIFT)
-    if estimate_watts is not None:
-        reading = estimated(reading, estimate_watts)
+    if assume_watts is not None:
+        reading = estimated(reading, assume_watts)
         flags.append(Flag.MODELLED)
     return MeasuredCommand(
         arguments,
