@@ -24,6 +24,7 @@ from benchmarks.session import require_device
 from cet.cli.energy.progress import Windows
 from cet.cli.energy.tables import columns, interval, one
 from cet.energy import EnergyMeter, report
+from cet.energy.figures import Figure, Figures
 from cet.energy.measurement import Measurement, Quantity, Settings
 from cet.energy.protocol import Workload, measure
 from cet.files import write_atomically
@@ -44,15 +45,15 @@ def measure_case(case: Case, batch: int, meter: EnergyMeter, settings: Settings,
     return measure(workloads, meter, settings, progress=progress)
 
 
-def figures(measurement: Measurement, net: str, batch: int) -> Iterator[report.Figure]:
+def figures(measurement: Measurement, net: str, batch: int) -> Iterator[Figure]:
     """Time and energy per row of each provider, and ratios of `predict`; ``workload`` holds net and provider."""
     for quantity in QUANTITIES:
         for name in PROVIDERS:
             estimate = measurement.estimate(name, quantity)
-            yield report.Figure.of(quantity, estimate, per="sample", batch=batch, workload=f"{net}:{name}")
+            yield Figure.of(quantity, estimate, per="sample", batch=batch, workload=f"{net}:{name}")
         for baseline in BASELINES:
             ratio = measurement.ratio("predict", baseline, quantity)
-            yield report.Figure.of(quantity, ratio, part="ratio", batch=batch, workload=f"{net}:predict/{baseline}")
+            yield Figure.of(quantity, ratio, part="ratio", batch=batch, workload=f"{net}:predict/{baseline}")
 
 
 @click.command()
@@ -84,7 +85,7 @@ def main(
     require_device(device)
     results_folder(output)
     settings = Settings(blocks=rounds, window=window, warmup=warm_up)
-    found: list[report.Figure] = []
+    found: list[Figure] = []
     measurements, flags = [], []
     with torch.no_grad(), EnergyMeter([device]).opened() as meter:
         for name in models:
@@ -113,7 +114,7 @@ def main(
 
 
 def _print(document: report.Document, scenario: str) -> None:
-    found = report.Figures(document)
+    found = Figures(document)
     console = Console(highlight=False)
     console.print(f"{scenario}, per row")
     for quantity in QUANTITIES:
