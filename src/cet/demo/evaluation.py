@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from cet.calibration.cost import ExitCosts
-from cet.calibration.threshold_search import simulate
+from cet.calibration.thresholds import simulate
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
 from cet.training import Windows, perturbation
