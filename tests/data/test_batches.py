@@ -159,10 +159,16 @@ def test_labels_that_name_no_class_per_sample_are_refused(
         class_indices(X, y, num_classes, whose)
 
 
-def test_rows_are_counted_by_the_first_tensor() -> None:
-    assert check_batch({"scale": 2.0, "x": X}, Y, 3) == 4
+def test_labels_belong_to_the_rows_of_any_tensor() -> None:
+    assert class_indices({"scale": 2.0, "adjacency": torch.eye(7), "x": X}, Y, 3) is Y
     with pytest.raises(TypeError, match="x is str without a tensor"):
-        check_batch("ab", Y, 3)
+        class_indices("ab", Y, 3)
+
+
+def test_a_check_of_class_indices_converts_nothing() -> None:
+    assert check_batch(X, Y, 3) == 4
+    with pytest.raises(TypeError, match=r"y is torch\.int32 \(4,\); give class indices \(B,\) as an int64 tensor"):
+        check_batch(X, Y.int(), 3)
 
 
 class Single(Dataset[tuple[Tensor, int]]):

@@ -30,9 +30,15 @@ LABEL_KEYS = ("labels", "label", "y")
 
 def call(function: Callable[..., Any], x: Inputs) -> Any:
     """A model, or a method of one, called with the inputs of one batch."""
+    args, kwargs = as_call(x)
+    return function(*args, **kwargs)
+
+
+def as_call(x: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that the inputs of one batch are."""
     if isinstance(x, Mapping):
-        return function(**x)
-    return function(*x) if isinstance(x, tuple | list) else function(x)
+        return (), dict(x)
+    return (tuple(x) if isinstance(x, tuple | list) else (x,)), {}
 
 
 def split_batch(batch: Any, batch_fn: BatchFn | None = None) -> tuple[Inputs, Any]:
@@ -71,7 +77,7 @@ def class_indices(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -
     ``(B,)`` on a GPU are not looked at, because that would wait for the device; those of other labels are.
 
     Args:
-        x: the inputs, whose first tensor has ``B`` rows.
+        x: the inputs, of which at least one tensor has ``B`` rows.
         y: the labels.
         num_classes: ``K``; None when it is not known.
         whose: put before the names in errors, such as ``"the loader's "``.
@@ -81,10 +87,11 @@ def class_indices(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -
             labels and several labels per row.
         ValueError: for labels of another length than the inputs, or out of range.
     """
-    rows = _num_rows(x, whose)
+    lengths = _lengths(x, whose)
     if not isinstance(y, Tensor) or y.is_complex():
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"{whose}y is {got}; give class indices as an int64 tensor")
+    rows = y.shape[0] if y.ndim and y.shape[0] in lengths else lengths[0]  # the first tensor may be a shared one
     if y.ndim == 2 and y.shape[0] == rows and y.shape[1] > 1 and num_classes in (None, y.shape[1]):
         return _from_one_hot(y, whose)
     if y.shape == (rows, 1) and num_classes == 2:
@@ -192,12 +199,13 @@ def _check_loader(loader: Any) -> None:
         raise TypeError(f"loader is {got}; {fix} a torch.utils.data.DataLoader")
 
 
-def _num_rows(x: Inputs, whose: str) -> int:
+def _lengths(x: Inputs, whose: str) -> list[int]:
+    """The first dimensions of the tensors in ``x``."""
     leaves = pytree.tree_leaves(dict(x) if isinstance(x, Mapping) else x)
-    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), None)
-    if rows is None:
+    lengths = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not lengths:
         raise TypeError(f"{whose}x is {type(x).__name__} without a tensor; give a tensor, a tuple or a dict of tensors")
-    return int(rows)
+    return lengths
 
 
 def _from_one_hot(y: Tensor, whose: str) -> Tensor:
