@@ -145,6 +145,9 @@ def test_inputs_may_be_tuples_and_dicts(model: cet.EarlyExit, held_out: Batches)
     expected = calibrate(model, held_out)
     assert calibrate(model, [((x,), y) for x, y in held_out]) == expected
     assert calibrate(model, [({"input": x}, y) for x, y in held_out]) == expected
+    assert calibrate(model, [{"input": x, "labels": y} for x, y in held_out]) == expected
+    in_other_order = [{"target": y, "series": x} for x, y in held_out]
+    assert calibrate(model, in_other_order, batch_fn=lambda batch: (batch["series"], batch["target"])) == expected
 
 
 def test_rows_that_are_not_finite_never_leave_early(model: cet.EarlyExit, held_out: Batches) -> None:
@@ -315,8 +318,8 @@ def test_models_of_another_kind_are_refused(held_out: Batches) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loader": None}, r"loader is NoneType; give an iterable of pairs \(x, y\)"),
-        ({"loader": torch.zeros(3)}, "loader is Tensor"),
+        ({"loader": None}, r"loader is None; give an iterable of batches, such as a torch.utils"),
+        ({"loader": torch.zeros(3)}, "loader is a Tensor"),
         ({"max_accuracy_drop": "1%"}, "max_accuracy_drop is '1%'; give a number as a fraction, 0.01 for 1 %"),
         ({"max_accuracy_drop": None}, "max_accuracy_drop is None"),
         ({"max_accuracy_drop": True}, "max_accuracy_drop is True"),
@@ -399,8 +402,8 @@ def ones(*shape: int) -> Tensor:
     [
         ([], ValueError, "loader yields no labelled rows"),
         ([(zeros(3, 2, 32), -100 * ones(3))], ValueError, "loader yields no labelled rows"),
-        ([zeros(3, 2, 32)], TypeError, r"loader yields Tensor; give one that yields pairs \(x, y\)"),
-        ([(zeros(3, 2, 32),)], TypeError, "loader yields tuple"),
+        ([zeros(3, 2, 32)], TypeError, r"a batch is Tensor without labels; make the loader yield \(x, y\)"),
+        ([(zeros(3, 2, 32),)], TypeError, "a batch is tuple of 1 without labels"),
         ([("x", ones(3))], TypeError, "the loader's x is str without a tensor"),
         ([(zeros(3, 2, 32), [1, 1, 1])], TypeError, "the loader's y is list; give class indices as an int64"),
         ([(zeros(3, 2, 32), zeros(3))], TypeError, "the loader's y is torch.float32"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -20,7 +20,7 @@ from cet.calibration.metrics import MetricFunction, MetricName, check_metric, me
 from cet.calibration.report import CalibrationReport, ClassReport, ExitReport, drop_interval
 from cet.calibration.temperatures import fit_temperature
 from cet.calibration.thresholds import search_thresholds, simulate
-from cet.data.batches import call, check_batch
+from cet.data.batches import BatchFn, Inputs, as_call, read_batches
 from cet.model.check import compare_answers, runtime_logits
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
@@ -51,6 +51,7 @@ def calibrate(
     costs: ExitCosts | None = None,
     metric: MetricName | MetricFunction = "accuracy",
     class_weights: Sequence[float] | Tensor | None = None,
+    batch_fn: BatchFn | None = None,
 ) -> Calibration:
     """Choose temperatures and thresholds on held-out samples; ``model`` keeps its policy until you assign the new one.
 
@@ -66,8 +67,8 @@ def calibrate(
     Args:
         model: an :class:`cet.EarlyExit`, also inside DataParallel, DistributedDataParallel or ``torch.compile``, whose
             wrapper is then passed by. It runs in eval mode, and has its own modes back afterwards.
-        loader: yields ``(x, y)``: ``x`` a tensor, a tuple of positional inputs or a dict of keyword inputs; ``y``
-            ``(B,)`` int64 class indices, -100 for rows to ignore.
+        loader: yields batches ``(x, y)``, longer tuples or dicts, see :mod:`cet.data.batches`; ``y`` holds class
+            indices, -100 for rows to ignore.
         max_accuracy_drop: as a fraction, in [0, 1); 0.01 is one percentage point.
         confidence: level of the interval, in (0, 1).
         score: the score of the policy.
@@ -78,12 +79,13 @@ def calibrate(
             tensors ``(n,)`` on the CPU, that returns one number, more for better. A function is called often: up to
             1024 times for each group of exits that the search moves, and the result is less often the cheapest.
         class_weights: ``K`` numbers >= 0, by which ``"accuracy"`` weighs samples and ``"balanced"`` recalls.
+        batch_fn: takes a batch of another form apart: ``batch_fn(batch) -> (x, y)``.
 
     Raises:
         ValueError: for arguments out of range, a loader without labelled rows, labels out of range, or a backbone whose
             FLOPs cannot be counted when ``costs`` is not given.
         TypeError: for a model that is no :class:`cet.EarlyExit`, arguments of a wrong type, a loader that does not
-            yield ``(x, y)`` and labels that are not int64.
+            yield labelled batches and labels that name no class.
         RuntimeError: when ``predict`` and ``exit_logits`` differ on the first batch.
     """
     model = _early_exit(model)
@@ -96,12 +98,11 @@ def calibrate(
     if score not in SCORE_NAMES:
         raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
     check_metric(metric, class_weights, model.num_classes)
-    if not isinstance(loader, Iterable) or isinstance(loader, Tensor):
-        raise TypeError(f"loader is {type(loader).__name__}; give an iterable of pairs (x, y), such as a DataLoader")
+    batches = read_batches(loader, model.num_classes, batch_fn)
     if costs is not None and len(costs.stage) != model.num_exits:
         raise ValueError(f"costs has {len(costs.stage)} stages but the model has {model.num_exits} exits; give as many")
     costs = costs or exit_costs(model)
-    exit_logits, labels = _collect(model, loader)
+    exit_logits, labels = _collect(model, batches)
 
     temperatures = tuple(fit_temperature(logits, labels) if temperature else 1.0 for logits in exit_logits)
     sign = 1.0 if score == "entropy" else -1.0  # the search lets low scores leave
@@ -170,24 +171,19 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _collect(model: EarlyExit, loader: Iterable[Any]) -> tuple[list[Tensor], Tensor]:
+def _collect(model: EarlyExit, batches_read: Iterable[tuple[Inputs, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Logits of each exit, ``E`` tensors ``(n, K)`` as `predict` computes them, and labels ``(n,)``, of the labelled
     rows, on the CPU."""
     device = _device(model)
     batches: list[list[Tensor]] = []
     labels: list[Tensor] = []
     with torch.no_grad(), evaluating(model):
-        for batch in loader:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"the loader yields {type(batch).__name__}; give one that yields pairs (x, y)")
-            x, y = batch[0], batch[1].cpu() if isinstance(batch[1], Tensor) else batch[1]
-            x = dict(x) if isinstance(x, Mapping) else x
-            check_batch(x, y, model.num_classes, "the loader's ")
+        for x, y in batches_read:
             is_labelled = y != UNLABELLED
             if not is_labelled.any():
                 continue
-            x = pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
-            exit_logits = _answers_of(model, x, compare=not batches)
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), as_call(x))
+            exit_logits = _answers_of(model, args, kwargs, compare=not batches)
             batches.append([logits.cpu()[is_labelled] for logits in exit_logits])
             labels.append(y[is_labelled])
     if not labels:
@@ -195,17 +191,14 @@ def _collect(model: EarlyExit, loader: Iterable[Any]) -> tuple[list[Tensor], Ten
     return [torch.cat(parts) for parts in zip(*batches, strict=True)], torch.cat(labels)
 
 
-def _answers_of(model: EarlyExit, x: Any, *, compare: bool) -> tuple[Tensor, ...]:
+def _answers_of(
+    model: EarlyExit, args: tuple[Any, ...], kwargs: dict[str, Any], *, compare: bool
+) -> tuple[Tensor, ...]:
     """The logits of every exit, ``(B, K)``, as `predict` computes them; compared with `exit_logits` if asked for."""
-
-    def answers(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        logits = runtime_logits(model, args, kwargs)
-        if compare:
-            compare_answers(model, logits, args, kwargs)
-        return logits
-
-    found: tuple[Tensor, ...] = call(answers, x)
-    return found
+    logits = runtime_logits(model, args, kwargs)
+    if compare:
+        compare_answers(model, logits, args, kwargs)
+    return logits
 
 
 def _scores(
