@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gpu
+from benchmarks import gpu
+from benchmarks.harness import Case, WrongResultError
+from benchmarks.operations import Measured, Point, command, geometric_mean, speedup
 from cet import ops
 from cet.ops.padded import move_rows
-from harness import Case, WrongResultError
-from operations import Measured, Point, command, geometric_mean, speedup
 
 POINTS = [
     {"rows": rows, "row_bytes": row_bytes, "leaving": leaving}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Case, check_close
+from benchmarks.operations import Measured, Point, command, geometric_mean, speedup
 from cet import ops
-from harness import Case, check_close
-from operations import Measured, Point, command, geometric_mean, speedup
 
 EXITS, ROWS = 4, 256
 POINTS = [

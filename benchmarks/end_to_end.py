@@ -25,28 +25,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import cet
-import gpu
+from benchmarks import gpu
+from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, check_close, measure, provenance, write_results
+from benchmarks.models import NETS, Net, multi_exit, random_inputs
+from benchmarks.operations import require_device
+from cet.measure.rounds import MIN_ROUNDS, Timings
+from cet.measure.statistics import Spread
+from cet.measure.timers import cache_eviction, keep_freed_memory, timer_for
 from cet.partition.stages import logits_of
 from cet.runtime import RunnerName
 from cet.runtime.cuda_graphs import why_no_switch
-from harness import (
-    MIN_BLOCKS,
-    NO_TIME,
-    Case,
-    Row,
-    Spread,
-    Timings,
-    WrongResultError,
-    cache_eviction,
-    check_close,
-    keep_freed_memory,
-    measure,
-    provenance,
-    timer_for,
-    write_results,
-)
-from models import NETS, Net, multi_exit, random_inputs
-from operations import require_device
 
 Fractions = tuple[float | None, ...]
 
@@ -69,7 +57,7 @@ class Point:
     batch: int
     scenario: str
     leaving: tuple[int, ...] = ()
-    timings: Timings | None = None
+    timings: Timings[str] | None = None
     note: str = ""
     absent: Mapping[str, str] = field(default_factory=dict)
     joules: Mapping[str, float | None] = field(default_factory=dict)
@@ -337,7 +325,7 @@ def run_net(
     dtype: torch.dtype,
     longest_call: float,
     with_compiled: bool,
-    time_case: Callable[[Case], Timings],
+    time_case: Callable[[Case], Timings[str]],
     joules: float | None,
     end: float,
 ) -> Iterator[Point]:
@@ -400,12 +388,12 @@ def figures(points: Sequence[Point]) -> Iterator[tuple[dict[str, Any], Row]]:
             continue
         timings = point.timings
         for name in timings.seconds:
-            yield where, Row.of(name, "s", timings.time(name), timings.blocks)
+            yield where, Row.of(name, "s", timings.time(name), timings.num_rounds)
         others = [(name, "backbone") for name in timings.seconds if name != "backbone"]
         runners = [name for name in ("predict", *BY_RUNNER) if name in timings.seconds]
         others += [(name, "graphed") for name in runners if "graphed" in timings.seconds]
         for name, baseline in [*others, *((name, "ideal") for name in runners), ("boolean_mask", "predict")]:
-            yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.blocks)
+            yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.num_rounds)
         for name, joules in point.joules.items():
             per_sample = None if joules is None else joules / point.batch
             yield where, Row(name, "J/sample", per_sample, note="" if joules else "no energy counter")
@@ -533,7 +521,7 @@ class CommaSeparated(click.ParamType):
     "--within", type=float, default=math.inf, help="Seconds, shared out to the nets; what is left is left out."
 )
 @click.option("--compile", "with_compiled", is_flag=True, help="Time the backbone under torch.compile too.")
-@click.option("--quick", is_flag=True, help="A smoke test: batches 1 and 4, three blocks a point.")
+@click.option("--quick", is_flag=True, help="A smoke test: batches 1 and 4, three rounds a point.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -558,7 +546,7 @@ def main(
     start = time.perf_counter()
     require_device(device)
     if joules is not None and device == "cpu":
-        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks/energy.py.")
+        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks.energy.")
     output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -574,7 +562,7 @@ def main(
     kept = keep_freed_memory()
     settings: dict[str, Any] = {
         "seconds": seconds or (0.02 if quick else 1.5),
-        "min_blocks": 3 if quick else MIN_BLOCKS,
+        "min_rounds": 3 if quick else MIN_ROUNDS,
     }
     evict = cache_eviction(place) if cold else None
     ceilings = gpu.ceilings(place) if device == "cuda" else {}

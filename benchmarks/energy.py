@@ -17,6 +17,9 @@ import torch
 from rich.console import Console
 
 import cet
+from benchmarks.end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
+from benchmarks.harness import Case, provenance
+from benchmarks.models import NETS, multi_exit, random_inputs
 from cet.cli.energy.output import Outputs
 from cet.cli.energy.progress import Windows
 from cet.cli.energy.tables import columns, interval, one
@@ -24,9 +27,6 @@ from cet.energy import EnergyMeter, report
 from cet.energy.measurement import Measurement, Quantity, Settings
 from cet.energy.protocol import Workload, measure
 from cet.files import write_atomically
-from end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
-from harness import Case, provenance
-from models import NETS, multi_exit, random_inputs
 
 PROVIDERS = ("predict", "ideal", "backbone")
 BASELINES = ("ideal", "backbone")

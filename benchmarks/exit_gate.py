@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import cet
-import gpu
+from benchmarks import gpu
+from benchmarks.harness import Case, WrongResultError, check_close
+from benchmarks.operations import Measured, Point, command, geometric_mean, speedup
 from cet import ops
 from cet.ops.padded import move_rows, padded_exit_gate
-from harness import Case, WrongResultError, check_close
-from operations import Measured, Point, command, geometric_mean, speedup
 
 GRID = (
     (1, 128, 32, 7),

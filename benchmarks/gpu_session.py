@@ -23,7 +23,7 @@ import click
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/gpu"
 OP_TESTS = ["tests/ops/test_padded.py"]
-OP_TESTS += [f"tests/test_triton_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss")]
+OP_TESTS += [f"tests/ops/test_triton_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss")]
 ON_GPU = "cuda or triton"  # the Triton tests run on the GPU where there is one
 SANITIZED = f"({ON_GPU}) and (every_way or ticket or padding or padded_rows or longer or retained or rows_move)"
 WITHIN = "{within}"  # stands for the seconds after which a step is to come to its end
@@ -59,7 +59,7 @@ def steps(output: Path) -> list[Step]:
     def benchmark(script: str, limit: int, *options: str, name: str = "", stretches: bool = False) -> Step:
         where = str(output / "results" / name)
         timing = ["--cold", "--seconds", "0.2", "--within", WITHIN, "--output", where]
-        command = [f"benchmarks/{script}.py", "--device", "cuda", *timing, *options]
+        command = ["-m", f"benchmarks.{script}", "--device", "cuda", *timing, *options]
         return Step(name or script, command, limit, stretches=stretches)
 
     def tests(name: str, limit: int, *files: str) -> Step:

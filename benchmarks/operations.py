@@ -15,25 +15,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-import gpu
-import harness
+from benchmarks import gpu
+from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, measure, provenance, write_results
 from cet import ops
-from harness import (
-    MIN_BLOCKS,
-    NO_TIME,
-    Case,
-    Row,
-    Timings,
-    WrongResultError,
-    cache_eviction,
-    measure,
-    provenance,
-    timer_for,
-    write_results,
-)
+from cet.measure import timers
+from cet.measure.rounds import MIN_ROUNDS, Timings
 
 Point = Mapping[str, Any]
-Measured = list[tuple[Point, Timings]]
+Measured = list[tuple[Point, Timings[str]]]
 Ratio = tuple[str, str]
 
 
@@ -84,10 +73,10 @@ def command(
             torch.set_num_threads(threads)
         output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
         output.mkdir(parents=True, exist_ok=True)
-        settings = {"seconds": 0.02 if quick else seconds, "min_blocks": 3 if quick else MIN_BLOCKS}
-        if keep_freed_memory and not harness.keep_freed_memory():
+        settings = {"seconds": 0.02 if quick else seconds, "min_rounds": 3 if quick else MIN_ROUNDS}
+        if keep_freed_memory and not timers.keep_freed_memory():
             raise click.ClickException("--keep-freed-memory needs glibc's allocator")
-        evict = cache_eviction(place) if cold else None
+        evict = timers.cache_eviction(place) if cold else None
         ceilings = gpu.ceilings(place) if device == "cuda" else {}
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
@@ -106,7 +95,7 @@ def command(
                     names = ", ".join(case.providers)
                     raise click.BadParameter(f"{', '.join(unknown)} is none of {names}", param_hint="--skip")
                 case = case.without(skip)
-                timings = measure(case, timer=timer_for(place), evict=evict, **settings)
+                timings = measure(case, timers.timer_for(place), evict=evict, **settings)
             except WrongResultError as error:
                 rows.append((point, Row("cet", "s", note=f"not timed: {error}")))
                 continue
@@ -143,17 +132,17 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def speedup(timings: Timings, over: Iterable[str], of: str = "cet") -> float:
+def speedup(timings: Timings[str], over: Iterable[str], of: str = "cet") -> float:
     """How many times as long the best of the others takes."""
     return min(timings.ratio(name, of).median for name in over)
 
 
-def _rows(timings: Timings, ratios: Sequence[Ratio]) -> Iterator[Row]:
+def _rows(timings: Timings[str], ratios: Sequence[Ratio]) -> Iterator[Row]:
     for name in timings.seconds:
-        yield Row.of(name, "s", timings.time(name), timings.blocks)
+        yield Row.of(name, "s", timings.time(name), timings.num_rounds)
     for slow, fast in ratios:
         if {slow, fast} <= timings.seconds.keys():
-            yield Row.of(f"{slow}/{fast}", "ratio", timings.ratio(slow, fast), timings.blocks)
+            yield Row.of(f"{slow}/{fast}", "ratio", timings.ratio(slow, fast), timings.num_rounds)
 
 
 def _plot(name: str, measured: Measured, ratios: Sequence[Ratio]) -> Figure:

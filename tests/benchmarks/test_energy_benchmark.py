@@ -1,4 +1,4 @@
-"""`benchmarks/energy.py` on the smallest net."""
+"""`python -m benchmarks.energy` on the smallest net."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.energy import main
 from cet.energy import MonotonicClock
-from energy import main
 from powercap import Powercap
 
 

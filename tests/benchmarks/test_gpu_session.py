@@ -14,13 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import compact
-import end_to_end
-import gpu
-import gpu_report
-import gpu_session
-from gpu_session import Step
-from harness import NO_TIME, provenance
+from benchmarks import compact, end_to_end, gpu, gpu_report, gpu_session
+from benchmarks.gpu_session import Step
+from benchmarks.harness import NO_TIME, provenance
 
 
 @pytest.fixture
@@ -34,6 +30,7 @@ def test_the_steps_fit_their_time_and_name_what_exists(tmp_path: Path) -> None:
     assert len({step.name for step in steps}) == len(steps)
     for argument in (argument for step in steps for argument in step.command):
         assert not argument.endswith(".py") or (gpu_session.ROOT / argument).is_file()
+        assert not argument.startswith("benchmarks.") or importlib.util.find_spec(argument)
 
 
 def is_running(process: int) -> bool:

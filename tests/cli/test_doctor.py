@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cet.cli import main
-from cet.measure import machine
+from cet.cli.doctor import findings as doctor_findings
 from nvml.simulation import Simulation
 
 
@@ -26,7 +26,7 @@ def doctor(*args: str) -> int:
     return int(stop.value.code or 0)
 
 
-def by_name(findings: list[machine.Finding]) -> dict[str, machine.Finding]:
+def by_name(findings: list[doctor_findings.Finding]) -> dict[str, doctor_findings.Finding]:
     return {finding.name: finding for finding in findings}
 
 
@@ -72,7 +72,7 @@ def test_each_counter_is_a_finding(simulation: Simulation, tmp_path: Path, monke
     simulation.reset(gpus=3)
     simulation.fault("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED, gpu=1)
     simulation.fault("*", pynvml.NVML_ERROR_GPU_IS_LOST, gpu=2)
-    found = by_name(machine.counters())
+    found = by_name(doctor_findings.counters())
     assert found["gpu:0"].available
     assert found["gpu:0"].detail.startswith("NVIDIA Simulated GPU (GPU-00000000-")
     assert found["gpu:0"].detail.endswith("energy counter, scope: board")
@@ -85,7 +85,7 @@ def test_each_counter_is_a_finding(simulation: Simulation, tmp_path: Path, monke
 
 def test_nvml_that_does_not_start_is_explained(simulation: Simulation) -> None:
     simulation.fault("nvmlInitWithFlags", pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-    finding = by_name(machine.counters())["gpu"]
+    finding = by_name(doctor_findings.counters())["gpu"]
     assert not finding.available
     assert "NVML error 9" in finding.detail
     assert "load the NVIDIA kernel module" in (finding.mend or "")
@@ -93,34 +93,34 @@ def test_nvml_that_does_not_start_is_explained(simulation: Simulation) -> None:
 
 def test_a_choice_of_gpus_that_cannot_be_honoured_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-8f2a")
-    (finding,) = machine.counters()
+    (finding,) = doctor_findings.counters()
     assert (finding.name, finding.available) == ("gpu", False)
     assert "MIG-8f2a" in finding.detail
 
 
 def test_runners_on_a_gpu_and_why_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = by_name(machine.runners())
+    found = by_name(doctor_findings.runners())
     if not torch.cuda.is_available():
         assert not found["graphs"].available
-        assert found["graphs"].mend == machine.GPU_MEND
+        assert found["graphs"].mend == doctor_findings.GPU_MEND
         assert "its CUDA extension" in found["device"].detail
-    monkeypatch.setattr(machine, "_no_cuda_device", lambda: None)
+    monkeypatch.setattr(doctor_findings, "_no_cuda_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "NVIDIA Simulated GPU")
     for reason in (None, "the driver is old; install a newer one"):
-        monkeypatch.setattr(machine, "why_no_switch", lambda reason=reason: reason)
-        eager, graphs, device = machine.runners()
+        monkeypatch.setattr(doctor_findings, "why_no_switch", lambda reason=reason: reason)
+        eager, graphs, device = doctor_findings.runners()
         assert eager.available
-        assert graphs == machine.Finding("graphs", True, "NVIDIA Simulated GPU; where asked for")
+        assert graphs == doctor_findings.Finding("graphs", True, "NVIDIA Simulated GPU; where asked for")
         if reason is None:
-            assert device == machine.Finding("device", True, graphs.detail)
+            assert device == doctor_findings.Finding("device", True, graphs.detail)
         else:
-            assert device == machine.Finding("device", False, "the driver is old", "install a newer one")
+            assert device == doctor_findings.Finding("device", False, "the driver is old", "install a newer one")
 
 
 def test_missing_extra_names_packages_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed_version", lambda package: None if package == "lightning" else "1.0")
-    found = by_name(machine.extras())
+    monkeypatch.setattr(doctor_findings, "installed_version", lambda package: None if package == "lightning" else "1.0")
+    found = by_name(doctor_findings.extras())
     assert found["train"].detail == "not installed: lightning"
     assert found["demo"].mend == "pip install 'cet[demo]'"
-    assert found["ray"] == machine.Finding("ray", True, "ray 1.0")
+    assert found["ray"] == doctor_findings.Finding("ray", True, "ray 1.0")

@@ -315,9 +315,7 @@ class TestVisibleDevices:
         ("visible", "code", "named"),
         [
             ("MIG-8f2a", 13, "MIG"),
-            ("GPU-7", 12, "GPU-7"),
-            ("5", 12, "there is no GPU 5"),
-            ("cuda:0", 12, "'cuda:0'"),
+            ("0,MIG-8f2a", 13, "MIG"),
         ],
     )
     def test_what_cannot_be_measured_is_refused(
@@ -331,13 +329,30 @@ class TestVisibleDevices:
         assert err.count("\n") == 1
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("visible", ["", "-1"])
-    def test_none_is_cpu_only(self, cet: Commands, visible: str, package: Path) -> None:
+    def test_gpus_of_different_kinds_are_told_by_uuid_only(self, cet: Commands) -> None:
+        cet.environment["CUDA_VISIBLE_DEVICES"] = "0"
+        code, _, err = cet.run("run", "--", "true", script=[*self.TWO, "gpu 1 name NVIDIA Other GPU"])
+        assert code == 12
+        assert "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or give UUIDs" in err
+
+    @pytest.mark.parametrize(
+        ("visible", "why"),
+        [
+            ("", "hides all GPUs"),
+            ("-1", "hides all GPUs"),
+            ("NoDevFiles", "before 'NoDevFiles', which names no GPU"),
+            ("5", "before '5', which names no GPU"),
+            ("GPU-7", "before 'GPU-7', which names no GPU"),
+            ("GPU-0000", "before 'GPU-0000', which names more than one GPU"),
+            ("1,1", "names gpu:1 twice"),
+        ],
+    )
+    def test_none_is_cpu_only(self, cet: Commands, visible: str, why: str, package: Path) -> None:
         cet.environment["CUDA_VISIBLE_DEVICES"] = visible
         code, document, text = cet.measure("run", "--", "sleep", "0.2", script=self.TWO)
         assert code == 0
         assert [row["domain"] for row in document["measurements"][0]["window"]["domains"]] == ["rapl:package-0"]
-        assert "hides all GPUs" in text
+        assert why in text
 
 
 class TestSignals:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,17 +10,13 @@ from typing import NoReturn
 
 import click
 
+from cet.files import OutputError
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 """What cet raises itself, with a message made for the user."""
-
-
-class OutputError(OSError):
-    """A file or folder that cannot be written."""
-
-    exit_code = 20
 
 
 class LoadError(ValueError):
@@ -63,24 +56,6 @@ def stoppable() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-_PLAIN = {"–": "-", "±": "+-", "µ": "u", "°": "deg ", "█": "#", "░": "."}
-
-
-def speak_plainly() -> None:
-    """Have stdout and stderr write what their encoding lacks in ASCII, rather than fail behind a long measurement."""
-
-    def plain(error: UnicodeError) -> tuple[str, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        lacking = error.object[error.start : error.end]
-        return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
-
-    codecs.register_error("cet.plain", plain)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="cet.plain")
-
-
 @dataclass
 class Session:
     """One run of the command line."""
@@ -106,7 +81,7 @@ def one_sentence(error: BaseException) -> str:
         return f"{error.format_message()} See '{command} --help'."
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, OutputError):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     message = " ".join(str(error).split())
     if isinstance(error, EXPECTED) and message:

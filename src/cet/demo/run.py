@@ -28,7 +28,7 @@ from cet.demo.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STAT
 from cet.demo.markdown import to_markdown
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Cost, Data, RecipeReport, Report, Speeds, Timing
 from cet.demo.timing import measure_latency, measure_throughput
-from cet.measure import machine
+from cet.measure.host import host_facts
 from cet.model.early_exit import EarlyExit
 from cet.training import (
     CONSISTENT,
@@ -105,8 +105,9 @@ def start(folder: RunFolder, settings: Settings, progress: Progress, *, overwrit
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     stages = _Stages(progress)
     path, windows = _read_recordings(settings, stages)
-    folder.clear()
-    folder.write_json(STATE, {"settings": asdict(settings), "made_with": _made_with(path)})
+    with folder.begun():
+        folder.clear()
+        folder.write_json(STATE, {"settings": asdict(settings), "made_with": _made_with(path)})
     return _run(folder, settings, path, windows, stages)
 
 
@@ -164,7 +165,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
                 seed=settings.seed,
                 progress=lambda done, total, _: step.advance(done, total),
             )
-        host = machine.host()
+        host = host_facts()
     report = Report(
         schema_version=SCHEMA_VERSION,
         settings={**asdict(settings), "data": None if settings.data is None else path.name},
@@ -245,7 +246,7 @@ def _measure(
             step.advance(done, len(models) * len(CONDITIONS))
             model, x = models[name], perturbed(test, CONDITIONS[condition], seed)
             throughput[name][condition] = measure_throughput(
-                model, x, batch_size=THROUGHPUT_BATCH, rounds=settings.timed_batches, seed=seed
+                model, x, batch_size=THROUGHPUT_BATCH, num_rounds=settings.timed_batches, seed=seed
             )
             latency[name][condition] = measure_latency(model, x, windows=settings.timed_windows, seed=seed)
     return throughput, latency

@@ -23,7 +23,8 @@ from cet.energy.domains import (
     Unavailable,
     with_domain,
 )
-from cet.energy.statistics import INTERVAL_ROUNDS, Estimate, mean_interval
+from cet.energy.statistics import Estimate
+from cet.measure.statistics import INTERVAL_ROUNDS, mean_interval
 
 IDLE = "idle"
 """The name of the idle windows among the workloads."""

@@ -301,16 +301,18 @@ class EnergyMeter:
         asked_for = self._devices is not None or VISIBLE in os.environ
         if not asked_for:
             self._unavailable += silent
+        ignored = None
         try:
             if self._devices is None:
-                chosen = visible_gpus(gpus)
+                chosen, ignored = visible_gpus(gpus)
             else:
                 chosen = list(dict.fromkeys(gpu_of(device, gpus) for device in self._devices if device.type == "cuda"))
         except DeviceSelectionError as error:
-            for missing in silent:
-                if missing.lost:  # a GPU that does not even tell its name is nowhere to be found
-                    raise DeviceLostError(missing.reason) from error
+            _raise_lost(silent, error)
             raise
+        if ignored:
+            _raise_lost(silent)
+            self._unavailable.append(Unavailable("gpu", ignored, "name GPUs that nvidia-smi -L lists, each once"))
         for gpu in chosen:
             try:
                 if gpu.in_mig_mode():
@@ -333,3 +335,10 @@ class EnergyMeter:
         """End all windows but the first ``keep``, without a reading."""
         while len(self._windows) > keep:
             self._windows.pop().abandon()
+
+
+def _raise_lost(silent: Sequence[Unavailable], cause: Exception | None = None) -> None:
+    """Blame a GPU that was lost, which does not even answer with its name, for one that is nowhere to be found."""
+    for missing in silent:
+        if missing.lost:
+            raise DeviceLostError(missing.reason) from cause

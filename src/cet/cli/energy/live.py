@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cet.cli.energy.tables import UNKNOWN, columns
+from cet.cli.streams import reader_left
 from cet.energy import EnergyMeter, EnergyReading
 from cet.energy.domains import with_domain
 
@@ -119,15 +120,21 @@ def show(looks: Iterable[Look], form: str) -> None:
     """As JSON, one object per line; or as text, in place in a terminal and one line per look anywhere else."""
     console = Console(highlight=False)
     if form == "json":
-        for look in looks:
-            click.echo(json.dumps(asdict(look)))
+        _print(json.dumps(asdict(look)) for look in looks)
     elif console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             for look in looks:
                 live.update(_screen(look), refresh=True)
     else:
-        for look in looks:
-            click.echo(_line(look))
+        _print(map(_line, looks))
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Print until nobody reads."""
+    for line in lines:
+        click.echo(line)
+        if reader_left():
+            break
 
 
 def _screen(look: Look) -> Group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -10,20 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cet.cli.parameters import PATH, FiniteRange
+
 if TYPE_CHECKING:
     from cet.energy import EnergyMeter, Unavailable
 
 Command = Callable[..., Any]
-
-
-class FiniteRange(click.FloatRange):
-    """A range of finite numbers: click's own lets NaN through, which is neither below nor above anything."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = click.FLOAT.convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return float(super().convert(number, param, ctx))
 
 
 MOST_SECONDS, MOST_WATTS, MOST_THREADS = 1e6, 1e6, 1024  # beyond these it is a slip
@@ -57,13 +48,13 @@ METER = (
 FILES = (
     click.option(
         "--output",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Write everything as JSON.",
     ),
     click.option(
         "--prometheus",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Write metrics for the text-file collector.",
     ),
@@ -82,7 +73,7 @@ MEASUREMENT = (
     click.option(
         "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="CPU threads.  [default: torch's choice]"
     ),
-    click.option("--plots", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw PNG files into it."),
+    click.option("--plots", type=PATH, metavar="FOLDER", help="Draw PNG files into it."),
 )
 
 BACKBONE = click.option("--backbone", metavar="MODULE:NAME", help="The backbone of a checkpoint, which holds no code.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,9 +11,8 @@ from typing import Any
 
 import click
 
-from cet.cli.errors import OutputError
 from cet.energy import report
-from cet.files import write_atomically
+from cet.files import OutputError, check_file, check_folder, make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,11 @@ class Outputs:
                     f"{first} {options[first]} and {second} {options[second]} are the same; give each its own."
                 )
         if self.plots is not None:
-            try:
-                self.plots.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise _not_writable(self.plots, error) from error
-            _check_folder(self.plots, self.plots)
+            check_folder(self.plots)
         for path in filter(None, (self.document, self.prometheus)):
             if path.is_dir():
                 raise OutputError(f"{path} is a folder; give a file")
-            _check_folder(path.parent, path)
+            check_file(path)
         if self.document is not None and self.document.exists() and not overwrite:
             raise OutputError(f"{self.document} exists; give another file, or replace it with --overwrite")
         _check_replaceable(self.document, report.JSON_START)
@@ -73,6 +67,7 @@ class Outputs:
         if self.plots is not None:
             from cet.energy import plots
 
+            make_folder(self.plots)
             for name, content in plots.draw(document).items():
                 write_atomically(self.plots / name, content)
 
@@ -87,18 +82,6 @@ def _check_replaceable(path: Path | None, start: str) -> None:
         with path.open("rb") as file:
             found = file.read(len(start))
     except OSError as error:
-        raise _not_writable(path, error) from error
+        raise OutputError.of(path, error) from error
     if found not in (b"", start.encode()):
         raise OutputError(f"{path} holds something else than cet energy writes there; give another file")
-
-
-def _check_folder(folder: Path, path: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _not_writable(path, error) from error
-
-
-def _not_writable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path} cannot be written ({error.strerror}); give another path")

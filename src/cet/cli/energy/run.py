@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from cet.cli.energy.options import FILES, FORMAT, METER, MOST_SECONDS, FiniteRange, check_meter, options
+from cet.cli.energy.options import FILES, FORMAT, METER, MOST_SECONDS, check_meter, options
 from cet.cli.errors import debug_option
+from cet.cli.parameters import FiniteRange
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})

@@ -54,9 +54,9 @@ class Wanted:
             ModuleNotFoundError: for plots without matplotlib.
         """
         if self.plots is not None:
-            from cet.measure import machine
+            from cet.measure.host import require
 
-            machine.require("--plots", ["matplotlib"], extra="demo")
+            require("--plots", ["matplotlib"], extra="demo")
         outputs = Outputs(self.output, self.prometheus, self.plots)
         outputs.check(overwrite=self.overwrite)
         return outputs
@@ -80,13 +80,13 @@ class Wanted:
         """For the document: what is measured, and where."""
         import torch
 
-        from cet.measure import machine
+        from cet.measure.host import host_facts
 
         return {
             **models,
             "data": self.data,
             "samples": self.samples,
             "settings": asdict(self.settings),
-            "host": machine.host(),
+            "host": host_facts(),
             "torch": torch.__version__,
         }

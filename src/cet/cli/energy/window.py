@@ -19,8 +19,9 @@ from cet.energy import (
     Flag,
     report,
 )
+from cet.energy.checks import idle_drifts, window_flags
 from cet.energy.domains import Source, unique
-from cet.energy.protocol import estimated, idle_drifts, window_flags
+from cet.energy.protocol import estimated
 
 WRAP = 30.0
 """s, within which counters that wrap are read."""

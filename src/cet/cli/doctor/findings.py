@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import cet
 from cet.energy import Domain, EnergyError, EnergyMeter
+from cet.measure.host import installed_version
 from cet.ops.backend import cuda_extension, kernels, triton_kernels
 from cet.runtime.cuda_graphs import why_no_switch
 
@@ -36,16 +33,6 @@ class Finding:
     available: bool
     detail: str
     mend: str | None = None
-
-
-def host() -> dict[str, str | int]:
-    """Platform, processor, usable cores and torch threads: where a measurement was made."""
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def backends() -> list[Finding]:
@@ -91,25 +78,6 @@ def extras() -> list[Finding]:
         else:
             findings.append(Finding(extra, True, ", ".join(f"{p} {v}" for p, v in versions.items())))
     return findings
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, ``None`` when it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def require(what: str, packages: Sequence[str], *, extra: str) -> None:
-    """Refuse to go on without packages of an extra.
-
-    Raises:
-        ModuleNotFoundError: when one is not installed, with the command that installs it.
-    """
-    missing = [package for package in packages if installed_version(package) is None]
-    if missing:
-        raise ModuleNotFoundError(f"{what} needs {' and '.join(missing)}; pip install 'cet[{extra}]'")
 
 
 def _reference() -> Finding:
@@ -160,15 +128,6 @@ def _no_cuda_device() -> str | None:
 def _counter(domain: Domain) -> str:
     how = "energy counter" if domain.source == "counter" else f"power only ({domain.reason})"
     return f"{domain.device}: {how}, scope: {domain.scope}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _extra_packages() -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import cet
 from cet.cli.errors import debug_option
 
 if TYPE_CHECKING:
-    from cet.measure.machine import Finding
+    from cet.cli.doctor.findings import Finding
 
 SCHEMA_VERSION = 1
 
@@ -38,28 +38,29 @@ def command(context: click.Context, form: str) -> None:
       cet doctor
       cet doctor --format json
     """
-    from cet.measure import machine
+    from cet.cli.doctor import findings
+    from cet.measure.host import host_facts
 
-    findings = {
-        "backends": machine.backends(),
-        "runners": machine.runners(),
-        "counters": machine.counters(),
-        "extras": machine.extras(),
+    sections = {
+        "backends": findings.backends(),
+        "runners": findings.runners(),
+        "counters": findings.counters(),
+        "extras": findings.extras(),
     }
-    works = findings["backends"][0].available
-    host = machine.host()
+    works = sections["backends"][0].available
+    host = host_facts()
     if form == "json":
         document = {
             "schema_version": SCHEMA_VERSION,
             "cet": cet.__version__,
             "works": works,
             "host": host,
-            **{section: [asdict(finding) for finding in found] for section, found in findings.items()},
+            **{section: [asdict(finding) for finding in found] for section, found in sections.items()},
         }
         click.echo(json.dumps(document, indent=2))
     else:
         click.echo(f"cet {cet.__version__} on {host['processor']}, {host['cores']} cores, {host['platform']}")
-        for section, found in findings.items():
+        for section, found in sections.items():
             _print_table(section, found)
     context.exit(0 if works else 1)
 
