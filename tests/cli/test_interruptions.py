@@ -57,7 +57,7 @@ def check_one_sentence(err: str, *named: str) -> None:
 
 def test_these_are_all_commands() -> None:
     """A new command is tried here as well."""
-    assert set(COMMANDS) == {"demo", "doctor", "energy", "completion"}
+    assert set(COMMANDS) == {"demo", "train", "calibrate", "predict", "doctor", "energy", "completion"}
 
 
 class TestReader:

@@ -26,6 +26,7 @@ from cet.calibration.cost import exit_costs
 from cet.cli import main
 from cet.demo import run, timing
 from cet.demo.energy import measure_energy
+from cet.demo.figures import made_with
 from cet.demo.folder import RunFolder
 from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
 from cet.demo.report import Report, at, verdict
@@ -275,8 +276,8 @@ def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
 @pytest.mark.parametrize("name", ["cet", "torch", "recordings_sha256"])
 def test_resume_refuses_another_version_or_other_recordings(tmp_path: Path, name: str) -> None:
     folder = RunFolder(tmp_path)
-    made_with = {**run._made_with(find_dataset()), name: "other"}
-    folder.write_json("run.json", {"settings": asdict(TINY), "made_with": made_with})
+    other = {**made_with(find_dataset()), name: "other"}
+    folder.write_json("run.json", {"settings": asdict(TINY), "made_with": other})
     with pytest.raises(ValueError, match=f"{name} other"):
         run.resume(folder, Recorder())
 

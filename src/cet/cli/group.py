@@ -24,6 +24,7 @@ def cli(context: click.Context) -> None:
     \b
     Examples:
       cet demo --quick     train, calibrate and measure on smartwatch data
+      cet train --help     your own data: train, then cet calibrate and cet predict
       cet doctor           what this machine can run and measure
       cet energy --help    joules of a command, of each exit, of two models
     """

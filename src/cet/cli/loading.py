@@ -100,7 +100,7 @@ def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
     Raises:
         LoadError: when it cannot be loaded, holds no sample, or holds something else than labelled batches.
     """
-    loader = _made(spec)
+    loader = made(spec)
     if not isinstance(loader, Iterable):
         raise LoadError(f"--data {spec} gives {type(loader).__name__}; it must give an iterable of batches (x, y)")
     parts: list[Batch] = []
@@ -130,13 +130,13 @@ def _joined(spec: str, parts: list[Batch], samples: int) -> Batch:
 
 
 def _module(spec: str) -> nn.Module:
-    made = _made(spec)
+    made = made(spec)
     if not isinstance(made, nn.Module):
         raise LoadError(f"{spec} gives {type(made).__name__}; it must give a torch.nn.Module")
     return made
 
 
-def _made(spec: str) -> Any:
+def made(spec: str) -> Any:
     """What ``module:name`` is, or what it returns when it is a function."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):

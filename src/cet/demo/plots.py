@@ -21,7 +21,7 @@ DEPTHS = ("#d4e4f1", "#86b6da", "#3576b0", "#12325e")
 def plot_accuracy(report: Report) -> bytes:
     """Accuracy on the test persons against mean compute per sample, clean and perturbed, for both recipes."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, len(report["conditions"]), sharey=True, squeeze=False)[0]
     for axes, (condition, severity) in zip(panels, report["conditions"].items(), strict=True):
         for name, recipe in report["recipes"].items():
             _draw_recipe(axes, COLOURS[name], recipe, condition, severity)
@@ -44,7 +44,7 @@ def plot_accuracy(report: Report) -> bytes:
 def plot_exits(report: Report) -> bytes:
     """The share of samples that leave at each exit, by severity, for both recipes."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(report["recipes"]), sharey=True)
+    panels = figure.subplots(1, len(report["recipes"]), sharey=True, squeeze=False)[0]
     for axes, (name, recipe) in zip(panels, report["recipes"].items(), strict=True):
         rows = recipe["severities"]
         positions = range(len(rows))

@@ -19,11 +19,15 @@ Speeds = dict[str, dict[Condition, Speed]]
 
 
 class Data(TypedDict):
-    """The recordings, and for each part of the split its persons and how many of their windows were used."""
+    """The recordings, and for each part of the split its persons and how many of their windows were used.
+
+    ``length`` is that of a window; ``persons`` are empty lists where it is not known whose the windows are.
+    """
 
     sha256: str
     classes: list[str]
-    persons: dict[str, list[int]]
+    length: int
+    persons: dict[str, list[Any]]
     windows: dict[str, int]
 
 
@@ -82,6 +86,8 @@ class Report(TypedDict):
     """Everything; but for ``timing``, the same settings and versions give the same report on the same machine."""
 
     schema_version: int
+    title: str
+    scope: str
     settings: dict[str, Any]
     versions: dict[str, str]
     exits: list[str]
