@@ -130,10 +130,10 @@ def _joined(spec: str, parts: list[Batch], samples: int) -> Batch:
 
 
 def _module(spec: str) -> nn.Module:
-    made = made(spec)
-    if not isinstance(made, nn.Module):
-        raise LoadError(f"{spec} gives {type(made).__name__}; it must give a torch.nn.Module")
-    return made
+    module = made(spec)
+    if not isinstance(module, nn.Module):
+        raise LoadError(f"{spec} gives {type(module).__name__}; it must give a torch.nn.Module")
+    return module
 
 
 def made(spec: str) -> Any:
