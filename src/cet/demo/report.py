@@ -53,7 +53,7 @@ class Joules(TypedDict):
     """Energy of early exit against the full network, in joules per sample of clean input; ``None`` where it is unknown.
 
     ``ratio`` is early exit's over the full network's, ``low`` and ``high`` are the ends of its 95 % interval, ``flags``
-    names what makes it less than it seems, and ``reason`` says why it is unknown.
+    names what makes it less than it seems, and ``reason`` is why it is unknown.
     """
 
     recipe: str
@@ -69,7 +69,7 @@ class Joules(TypedDict):
 
 
 class Timing(TypedDict):
-    """All that differs from run to run: when and where it ran, and everything that a clock or counter said.
+    """All that differs from run to run: when and where it ran, and everything that was read from a clock or counter.
 
     ``stages`` are the seconds of each stage in the process that finished the run.
     """

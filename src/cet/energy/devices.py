@@ -1,6 +1,6 @@
 """Which GPUs to measure: torch devices and ``CUDA_VISIBLE_DEVICES``, identified by UUID.
 
-The index of a GPU in CUDA is not its index in NVML: CUDA sorts by speed unless ``CUDA_DEVICE_ORDER`` says
+The index of a GPU in CUDA is not its index in NVML: CUDA sorts by speed unless ``CUDA_DEVICE_ORDER`` is
 ``PCI_BUS_ID``, and numbers the visible ones only (CUDA C++ Programming Guide, "CUDA Environment Variables").
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # measuring other programs needs no torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _INDEX = re.compile(r"\+?[0-9]+")  # CUDA reads numbers as C's strtoul does
-NO_MIG = "NVML knows the joules of the whole GPU only, not those of a MIG instance; measure on a GPU without MIG"
+NO_MIG = "NVML has the joules of the whole GPU only, not those of a MIG instance; measure on a GPU without MIG"
 
 
 def checked_devices(devices: Sequence[torch.device | str]) -> tuple[torch.device, ...]:

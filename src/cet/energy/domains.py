@@ -87,13 +87,13 @@ class NoCounterError(EnergyError):
 
 
 class DeviceSelectionError(EnergyError):
-    """``CUDA_VISIBLE_DEVICES`` or a torch device names a GPU that cannot be told."""
+    """``CUDA_VISIBLE_DEVICES`` or a torch device names a GPU that cannot be identified."""
 
     exit_code = 12
 
 
 class MigError(EnergyError):
-    """Joules of a MIG instance were asked for; NVML knows those of the whole GPU only."""
+    """Joules of a MIG instance were asked for; NVML has those of the whole GPU only."""
 
     exit_code = 13
 
@@ -268,7 +268,7 @@ class EnergyReading:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """How a GPU is at one moment; what it does not tell is ``None``.
+    """How a GPU is at one moment; what it does not report is ``None``.
 
     Attributes:
         temperature: degrees Celsius.
@@ -287,7 +287,7 @@ class DeviceState:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a measurement should know of a GPU beforehand; what it does not tell is ``None``.
+    """What a measurement should know of a GPU beforehand; what it does not report is ``None``.
 
     Attributes:
         name: of the product.

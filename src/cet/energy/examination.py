@@ -57,7 +57,7 @@ class Examination:
 def examine(*, rapl: bool = True, clock: Clock | None = None) -> Examination:
     """Try everything that this machine may have; it takes the time of ten updates of each counter.
 
-    It takes a window to tell: a counter can answer and yet stand still, in whose place there may be power. Where the
+    A window shows it: a counter can answer and yet stand still, in whose place there may be power. Where the
     GPUs that were asked for cannot be measured, or one is lost meanwhile, the CPU is examined alone.
 
     Args:

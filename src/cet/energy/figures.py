@@ -38,7 +38,7 @@ class Figure:
         low: lower end of the interval of the statistical error, or in a lone window, by how much the updates of the
             counter at its ends can be wrong at most; ``None`` without one.
         high: its upper end.
-        systematic: half width of the error that repetition does not show; ``None`` where nobody knows it.
+        systematic: half width of the error that repetition does not show; ``None`` where it is unknown.
         rounds: that the figure is of.
         source: ``"counter"``, ``"integral"``, ``"model"``, joined by ``+`` where it has several.
         reason: why ``value`` is ``None``, or else why it has no interval.
@@ -217,11 +217,11 @@ class Figures:
 
     def __call__(self, name: str, **labels: Any) -> PlainFigure:
         """The one figure with these labels; those that are not named are None."""
-        wanted = {"batch": None, "exit": None, "part": None, "workload": None, "domain": None, **labels}
+        expected = {"batch": None, "exit": None, "part": None, "workload": None, "domain": None, **labels}
         return next(
             figure
             for figure in self._figures
-            if figure["name"] == name and all(figure[key] == value for key, value in wanted.items())
+            if figure["name"] == name and all(figure[key] == value for key, value in expected.items())
         )
 
     @property

@@ -62,7 +62,7 @@ class EnergyMeter:
         integral: whether to sample power too, and report its integral beside the counter.
         rapl: whether to measure the CPU, whatever the devices.
         clock: by default the system's monotonic clock.
-        powercap: root of the powercap tree; by default what ``CET_POWERCAP_ROOT`` says, else ``/sys/class/powercap``.
+        powercap: root of the powercap tree; by default that of ``CET_POWERCAP_ROOT``, else ``/sys/class/powercap``.
 
     Attributes:
         clock: what it takes the time from.

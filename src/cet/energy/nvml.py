@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through nvidia-ml-py: energy counter, power and state, with NVML's error codes told apart.
+"""NVIDIA GPUs through nvidia-ml-py: energy counter, power and state, with a behaviour for each of NVML's error codes.
 
 Behaviour per code: a GPU that is lost or needs a reset raises :class:`cet.energy.DeviceLostError`; what may pass by
 itself is tried again, a bounded number of times; everything else is a :class:`ReadingError` of that call alone.
@@ -91,7 +91,7 @@ def ask(clock: Clock, subject: str, function: Callable[..., Any], *arguments: An
 
 
 class Power(NamedTuple):
-    """How a GPU tells its power.
+    """How a GPU reports its power.
 
     Attributes:
         kind: ``"instant"`` (field 186), ``"average"`` of about 1 s (field 185), or ``"usage"``
@@ -120,7 +120,7 @@ class Gpu:
         """How its energy is measured: by its counter, else by the integral of its power.
 
         Raises:
-            ReadingError: when it tells neither.
+            ReadingError: when it reports neither.
         """
         source: Source = "counter"
         reason = None
@@ -223,7 +223,7 @@ class Gpu:
 
     def _watts(self, milliwatts: float) -> float:
         if milliwatts <= 0:
-            raise ReadingError(f"{self.label} says that it draws {milliwatts:g} mW, which no GPU that answers does")
+            raise ReadingError(f"{self.label} reports a power of {milliwatts:g} mW, which no GPU that answers does")
         return milliwatts / 1e3
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:

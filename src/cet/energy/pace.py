@@ -10,7 +10,7 @@ from cet.energy.meter import EnergyMeter
 
 _TOO_LONG = 2.0  # of the time that calls should take; they may go slower too
 _WRAP = 30.0  # s, within which counters that wrap are read
-_SHORTEST = 1e-6  # s of a call that a coarse clock cannot tell from none
+_SHORTEST = 1e-6  # s of a call that a coarse clock shows as none
 
 Seen = TypeVar("Seen")
 

@@ -161,7 +161,7 @@ def _idle(meter: EnergyMeter, seconds: float, integral: bool | None) -> EnergyRe
 def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReading:
     """The reading without the joules of counters that moved over the window, but stand still now.
 
-    They stopped somewhere in it, and nobody knows where. The integral takes their place, if there is one.
+    They stopped at an unknown moment within it. The integral takes their place, if there is one.
     """
     parts = []
     for part in reading.domains:

@@ -98,7 +98,7 @@ def looks(
 
 def _look(gpus: EnergyMeter, cpus: EnergyReading, counts: Mapping[str, int] | None, seconds: float) -> Look:
     watts = {domain.name: gpus.state(domain.name).watts for domain in gpus.domains}
-    reasons = {name: "the GPU does not tell its power" for name, value in watts.items() if value is None}
+    reasons = {name: "the GPU does not report its power" for name, value in watts.items() if value is None}
     reasons |= {missing.domain: missing.reason for missing in gpus.unavailable}
     for part in cpus.domains:
         watts[part.domain] = None if part.joules is None else part.joules / cpus.seconds

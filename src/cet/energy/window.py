@@ -172,7 +172,7 @@ class PowerSampler:
             try:
                 watts = gpu.power.watts()
             except ReadingError:
-                continue  # the gap tells
+                continue  # the gap in the samples shows it
             except DeviceLostError as error:
                 self.lost[gpu.label] = error
                 self._gpus.remove(gpu)

@@ -39,7 +39,7 @@ def batches_of(data: Batch, size: int) -> list[Batch]:
 
 
 def batches_for(model: nn.Module, data: Batch, size: int, *, model_name: str, data_name: str) -> list[Batch]:
-    """As :func:`batches_of`, on the model's device; each runs once, so that data that do not fit are told right away.
+    """As :func:`batches_of`, on the model's device; each runs once, so that data that do not fit are refused at once.
 
     Args:
         model: in eval mode.

@@ -66,7 +66,7 @@ def command(
     check_samples(options.samples, [batch_size])
     outputs = options.outputs()
     with stoppable(), options.meter() as meter:
-        # Not before: they bring torch, and what is wrong so far is told at once.
+        # Not before: they bring torch, and errors so far should come at once.
         from cet.cli.energy.progress import Windows
         from cet.cli.energy.tables import show
         from cet.cli.energy.text import of_comparison

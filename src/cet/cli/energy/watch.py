@@ -43,7 +43,7 @@ def command(
 ) -> None:
     """Power, and where samples leave, live.
 
-    Shown are the power that a GPU tells, and for the CPU the mean since the last look; and with --model, which is then
+    Shown are the power that GPUs report, and for the CPU the mean since the last look; and with --model, which is then
     run again and again, at which exits its samples leave. The energy counters of GPUs are left alone, since some lose
     energy when they are read often. A look at things, not a measurement: for that there are run, profile and compare.
     JSON is one object per line.
