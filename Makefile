@@ -56,17 +56,17 @@ fuzz: setup
 	CET_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
 benchmark: setup
-	$(BIN)/python benchmarks/end_to_end.py
-	$(BIN)/python benchmarks/recipe.py
+	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.recipe
 
 # With the Python that is given, which has PyTorch: no virtual environment and no network.
 OUT ?= runs/gpu
 
 gpu:
-	$(PYTHON) benchmarks/gpu_session.py $(OUT)
+	$(PYTHON) -m benchmarks.gpu_session $(OUT)
 
 gpu-report: setup
-	$(BIN)/python benchmarks/gpu_report.py
+	$(BIN)/python -m benchmarks.gpu_report
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

@@ -6,13 +6,16 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cet.calibration import threshold_search
+import cet
+from cet.calibration import thresholds
 from cet.calibration.cost import ExitCosts
-from cet.calibration.threshold_search import OperatingPoint, frontier, search_thresholds, simulate
+from cet.calibration.thresholds import OperatingPoint, frontier, search_thresholds, simulate
+from cet.ops.definitions import ScoreName
 
 INF = float("inf")
 NAN = float("nan")
@@ -102,7 +105,7 @@ def test_more_exits_are_nearly_always_optimal(num_exits: int, num_samples: int) 
 
 
 def test_grids_of_candidates_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threshold_search, "MAX_COMBINATIONS", 900)  # a move of three exits sees 9 of 31 candidates each
+    monkeypatch.setattr(thresholds, "MAX_COMBINATIONS", 900)  # a move of three exits sees 9 of 31 candidates each
     excess = excess_costs(4, 30, range(24))
     assert (excess < 0.01).mean() >= 0.95
     assert excess.max() < 0.05
@@ -151,6 +154,35 @@ def test_simulate() -> None:
 
 def test_simulate_compares_in_float32() -> None:
     assert simulate([0.1], np.array([[0.1]], dtype=np.float32)).tolist() == [0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["entropy", "confidence", "margin"]),
+    st.lists(
+        st.lists(st.sampled_from([0.0, 0.1, 1.0, 2.5, -30.0, NAN, INF, -INF]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=9,
+    ),
+    st.one_of(st.floats(-0.1, 1.2), st.sampled_from([INF, 0.0, 0.1]), st.integers(0, 8)),
+    st.sampled_from([1.0, 0.37, 3.3]),
+)
+def test_simulate_and_the_gate_agree(
+    score: ScoreName, rows: list[list[float]], threshold: float | int, temperature: float
+) -> None:
+    logits = torch.tensor(rows)
+    scores = cet.ops.exit_score(logits, score, temperature)
+    if isinstance(threshold, int):  # on the score of one of the rows
+        threshold = scores[threshold % len(rows)].item()
+        threshold = 0.0 if np.isnan(threshold) else threshold
+    same, leaves = cet.ops.gate(logits, score=score, threshold=threshold, temperature=temperature)
+    assert torch.equal(same.nan_to_num(7.0), scores.nan_to_num(7.0))
+    sign = 1 if score == "entropy" else -1
+    expected = simulate([sign * threshold], sign * scores.numpy()[:, None]) == 0
+    if sign * threshold == -INF:  # a closed exit; no score is infinite
+        assert not expected.any()
+    else:
+        assert leaves.tolist() == expected.tolist()
 
 
 def test_equal_scores_leave_together() -> None:
