@@ -45,7 +45,8 @@ TINY = replace(
     energy_window=0.1,
 )
 SPARSE = partial(load_windows, stride=256)
-BY_SUBPROCESS = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_demo; test_demo."
+PATHS = [str(folder) for folder in Path(__file__).parents[:2]]
+BY_SUBPROCESS = f"import sys; sys.path[:0] = {PATHS!r}; import test_demo; test_demo."
 
 
 class Recorder:
