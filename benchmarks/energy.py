@@ -7,7 +7,6 @@ energy counter, times are measured the same way and the joules are null, with th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def main(
     """Joules of predict against the backbone and its stages on the rows that need them (the ideal)."""
     require_device(device)
     results_folder(output)
-    settings = Settings(blocks=rounds, window=window, warmup=warm_up)
+    settings = Settings(rounds=rounds, window=window, warmup=warm_up)
     found: list[Figure] = []
     measurements, flags = [], []
     with torch.no_grad(), EnergyMeter([device]).opened() as meter:
@@ -105,7 +104,7 @@ def main(
     about: dict[str, Any] = {
         **provenance(torch.device(device), "energy"),
         "scenario": scenario,
-        "settings": asdict(settings),
+        "settings": report.plain(settings),
     }
     document = report.document("benchmark", found, measurements, flags=dict.fromkeys(flags), about=about)
     write_atomically(output / "energy.json", report.to_json(document).encode())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -101,7 +100,7 @@ def simulated() -> report.Document:
             flags += result.measurement.flags
             measurements.append(report.plain_measurement(result.measurement, batch_size=size))
     return report.document(
-        "profile", figures, measurements, flags=dict.fromkeys(flags), about={"settings": asdict(settings)}
+        "profile", figures, measurements, flags=dict.fromkeys(flags), about={"settings": report.plain(settings)}
     )
 
 

@@ -104,23 +104,27 @@ class TestCompletion:
 
 
 class TestDoctor:
-    def test_table(self, run: Run) -> None:
+    def test_table(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, tick=0.04)
         code, out, err = run("doctor")
         assert (code, err) == (0, "")
         text = " ".join(out.split())
         assert "gpu:0 NVIDIA Simulated GPU (GPU-00000000-0000-4000-8000-000000000000)" in text
-        assert "energy counter, scope: board, update period 4" in text
+        shown = re.search(r"energy counter, scope: board, update period ([\d.]+) ms, 71 W now", text)
+        assert shown
+        assert float(shown[1]) == pytest.approx(40, rel=0.2)
         assert "Energy that cannot be measured rapl there is no RAPL zone in /no-powercap" in text
         assert "fix: run on bare metal" in text
 
-    def test_json(self, run: Run) -> None:
+    def test_json(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, tick=0.04)
         code, out, _ = run("doctor", "--format", "json", "--require-gpu")
         assert code == 0
         document = json.loads(out)
         assert document["schema_version"] == 2
         (gpu,) = document["energy"]["measurable"]
         assert gpu["domain"]["name"] == "gpu:0"
-        assert gpu["update_period"] == pytest.approx(0.004, rel=0.2)
+        assert gpu["update_period"] == pytest.approx(0.04, rel=0.2)
         assert gpu["state"]["watts"] == pytest.approx(71.1, rel=0.01)
         assert document["energy"]["unavailable"][0]["domain"] == "rapl"
 
@@ -293,7 +297,7 @@ class TestRun:
     def test_a_counter_that_fails_is_a_failure(
         self, flag: Flag, in_total: bool, failure: type[EnergyError] | None
     ) -> None:
-        gpu = DomainEnergy("gpu:0", "", "board", in_total, None, None, reason="why", tick=0.1, flags=(flag,))
+        gpu = DomainEnergy("gpu:0", "", "board", in_total, None, None, reason="why", update_period=0.1, flags=(flag,))
         found = failure_of(EnergyReading(0.0, 5.0, (gpu,)))
         assert type(found) is (failure or type(None))
         assert found is None or str(found) == "why"
@@ -302,7 +306,7 @@ class TestRun:
         text = " ".join(run("run", "--", "sleep", "0.3")[2].split())
         assert re.search(r"gpu:0 \d+\.\d+ ±\d+\.\d+ J – \d+\.\d+ ±\d+\.\d+ W counter", text)
         assert "– above idle: the idle machine was not measured; --idle 5 does that" in text
-        assert "±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain." in text
+        assert "±: what an update of the counter at each end can hide at most, beside about 5 % of its gain." in text
         assert "shared-device" not in text
 
     def test_a_counter_that_stops_in_the_window_is_not_believed(self, run: Run, simulation: Simulation) -> None:

@@ -34,8 +34,8 @@ from nvml.simulation import Simulation
 from simulated_net import backbone, data
 from simulated_work import work
 
-SETTINGS = Settings(blocks=4, window=0.5, warmup=0.1)
-ABOUT: dict[str, Any] = {"settings": asdict(replace(SETTINGS, estimate_watts=50))}
+SETTINGS = Settings(rounds=4, window=0.5, warmup=0.1)
+ABOUT: dict[str, Any] = {"settings": report.plain(replace(SETTINGS, assume_watts=50))}
 
 
 def gpu(joules: float | None, **more: Any) -> DomainEnergy:
@@ -66,7 +66,7 @@ def profiled() -> report.Document:
     """A profile where no energy can be measured, with assumed watts."""
     model = cet.EarlyExit(backbone(), ["0", "1"], (torch.zeros(2, 6),))
     model.policy = cet.ExitPolicy("entropy", (1.3, 1.35))
-    settings = replace(SETTINGS, window=0.01, warmup=0.005, estimate_watts=50)
+    settings = replace(SETTINGS, window=0.01, warmup=0.005, assume_watts=50)
     with EnergyMeter([], rapl=False).opened() as meter:
         result = profile(model, list(data()), meter, settings)
     return of_measurement("profile", profile_figures(result), result.measurement, batch_size=8)
@@ -90,6 +90,27 @@ class TestDocument:
             assert (domain["end"]["raw"] - domain["start"]["raw"]) / 1e3 == pytest.approx(domain["joules"])
             assert block["watts"] == pytest.approx(domain["joules"] / block["seconds"])
 
+    def test_its_keys_are_those_of_schema_1(self, profiled: report.Document) -> None:
+        (measurement,) = profiled["measurements"]
+        window = next(block for block in measurement["blocks"] if block["workload"] != "idle")
+        found = {
+            "measurement": measurement,
+            "settings": measurement["settings"],
+            "unavailable": measurement["unavailable"][0],
+            "block": window,
+            "domain": window["reading"]["domains"][0],
+        }
+        expected = {
+            "measurement": "batch_size settings workloads window domains unavailable ticks preflight blocks status"
+            " stopped exit_code flags",
+            "settings": "blocks window ticks warmup warmup_limit seed confidence estimate_watts",
+            "unavailable": "domain reason mend lost",
+            "block": "workload round calls items reading before after flags void seconds watts",
+            "domain": "domain device scope in_total joules source reason counter_joules integral_joules start end"
+            " samples tick flags",
+        }
+        assert {name: set(row) for name, row in found.items()} == {n: {*keys.split()} for n, keys in expected.items()}
+
     def test_flags_are_explained(self) -> None:
         document = report.document("run", [], [], flags=[Flag.THROTTLED], stopped="SIGINT", about={})
         assert document["flags"] == {"throttled": Flag.THROTTLED.explanation}
@@ -111,8 +132,8 @@ class TestWindow:
             assert figures("joules", domain=domain)["source"] == "counter"
 
     def test_the_ticks_at_both_ends_and_the_gain_are_its_errors(self) -> None:
-        idle = (window(gpu(60.0, tick=0.1), seconds=1.0), window(gpu(140.0, tick=0.1), seconds=2.0))
-        figures = Figures(of_window(window(gpu(300.0, tick=0.1)), *idle))
+        idle = (window(gpu(60.0, update_period=0.1), seconds=1.0), window(gpu(140.0, update_period=0.1), seconds=2.0))
+        figures = Figures(of_window(window(gpu(300.0, update_period=0.1)), *idle))
         for domain in ("gpu:0", None):
             joules, watts, net = (figures(name, domain=domain) for name in ("joules", "watts", "net_joules"))
             assert (joules["low"], joules["high"], joules["systematic"]) == (285.0, 315.0, 15.0)
@@ -125,7 +146,7 @@ class TestWindow:
     def test_without_a_known_tick_it_says_why_it_has_no_interval(self, source: str, systematic: float | None) -> None:
         figure = Figures(of_window(window(gpu(300.0, source=source))))("joules")
         assert (figure["low"], figure["high"], figure["systematic"]) == (None, None, systematic)
-        assert figure["reason"] == "no counter of gpu:0 has a known tick"
+        assert figure["reason"] == "no counter of gpu:0 has a known update period"
 
     def test_without_idle_it_says_so(self) -> None:
         figure = Figures(of_window(window(gpu(300.0))))("net_joules")

@@ -153,19 +153,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
             with stages.stage(f"Evaluate {recipe.name}"):
                 evaluated[recipe.name] = _evaluate(model, recipe, split.calibration, test, settings.seed)
             model.save(folder / f"{recipe.name}.safetensors")
-        throughput, latency = _measure(models, test, settings, stages)
-        with stages.stage("Measure energy") as step:
-            joules = measure_energy(
-                models[CONSISTENT.name],
-                CONSISTENT.name,
-                test.x,
-                batch_size=THROUGHPUT_BATCH,
-                rounds=settings.energy_rounds,
-                window=settings.energy_window,
-                seed=settings.seed,
-                progress=lambda done, total, _: step.advance(done, total),
-            )
-        host = host_facts()
+        timing = _timed(models, test, settings, stages)
     report = Report(
         schema_version=SCHEMA_VERSION,
         settings={**asdict(settings), "data": None if settings.data is None else path.name},
@@ -174,14 +162,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
         conditions=CONDITIONS,
         data=_describe(path, split, test),
         recipes=evaluated,
-        timing=Timing(
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            host=host,
-            stages=stages.seconds,
-            throughput=throughput,
-            latency=latency,
-            joules=joules,
-        ),
+        timing=timing,
     )
     with stages.stage("Write report"):
         folder.write(ACCURACY_PLOT, plots.plot_accuracy(report))
@@ -231,6 +212,30 @@ def _evaluate(model: EarlyExit, recipe: Recipe, calibration: Windows, test: Wind
             condition: accuracy_compute_curve(model, inputs[severity], test.y, costs, thresholds)
             for condition, severity in CONDITIONS.items()
         },
+    )
+
+
+def _timed(models: Mapping[str, EarlyExit], test: Windows, settings: Settings, stages: _Stages) -> Timing:
+    """Time and joules, and where they were measured."""
+    throughput, latency = _measure(models, test, settings, stages)
+    with stages.stage("Measure energy") as step:
+        joules = measure_energy(
+            models[CONSISTENT.name],
+            CONSISTENT.name,
+            test.x,
+            batch_size=THROUGHPUT_BATCH,
+            rounds=settings.energy_rounds,
+            window=settings.energy_window,
+            seed=settings.seed,
+            progress=lambda done, total, _: step.advance(done, total),
+        )
+    return Timing(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        host=host_facts(),
+        stages=stages.seconds,
+        throughput=throughput,
+        latency=latency,
+        joules=joules,
     )
 
 

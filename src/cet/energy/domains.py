@@ -48,8 +48,8 @@ class Flag(StrEnum):
         "The integral is of power averaged over about 1 s, which reaches back before the window.",
     )
     WRAP_UNKNOWN = "wrap-unknown", "The RAPL counter may have wrapped more than once; the window has no joules."
-    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 ticks of the counter."
-    TICK_UNKNOWN = "tick-unknown", "The tick of the counter could not be measured."
+    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 update periods of the counter."
+    UPDATE_PERIOD_UNKNOWN = "tick-unknown", "The update period of the counter could not be measured."
     TEMPERATURE_DRIFT = "temperature-drift", "The temperature changed by more than 5 degrees over the measurement."
     FEW_ROUNDS = "few-rounds", "Fewer than 10 rounds were measured."
     NOT_LEVEL = "not-level", "Clocks and temperature were not level when the warm-up ended."
@@ -204,7 +204,7 @@ class DomainEnergy:
         start: the counter at the window's start.
         end: the counter at its end.
         samples: power over the window, if it was sampled.
-        tick: s between updates of the counter, ``None`` when not measured.
+        update_period: s between two changes of the counter; ``None`` when not measured.
         flags: what makes the figure less than it seems.
     """
 
@@ -220,7 +220,7 @@ class DomainEnergy:
     start: CounterReading | None = None
     end: CounterReading | None = None
     samples: tuple[PowerSample, ...] = ()
-    tick: float | None = None
+    update_period: float | None = None
     flags: tuple[Flag, ...] = ()
 
 

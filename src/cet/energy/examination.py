@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cet.energy.clock import Clock
 from cet.energy.domains import (
     DeviceFacts,
     DeviceLostError,
@@ -53,7 +54,7 @@ class Examination:
             raise no_counter("GPU's joules", [row for row in self.unavailable if row.domain.startswith("gpu")])
 
 
-def examine(*, rapl: bool = True) -> Examination:
+def examine(*, rapl: bool = True, clock: Clock | None = None) -> Examination:
     """Try everything that this machine may have; it takes the time of ten updates of each counter.
 
     It takes a window to tell: a counter can answer and yet stand still, in whose place there may be power. Where the
@@ -61,16 +62,17 @@ def examine(*, rapl: bool = True) -> Examination:
 
     Args:
         rapl: whether to look at the CPU.
+        clock: by default the system's monotonic clock.
     """
     try:
-        with EnergyMeter(rapl=rapl).opened() as meter:
+        with EnergyMeter(rapl=rapl, clock=clock).opened() as meter:
             return _examined(meter)
     except Exception as error:  # whatever is wrong here, an examination must come out
         gpus = Unavailable("gpu", str(error) or type(error).__name__, lost=isinstance(error, DeviceLostError))
     if not rapl:
         return Examination((), (gpus,))
     try:
-        with EnergyMeter([]).opened() as meter:
+        with EnergyMeter([], clock=clock).opened() as meter:
             cpu = _examined(meter)
     except Exception as error:
         cpu = Examination((), (Unavailable("rapl", str(error) or type(error).__name__),))
@@ -79,7 +81,7 @@ def examine(*, rapl: bool = True) -> Examination:
 
 def _examined(meter: EnergyMeter) -> Examination:
     meter.start(integral=True)
-    periods = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
+    periods = {domain.name: meter.measure_update_period(domain.name) for domain in meter.domains}
     reading = meter.stop()
     measurable, unavailable = [], list(meter.unavailable)
     for domain in meter.domains:

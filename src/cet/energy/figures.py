@@ -35,7 +35,7 @@ class Figure:
             ``"accuracy"``.
         unit: ``"J"``, ``"s"``, ``"W"``, ``"FLOP"``, or ``"1"``.
         value: ``None`` if unknown, never 0 for it.
-        low: lower end of the interval of the statistical error, or in a lone window, by how much the ticks of the
+        low: lower end of the interval of the statistical error, or in a lone window, by how much the updates of the
             counter at its ends can be wrong at most; ``None`` without one.
         high: its upper end.
         systematic: half width of the error that repetition does not show; ``None`` where nobody knows it.
@@ -147,7 +147,7 @@ class _Power:
 
     Attributes:
         watts: ``None`` if unknown.
-        hidden: W that the counter can be wrong by, as it moves by one tick at a time; ``None`` if unknown.
+        hidden: W that the counter can be wrong by, as it moves once per update period; ``None`` if unknown.
         sources: of the joules.
         reason: why ``watts`` are unknown, or else ``hidden``.
     """
@@ -171,9 +171,11 @@ class _Power:
             return cls(None, None, frozenset(), "; ".join(reasons) or "no domain was to be measured")
         hidden = 0.0
         for part in parts:
-            if part.source != "counter" or part.tick is None or part.joules is None:
-                return cls(joules / reading.seconds, None, sources, f"no counter of {part.domain} has a known tick")
-            hidden += part.joules * part.tick / reading.seconds**2
+            if part.source != "counter" or part.update_period is None or part.joules is None:
+                return cls(
+                    joules / reading.seconds, None, sources, f"no counter of {part.domain} has a known update period"
+                )
+            hidden += part.joules * part.update_period / reading.seconds**2
         return cls(joules / reading.seconds, hidden, sources, None)
 
     def above(self, idle: Sequence[_Power]) -> _Power:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # measuring other programs needs no torch
 POWERCAP_ROOT = "CET_POWERCAP_ROOT"
 """Environment variable with another root of the powercap tree, for containers that mount it elsewhere."""
 
-_TICKS, _POLL, _PATIENCE = 10, 0.001, 3.0  # ticks to see, s between looks, s to wait for the next
+_CHANGES, _POLL, _PATIENCE = 10, 0.001, 3.0  # changes to see, s between looks, s to wait for the next
 
 
 class EnergyMeter:
@@ -90,23 +90,23 @@ class EnergyMeter:
         self._powercap = Path(powercap or os.environ.get(POWERCAP_ROOT) or POWERCAP)
         self._meterables: dict[str, Meterable] = {}
         self._unavailable: list[Unavailable] = []
-        self._ticks: dict[str, float] = {}
+        self._update_periods: dict[str, float] = {}
         self._windows: list[Window] = []
         self._depth = 0
         self._thread = 0
-        self._blocks: list[tuple[ExitStack, int]] = []
+        self._entered: list[tuple[ExitStack, int]] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self.opened())
             self.start()
-            self._blocks.append((stack.pop_all(), len(self._windows)))
+            self._entered.append((stack.pop_all(), len(self._windows)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stack, depth = self._blocks.pop()
+        stack, depth = self._entered.pop()
         with stack:
             self._abandon(depth)
             try:
@@ -201,7 +201,7 @@ class EnergyMeter:
         window = self._windows.pop()
         try:
             self.synchronize()
-            self._reading = window.end(self._unavailable, self._ticks)
+            self._reading = window.end(self._unavailable, self._update_periods)
         except DeviceLostError as lost:
             self._reading = lost.reading
             raise
@@ -234,7 +234,7 @@ class EnergyMeter:
                 with suppress(ReadingError):
                     meterable.read()
 
-    def measure_tick(self, domain: str) -> float | None:
+    def measure_update_period(self, domain: str) -> float | None:
         """Time between updates of an energy counter, in s, which later readings then show.
 
         The counter is read every millisecond until it has moved ten times, so not while a window is open whose joules
@@ -251,7 +251,7 @@ class EnergyMeter:
         try:
             last = meterable.read()
             patience = last.time + _PATIENCE
-            while len(moved) <= _TICKS:
+            while len(moved) <= _CHANGES:
                 self.clock.sleep(_POLL)
                 reading = meterable.read()
                 if reading.raw != last.raw:
@@ -262,9 +262,9 @@ class EnergyMeter:
                 last = reading
         except ReadingError:
             return None
-        tick = median(b - a for a, b in pairwise(moved))
-        self._ticks[domain] = tick
-        return tick
+        period = median(b - a for a, b in pairwise(moved))
+        self._update_periods[domain] = period
+        return period
 
     def state(self, domain: str) -> DeviceState:
         """How a GPU is now; of the CPU nothing is known.
@@ -300,7 +300,7 @@ class EnergyMeter:
         return self._meterables[domain]
 
     def _open(self, stack: ExitStack) -> None:
-        self._meterables, self._unavailable, self._ticks = {}, [], {}
+        self._meterables, self._unavailable, self._update_periods = {}, [], {}
         if self._devices is None or any(device.type == "cuda" for device in self._devices):
             self._open_gpus(stack)
         if self._rapl:

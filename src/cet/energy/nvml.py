@@ -31,7 +31,7 @@ ATTEMPTS = 3
 PAUSE = 0.002
 """s between two attempts: short against a window, so that a retried edge stays where it is."""
 
-_OWED = 1.0  # s of power from before a window that a counter may add to it, at its first tick
+_OWED = 1.0  # s of power from before a window that a counter may add to it, at its first change
 
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
 _MAY_PASS = (pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_TIMEOUT)

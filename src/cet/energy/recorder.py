@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,11 @@ class Outputs:
         document: JSON, written again after every window.
         prometheus: metrics for the text-file collector of Prometheus' node exporter.
         plots: a folder of PNG files.
-        csv: the figures, one per line.
     """
 
     document: Path | None = None
     prometheus: Path | None = None
     plots: Path | None = None
-    csv: Path | None = None
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse what cannot be written, before anything is measured.
@@ -84,7 +82,6 @@ class Outputs:
         files = (
             (self.document, report.JSON_START, report.to_json),
             (self.prometheus, report.PROMETHEUS_START, report.to_prometheus),
-            (self.csv, report.CSV_START, report.to_csv),
         )
         return [(path, start, to_text) for path, start, to_text in files if path is not None]
 
@@ -208,8 +205,8 @@ class Recorder:
         """With the windows of a measurement that has not ended."""
         under_way = {
             **self._labels,
-            "domains": [asdict(domain) for domain in self._meter.domains],
-            "unavailable": report.plain_unavailable(self._meter.unavailable),
+            "domains": [report.plain(domain) for domain in self._meter.domains],
+            "unavailable": [report.plain(missing) for missing in self._meter.unavailable],
             "blocks": self._blocks,
         }
         return self._document([*self._measurements, under_way], reason)

@@ -15,17 +15,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import cet
-from cet.energy.domains import EnergyReading, Flag, Unavailable
+from cet.energy.domains import EnergyReading, Flag
 from cet.energy.figures import Figure
 
 if TYPE_CHECKING:
-    from cet.energy.measurement import Block, Measurement, Settings
+    from cet.energy.measurement import Block, Measurement
 
 SCHEMA = "cet-energy"
 SCHEMA_VERSION = 1
 
-JSON_START, PROMETHEUS_START, CSV_START = f'{{\n  "schema": "{SCHEMA}"', "# HELP cet_energy_", "kind,status,name,"
-"""How every document, every metrics file and every table of figures begins."""
+JSON_START, PROMETHEUS_START = f'{{\n  "schema": "{SCHEMA}"', "# HELP cet_energy_"
+"""How every document and every metrics file begins."""
 
 Kind = Literal["run", "profile", "compare", "benchmark"]
 Document = dict[str, Any]
@@ -65,19 +65,24 @@ def document(
     }
 
 
-def plain_unavailable(rows: Iterable[Unavailable]) -> list[dict[str, Any]]:
-    """What cannot be measured, and why; schema 1 has another name for the fix."""
-    return [{"domain": row.domain, "reason": row.reason, "mend": row.fix, "lost": row.lost} for row in rows]
+_SCHEMA_NAMES = {
+    "rounds": "blocks",
+    "update_period": "tick",
+    "update_periods": "ticks",
+    "assume_watts": "estimate_watts",
+    "fix": "mend",
+}
+"""What schema 1 calls attributes that have better names since."""
 
 
-def plain_settings(settings: Settings) -> dict[str, Any]:
-    """The settings by their names in schema 1."""
-    return asdict(settings)
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass by the names of schema 1."""
+    return {_SCHEMA_NAMES.get(name, name): value for name, value in asdict(record).items()}
 
 
 def plain_reading(reading: EnergyReading) -> dict[str, Any]:
-    """A window as the meter read it, with the sum over its domains; what is not available is said once, elsewhere."""
-    domains = [asdict(part) for part in reading.domains]
+    """A window as the meter read it, with the sum over its domains; what is unavailable stands once, elsewhere."""
+    domains = [plain(part) for part in reading.domains]
     return {"start": reading.start, "seconds": reading.seconds, "joules": reading.joules, "domains": domains}
 
 
@@ -88,14 +93,15 @@ def plain_block(block: Block) -> dict[str, Any]:
 
 def plain_measurement(measurement: Measurement, **labels: Any) -> dict[str, Any]:
     """A measurement with its windows."""
-    plain = {field.name: getattr(measurement, field.name) for field in fields(measurement)}
     return {
         **labels,
-        **plain,
-        "settings": plain_settings(measurement.settings),
-        "domains": [asdict(domain) for domain in measurement.domains],
-        "unavailable": plain_unavailable(measurement.unavailable),
-        "preflight": {name: asdict(facts) for name, facts in measurement.preflight.items()},
+        **{
+            _SCHEMA_NAMES.get(field.name, field.name): getattr(measurement, field.name) for field in fields(measurement)
+        },
+        "settings": plain(measurement.settings),
+        "domains": [plain(domain) for domain in measurement.domains],
+        "unavailable": [plain(missing) for missing in measurement.unavailable],
+        "preflight": {name: plain(facts) for name, facts in measurement.preflight.items()},
         "blocks": [plain_block(block) for block in measurement.blocks],
     }
 

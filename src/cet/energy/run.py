@@ -62,7 +62,7 @@ class MeasuredCommand:
         measurement = {
             "window": report.plain_reading(self.reading),
             "idle": [report.plain_reading(reading) for reading in self.idle],
-            "unavailable": report.plain_unavailable(self.reading.unavailable),
+            "unavailable": [report.plain(missing) for missing in self.reading.unavailable],
         }
         about = {
             "command": list(self.arguments),
@@ -95,26 +95,11 @@ def measure(
         Stopped: for a signal that comes before it was.
         DeviceLostError: for a GPU that is lost then.
     """
-    ticks = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
-    standing = any(name.startswith("gpu:") and tick is None for name, tick in ticks.items())
+    periods = {domain.name: meter.measure_update_period(domain.name) for domain in meter.domains}
+    standing = any(name.startswith("gpu:") and period is None for name, period in periods.items())
     integral = standing or None  # else as the meter was made
     idle_readings = [_idle(meter, idle, integral)] if idle else []
-    shared, before = _are_shared(meter), _states(meter)
-    meter.start(integral=integral)
-    ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
-    failure: EnergyError | None
-    try:
-        reading = meter.stop()
-    except DeviceLostError as error:
-        if error.reading is None:
-            raise
-        reading, failure = error.reading, error
-    else:
-        reading = without_standing(meter, reading)
-        failure = failure_of(reading)
-    flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
-    if shared or _are_shared(meter):
-        flags.append(Flag.SHARED_DEVICE)
+    ended, reading, failure, flags = _command(meter, arguments, mask, integral)
     stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
     interrupted = 0
     if idle and failure is None:
@@ -141,6 +126,29 @@ def measure(
     )
 
 
+def _command(
+    meter: EnergyMeter, arguments: tuple[str, ...], mask: process.Mask, integral: bool | None
+) -> tuple[process.Ended, EnergyReading, EnergyError | None, list[Flag]]:
+    """Run the command in a window: how it ended, the reading, why that failed, and its flags."""
+    shared, before = _are_shared(meter), _states(meter)
+    meter.start(integral=integral)
+    ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
+    failure: EnergyError | None
+    try:
+        reading = meter.stop()
+    except DeviceLostError as error:
+        if error.reading is None:
+            raise
+        reading, failure = error.reading, error
+    else:
+        reading = without_standing(meter, reading)
+        failure = failure_of(reading)
+    flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
+    if shared or _are_shared(meter):
+        flags.append(Flag.SHARED_DEVICE)
+    return ended, reading, failure, flags
+
+
 def _idle(meter: EnergyMeter, seconds: float, integral: bool | None) -> EnergyReading:
     meter.start(integral=integral)
     try:
@@ -157,7 +165,7 @@ def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReadin
     """
     parts = []
     for part in reading.domains:
-        if part.source == "counter" and part.tick is not None and _stands(meter, part.domain):
+        if part.source == "counter" and part.update_period is not None and _stands(meter, part.domain):
             source: Source | None = None if part.integral_joules is None else "integral"
             reason = f"{part.domain}: the counter stands still after the window; it may have stopped within"
             flags = unique((*part.flags, Flag.COUNTER_FROZEN))
@@ -168,7 +176,7 @@ def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReadin
 
 def _stands(meter: EnergyMeter, domain: str) -> bool:
     try:
-        return meter.measure_tick(domain) is None
+        return meter.measure_update_period(domain) is None
     except DeviceLostError:  # which it was not in the window
         return False
 

@@ -211,11 +211,11 @@ class MeasurementOptions:
         from cet.energy.measurement import Settings
 
         return Settings(
-            blocks=self.rounds,
+            rounds=self.rounds,
             window=self.window,
             warmup=self.warm_up,
             seed=self.seed,
-            estimate_watts=self.assume_watts,
+            assume_watts=self.assume_watts,
         )
 
     def outputs(self) -> Outputs:
@@ -249,14 +249,14 @@ class MeasurementOptions:
         import torch
 
         from cet.energy.recorder import Recorder
-        from cet.energy.report import plain_settings
+        from cet.energy.report import plain
         from cet.measure.host import host_facts
 
         about = {
             **models,
             "data": self.data,
             "samples": self.samples,
-            "settings": plain_settings(self.settings),
+            "settings": plain(self.settings),
             "host": host_facts(),
             "torch": torch.__version__,
         }

@@ -43,7 +43,7 @@ def of_run(document: Document) -> Iterator[Table | str]:
         fix = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
         notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{fix}")
     if any(figure["low"] is not None for figure in document["figures"]):
-        notes.append("±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain.")
+        notes.append("±: what an update of the counter at each end can hide at most, beside about 5 % of its gain.")
     yield _remarks(document, notes)
 
 
@@ -166,7 +166,7 @@ def _errors(document: Document) -> str:
         )
     window, asked = max(measurement["window"] for measurement in document["measurements"]), settings["window"]
     if asked and window > asked:
-        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, to hold enough ticks of the counter.")
+        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, to hold enough updates of the counter.")
     return " ".join(sentences)
 
 
