@@ -340,7 +340,7 @@ def test_a_counter_that_runs_backwards_voids_the_window_which_is_repeated(
     assert Flag.COUNTER_BACKWARDS in void.flags
     assert "backwards" in void.void
     again = found.windows[found.windows.index(void) + 1]
-    assert (again.workload, again.round, again.void) == (void.workload, void.round, None)
+    assert (again.workload, again.round_index, again.void) == (void.workload, void.round_index, None)
     assert Flag.COUNTER_BACKWARDS not in found.flags
     assert found.estimate("a").rounds == 4
 
