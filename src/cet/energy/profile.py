@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cet.calibration.cost import exit_costs
 from cet.data.batches import call, check_batch
-from cet.energy.measurement import Block, Measurement, Quantity, Settings
+from cet.energy.measurement import Measurement, Quantity, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
@@ -120,7 +120,7 @@ def profile(
     *,
     exits: Sequence[str] | None = None,
     progress: Progress | None = None,
-    on_block: Callable[[Block], object] | None = None,
+    on_window: Callable[[WindowRecord], object] | None = None,
 ) -> BatchProfile:
     """Measure a model exit by exit, in windows that each pass over all batches again and again.
 
@@ -139,7 +139,7 @@ def profile(
         exits: the early exits to profile; those that the policy opens if not given, or all if it opens none. The final
             exit is always profiled. Heads and gates run at these and at those that the policy opens.
         progress: is called with how far the measurement is.
-        on_block: gets each window as it ends.
+        on_window: gets each window as it ends.
 
     Raises:
         ValueError: for an exit that the model has not, for no batches, and for batches of different sizes.
@@ -151,7 +151,7 @@ def profile(
     with torch.no_grad(), evaluating(model):
         counts = _count(model, batches)
         workloads = _workloads(model, batches, plan.profiled, plan.opened)
-        measurement = measure(workloads, meter, settings, progress=progress, on_block=on_block)
+        measurement = measure(workloads, meter, settings, progress=progress, on_window=on_window)
     predict = partial(_prediction, measurement, plan, counts)
     return BatchProfile(
         batch_size=rows.pop(),
