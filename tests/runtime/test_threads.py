@@ -328,13 +328,13 @@ def fork_beside(work: str) -> None:
             else:
                 model.predict(R(3, 6, 40))
 
+    inputs = [R(3, 6, 45 + turn) for turn in range(5)]
+    answers = [exit_logits_of_eager_backbone(model, x) for x in inputs]  # before: its hooks see all threads
     threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for turn in range(5):
+    for turn, (x, expected) in enumerate(zip(inputs, answers, strict=True)):
         time.sleep(0.1)
-        x = R(3, 6, 45 + turn)
-        expected = exit_logits_of_eager_backbone(model, x)
         child = os.fork()
         if child == 0:
             code = 1
