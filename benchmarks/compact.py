@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import gpu
 from benchmarks.harness import Case, WrongResultError
-from benchmarks.operations import Measured, Point, command, geometric_mean, speedup
+from benchmarks.operations import Benchmark, Measured, Point, geometric_mean, speedups
 from cet import ops
 from cet.ops.padded import move_rows
 
@@ -77,8 +77,8 @@ def set_up(point: Point) -> Case:
 
 
 def verdicts(measured: Measured) -> dict[str, Any]:
-    speedups = [speedup(timings, ("index_select", "boolean_mask")) for _, timings in measured]
-    return {"speedup_geometric_mean": geometric_mean(speedups), "speedup_least": min(speedups)}
+    found = speedups(measured, ["index_select", "boolean_mask"])
+    return {"speedup_geometric_mean": geometric_mean(found), "speedup_least": min(found, default=None)}
 
 
 RATIOS = [
@@ -89,7 +89,7 @@ RATIOS = [
     ("copy", "graphed"),
     ("triton", "graphed"),
 ]
-main = command("compact", POINTS, set_up, RATIOS, verdicts)
+main = Benchmark("compact", POINTS, set_up, RATIOS, verdicts).command()
 
 if __name__ == "__main__":
     with torch.inference_mode():

@@ -11,6 +11,7 @@ import io
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from matplotlib.figure import Figure
 
@@ -30,10 +32,17 @@ from cet.measure.timers import Timer
 
 PACKAGES = ("cet", "torch", "transformers")
 NO_TIME = "not run: no time was left"
+NOT_TIMED = "not timed: "
 
 
 class WrongResultError(Exception):
     """A provider gives another result than it must; its time would mean nothing."""
+
+
+def failure(error: Exception) -> str:
+    """The note of a point that failed: its figures are missing, and those of other points are not lost with them."""
+    text = str(error) if isinstance(error, WrongResultError) else f"{type(error).__name__}: {error}"
+    return NOT_TIMED + " ".join(text.split())[:200]
 
 
 @dataclass(frozen=True)
@@ -126,14 +135,25 @@ def _command(benchmark: str) -> str:
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept])
 
 
+def results_folder(output: Path) -> Path:
+    """Make the folder for the results where it is missing, and refuse one that takes no files."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
+    return output
+
+
 def write_results(
     folder: Path,
     name: str,
     rows: Sequence[tuple[Mapping[str, Any], Row]],
     description: Mapping[str, Any],
-    figure: Figure,
+    figure: Figure | None = None,
 ) -> list[Path]:
-    """Write ``name.csv``, ``name.json`` and ``name.png`` into ``folder``, each atomically.
+    """Write ``name.csv``, ``name.json`` and, with a figure, ``name.png`` into ``folder``, each atomically.
 
     Args:
         folder: an existing folder.
@@ -141,7 +161,7 @@ def write_results(
         rows: the point of each figure, with the same keys for all, and the figure.
         description: :func:`provenance` and settings, for the JSON file; commit, date, device and versions are repeated
             in every row of the CSV file.
-        figure: the plot.
+        figure: the plot; ``None`` while the results are not complete.
     """
     repeated = {key: description[key] for key in ("commit", "date", "device", "cores", "threads", *PACKAGES)}
     table = io.StringIO()
@@ -149,13 +169,14 @@ def write_results(
     writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in line.items()} for line in lines)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
     contents = {
         f"{name}.csv": table.getvalue().encode(),
         f"{name}.json": (json.dumps(description, indent=2) + "\n").encode(),
-        f"{name}.png": picture.getvalue(),
     }
+    if figure is not None:
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        contents[f"{name}.png"] = picture.getvalue()
     for file, content in contents.items():
         write_atomically(folder / file, content)
     return [folder / file for file in contents]

@@ -196,12 +196,13 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path, place: int
         main([*args[:place], "--debug", *args[place:]])
 
 
-def test_an_error_that_nobody_foresaw_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+def test_an_error_that_nobody_foresaw_says_so(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_: object) -> None:
         raise KeyError("spam")
 
-    monkeypatch.setattr(findings, "backends", broken)
-    assert run("doctor") == (1, "", "Error: unexpected KeyError: 'spam'; --debug shows where\n")
+    monkeypatch.setattr(host, "installed_version", broken)
+    expected = (1, "", "Error: unexpected KeyError: 'spam'; --debug shows where\n")
+    assert run("demo", "--output", str(tmp_path)) == expected
 
 
 def test_ctrl_c_exits_with_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from cet.cli import COMMANDS
-from commands import CET, FAST, Commands
+from commands import CET, FAST, Commands, obey_permissions
 
 ENERGY = {
     "run": ("run", "--", "true"),
@@ -30,13 +29,6 @@ PRINTING = [("--help",), ("doctor",), ("completion", "bash")]
 @pytest.fixture
 def cet(nvml_library: Path, tmp_path: Path) -> Commands:
     return Commands(nvml_library, tmp_path)
-
-
-def obey_permissions() -> None:
-    """Have root be refused what others are: drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
-    drop = 24  # PR_CAPBSET_DROP
-    for capability in (1, 2):
-        ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 def small_disk() -> None:

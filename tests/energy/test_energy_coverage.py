@@ -61,7 +61,7 @@ def simulate(simulation: Simulation, seed: int) -> Run:
     ]
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         measurement = measure(workloads, meter, Settings(seed=seed))
-    rounds = [block.reading for block in measurement.blocks if 0 <= block.round < measurement.settings.blocks]
+    rounds = [block.reading for block in measurement.blocks if 0 <= block.round < measurement.settings.rounds]
     middle = (rounds[0].start + rounds[-1].start + rounds[-1].seconds) / 2
     above_idle = drifting(WATTS)(middle)
     seconds = call / ITEMS

@@ -193,7 +193,7 @@ def test_hidden_gpus_leave_the_cpu_and_the_reason(simulation: Simulation, monkey
         assert meter.domains == ()
         (row,) = meter.unavailable
     assert (row.domain, row.reason) == ("gpu", "CUDA_VISIBLE_DEVICES= hides all GPUs")
-    assert row.mend == "unset CUDA_VISIBLE_DEVICES"
+    assert row.fix == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_a_driver_without_gpus_is_a_reason(simulation: Simulation) -> None:

@@ -23,7 +23,7 @@ from nvml.simulation import Simulation
 from powercap import Powercap
 from simulated_work import work
 
-SHORT = Settings(blocks=4, warmup=0.5, warmup_limit=3)
+SHORT = Settings(rounds=4, warmup=0.5, warmup_limit=3)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def counted(measurement: Measurement) -> list[Block]:
 def test_every_round_has_each_workload_and_idle_once_in_changing_order(
     simulation: Simulation, meter: EnergyMeter
 ) -> None:
-    found = measure([work(simulation, "a", 200), work(simulation, "b", 300)], meter, Settings(blocks=12, warmup=0.5))
+    found = measure([work(simulation, "a", 200), work(simulation, "b", 300)], meter, Settings(rounds=12, warmup=0.5))
     assert found.status == "complete"
     assert (found.stopped, found.exit_code) == (None, 0)
     rounds = [names([block for block in found.blocks if block.round == index]) for index in range(12)]
@@ -65,7 +65,7 @@ def test_windows_last_five_seconds_or_fifty_ticks(
 ) -> None:
     simulation.gpu(tick=tick)
     found = measure([work(simulation, "a", 200)], meter, SHORT)
-    assert found.ticks["gpu:0"] == pytest.approx(tick, rel=0.02)
+    assert found.update_periods["gpu:0"] == pytest.approx(tick, rel=0.02)
     assert found.window == pytest.approx(window, rel=0.02)
     assert all(window <= block.seconds <= 1.2 * window for block in found.blocks)
     assert len({round(block.seconds, 6) for block in found.blocks}) > 3
@@ -222,7 +222,7 @@ def test_progress_and_windows_are_told_as_they_end(simulation: Simulation, meter
 
 def test_warm_up_lasts_until_power_and_temperature_are_level(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.gpu(ramp=1.0, tick=0.02)
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=1))
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=3, warmup=1))
     for block in found.blocks:
         if block.workload == "a":
             assert block.watts == pytest.approx(270, rel=5e-3)
@@ -230,7 +230,7 @@ def test_warm_up_lasts_until_power_and_temperature_are_level(simulation: Simulat
 
 
 def test_a_warm_up_that_never_gets_level_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
-    settings = Settings(blocks=1, warmup=0.5, warmup_limit=4)
+    settings = Settings(rounds=1, warmup=0.5, warmup_limit=4)
     found = measure([work(simulation, "a", lambda now: 100 + 150 * (now % 1.9))], meter, settings)
     flagged = [Flag.NOT_LEVEL in block.flags for block in found.blocks]
     assert flagged == [block.workload == "a" for block in found.blocks]
@@ -241,7 +241,7 @@ def test_a_warm_up_that_never_gets_level_is_flagged(simulation: Simulation, mete
 
 
 def test_short_windows_are_flagged_and_counted(simulation: Simulation, meter: EnergyMeter) -> None:
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=0.2, window=1, ticks=5))
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=3, warmup=0.2, window=1, update_periods=5))
     assert all(block.flags == (Flag.SHORT_WINDOW,) for block in found.blocks)
     assert {Flag.SHORT_WINDOW, Flag.FEW_ROUNDS} == set(found.flags)
     assert found.estimate("a").rounds == 3
@@ -251,12 +251,12 @@ def test_so_they_are_where_power_is_integrated(simulation: Simulation) -> None:
     simulation.gpu(leakage=0)
     simulation.fault("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED)
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
-        found = measure([work(simulation, "a", 200)], meter, Settings(blocks=1, warmup=0.2, window=1))
+        found = measure([work(simulation, "a", 200)], meter, Settings(rounds=1, warmup=0.2, window=1))
     assert all(Flag.SHORT_WINDOW in block.flags for block in found.blocks)
 
 
 def test_figures_of_few_rounds_say_why_they_have_no_interval(simulation: Simulation, meter: EnergyMeter) -> None:
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=2, warmup=0.5))
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=2, warmup=0.5))
     for figure in (found.estimate("a"), found.ratio("a", IDLE, "watts")):
         assert figure.value is not None
         assert (figure.low, figure.high) == (None, None)
@@ -273,7 +273,7 @@ def test_throttling_is_flagged(simulation: Simulation, meter: EnergyMeter) -> No
 
 def test_a_window_in_which_the_temperature_changes_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.gpu(inertia=60, heating=0.3)
-    found = measure([work(simulation, "a", 400)], meter, Settings(blocks=1, warmup=0.2, warmup_limit=0.4))
+    found = measure([work(simulation, "a", 400)], meter, Settings(rounds=1, warmup=0.2, warmup_limit=0.4))
     drifts = [abs(block.after["gpu:0"].temperature - block.before["gpu:0"].temperature) > 5 for block in found.blocks]
     assert any(drifts)
     assert [Flag.TEMPERATURE_DRIFT in block.flags for block in found.blocks] == drifts
@@ -558,7 +558,7 @@ def test_without_a_counter_time_is_measured_and_joules_are_unknown(simulation: S
 
 
 def test_assumed_watts_are_marked_everywhere(simulation: Simulation, blind: EnergyMeter) -> None:
-    found = measure([timed(simulation)], blind, Settings(blocks=4, warmup=0.5, estimate_watts=15))
+    found = measure([timed(simulation)], blind, Settings(rounds=4, warmup=0.5, assume_watts=15))
     joules, net = found.estimate("a"), found.estimate("a", "net_joules")
     assert joules.value == pytest.approx(15 * 0.005)
     assert joules.sources == ("model",)
@@ -574,8 +574,8 @@ def test_assumed_watts_are_marked_everywhere(simulation: Simulation, blind: Ener
 
 
 def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation, meter: EnergyMeter) -> None:
-    with pytest.raises(ValueError, match="estimate_watts is given although gpu:0 can be measured"):
-        measure([work(simulation, "a", 200)], meter, Settings(estimate_watts=100))
+    with pytest.raises(ValueError, match="assume_watts is given although gpu:0 can be measured"):
+        measure([work(simulation, "a", 200)], meter, Settings(assume_watts=100))
 
 
 # ---- arguments ----
@@ -584,15 +584,15 @@ def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": 0}, "blocks is 0"),
-        ({"blocks": 1.5}, "blocks is 1.5; give a whole number >= 1"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"rounds": 1.5}, "rounds is 1.5; give a whole number >= 1"),
         ({"seed": "3"}, "seed is '3'"),
         ({"warmup": None}, "warmup is None"),
         ({"window": 0.0}, "window is 0.0"),
-        ({"ticks": 0}, "ticks is 0"),
+        ({"update_periods": 0}, "update_periods is 0"),
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"confidence": 1.0}, "confidence is 1.0"),
-        ({"estimate_watts": float("nan")}, "estimate_watts is nan"),
+        ({"assume_watts": float("nan")}, "assume_watts is nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from importlib import metadata
@@ -52,6 +53,18 @@ def test_versions_and_threads_are_those_of_this_process() -> None:
     assert facts["threads"] == torch.get_num_threads()
     assert int(facts["cores"]) >= 1
     assert facts["processor"]
+
+
+def test_measuring_imports_nothing_of_the_package_but_itself() -> None:
+    for file in Path(host.__file__).parent.glob("*.py"):
+        nodes = [*ast.walk(ast.parse(file.read_text()))]
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert {name for name in names if name.split(".")[0] == "cet"} <= {
+            "cet.measure.rounds",
+            "cet.measure.statistics",
+            "cet.measure.timers",
+        }, file
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them() -> None:

@@ -119,6 +119,20 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert kept == "False" or int(faults) < 100  # of 16,384 pages
 
 
+def test_a_table_of_stages_and_batch_sizes_is_timed() -> None:
+    seconds = {(stage, batch): stage * batch for stage in (1.0, 2.0) for batch in (1, 8)}
+    clock: list[float] = []
+
+    def timer(call: Callable[[], Any], repeats: int) -> float:
+        call()
+        return clock.pop() * repeats
+
+    calls = {name: partial(clock.append, value) for name, value in seconds.items()}
+    timings = time_calls(calls, timer, seconds=1e-6)
+    assert {name: timings.time(name).median for name in timings.seconds} == seconds
+    assert timings.ratio((2.0, 8), (1.0, 1)).median == pytest.approx(16)
+
+
 def test_rounds_last_as_long_as_asked_and_hold_any_names(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cet.cli.errors import INTERRUPTED, debug_option
+from cet.cli.errors import debug_option
 from cet.cli.parameters import PATH
+from cet.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console

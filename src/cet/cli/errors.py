@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import click
 
 from cet.files import OutputError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 """What cet raises itself, with a message made for the user."""
 
 
 class LoadError(ValueError):
-    """A model or data that cannot be loaded, or that do not fit each other."""
+    """A model or data cannot be loaded."""
 
     exit_code = 21
 
 
 class NoSuchExitError(ValueError):
-    """An exit that the model does not have."""
+    """The model has no such exit."""
 
     exit_code = 22
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the process to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` in the main thread on SIGINT, SIGTERM and SIGHUP, so that what is finished can be kept."""
-
-    def stop(signum: int, _frame: object) -> NoReturn:
-        raise Stopped(signum)
-
-    # Where there is no SIGHUP, nobody hangs up.
-    stopping = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    before = {signum: signal.signal(signum, stop) for signum in dict.fromkeys(stopping)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @dataclass

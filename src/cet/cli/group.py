@@ -10,7 +10,8 @@ import click
 
 import cet
 from cet.cli import streams
-from cet.cli.errors import INTERRUPTED, Session, Stopped, debug_option, one_sentence
+from cet.cli.errors import Session, debug_option, one_sentence
+from cet.signals import INTERRUPTED, Stopped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)

@@ -29,3 +29,8 @@ class FiniteRange(click.FloatRange):
 
 
 PATH = _Path(path_type=Path)
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether this names a file, not MODULE:NAME."""
+    return model.endswith(".safetensors") or Path(model).is_file()

@@ -16,8 +16,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 import cet
 from cet import perturb
-from cet.cli.energy.loading import _made as made
 from cet.cli.errors import LoadError
+from cet.cli.loading import made
 from cet.data.arrays import (
     Arrays,
     Classes,

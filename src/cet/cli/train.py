@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cet.cli.demo import NEEDED
-from cet.cli.errors import INTERRUPTED, debug_option
+from cet.cli.errors import debug_option
 from cet.cli.parameters import PATH, FiniteRange
+from cet.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from cet.cli.runs import Prepared, Settings, TrainingFolder

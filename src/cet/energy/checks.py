@@ -60,9 +60,9 @@ def window_flags(reading: EnergyReading, before: States, after: States) -> Itera
         before: state of the GPU domains before the window, by name.
         after: and behind it.
     """
-    if any(part.source == "counter" and part.tick is None for part in reading.domains):
-        yield Flag.TICK_UNKNOWN
-    periods = [part.tick or 0.0 for part in reading.domains if part.source in ("counter", "integral")]
+    if any(part.source == "counter" and part.update_period is None for part in reading.domains):
+        yield Flag.UPDATE_PERIOD_UNKNOWN
+    periods = [part.update_period or 0.0 for part in reading.domains if part.source in ("counter", "integral")]
     if periods and reading.seconds < max(MIN_WINDOW, MIN_TICKS * max(periods)):
         yield Flag.SHORT_WINDOW
     for gpu, state in after.items():

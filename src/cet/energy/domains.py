@@ -48,8 +48,8 @@ class Flag(StrEnum):
         "The integral is of power averaged over about 1 s, which reaches back before the window.",
     )
     WRAP_UNKNOWN = "wrap-unknown", "The RAPL counter may have wrapped more than once; the window has no joules."
-    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 ticks of the counter."
-    TICK_UNKNOWN = "tick-unknown", "The tick of the counter could not be measured."
+    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 update periods of the counter."
+    UPDATE_PERIOD_UNKNOWN = "tick-unknown", "The update period of the counter could not be measured."
     TEMPERATURE_DRIFT = "temperature-drift", "The temperature changed by more than 5 degrees over the measurement."
     FEW_ROUNDS = "few-rounds", "Fewer than 10 rounds were measured."
     NOT_LEVEL = "not-level", "Clocks and temperature were not level when the warm-up ended."
@@ -65,13 +65,13 @@ class ReadingError(Exception):
 
     Attributes:
         reason: in one sentence without a full stop.
-        mend: what would help; ``None`` when nothing would.
+        fix: what would help; ``None`` when nothing would.
     """
 
-    def __init__(self, reason: str, mend: str | None = None) -> None:
-        super().__init__(f"{reason}; {mend}" if mend else reason)
+    def __init__(self, reason: str, fix: str | None = None) -> None:
+        super().__init__(f"{reason}; {fix}" if fix else reason)
         self.reason = reason
-        self.mend = mend
+        self.fix = fix
 
 
 class EnergyError(RuntimeError):
@@ -131,13 +131,13 @@ class Unavailable:
     Attributes:
         domain: as in :class:`Domain`; ``"gpu"`` or ``"rapl"`` where the whole interface is missing.
         reason: why, in one sentence without a full stop.
-        mend: what would make it available; ``None`` when nothing would.
+        fix: what would make it available; ``None`` when nothing would.
         lost: whether it is a GPU that was lost or needs a reset.
     """
 
     domain: str
     reason: str
-    mend: str | None = None
+    fix: str | None = None
     lost: bool = False
 
 
@@ -204,7 +204,7 @@ class DomainEnergy:
         start: the counter at the window's start.
         end: the counter at its end.
         samples: power over the window, if it was sampled.
-        tick: s between updates of the counter, ``None`` when not measured.
+        update_period: s between two changes of the counter; ``None`` when not measured.
         flags: what makes the figure less than it seems.
     """
 
@@ -220,7 +220,7 @@ class DomainEnergy:
     start: CounterReading | None = None
     end: CounterReading | None = None
     samples: tuple[PowerSample, ...] = ()
-    tick: float | None = None
+    update_period: float | None = None
     flags: tuple[Flag, ...] = ()
 
 

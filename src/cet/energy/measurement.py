@@ -43,36 +43,36 @@ class Settings:
     """How to measure.
 
     Args:
-        blocks: rounds; in each, every workload and idle have one window.
+        rounds: in each, every workload and idle have one window.
         window: s, the least length of a window; 5, or 0.5 where no energy can be measured.
-        ticks: the least length of a window in ticks of the slowest counter.
+        update_periods: the least length of a window in update periods of the slowest counter.
         warmup: s of warm-up right before each window, at least.
         warmup_limit: s after which a warm-up ends even if clocks and temperature are not level.
         seed: of the order and of the windows' phases.
         confidence: level of all intervals, in (0, 1).
-        estimate_watts: W to assume where no energy can be measured; ``None``, and joules are unknown there.
+        assume_watts: W to assume where no energy can be measured; ``None``, and joules are unknown there.
 
     Raises:
         ValueError: for a number out of range.
     """
 
-    blocks: int = 10
+    rounds: int = 10
     window: float | None = None
-    ticks: int = 50
+    update_periods: int = 50
     warmup: float = 3.0
     warmup_limit: float = 30.0
     seed: int = 0
     confidence: float = 0.95
-    estimate_watts: float | None = None
+    assume_watts: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("blocks", 1), ("ticks", 1), ("seed", 0)):
+        for name, least in (("rounds", 1), ("update_periods", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number >= {least}")
-        for name in ("window", "warmup", "warmup_limit", "estimate_watts"):
+        for name in ("window", "warmup", "warmup_limit", "assume_watts"):
             value = getattr(self, name)
-            if value is None and name in ("window", "estimate_watts"):
+            if value is None and name in ("window", "assume_watts"):
                 continue
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; give a positive number")
@@ -86,7 +86,7 @@ class Block:
 
     Attributes:
         workload: its name, or :data:`IDLE`.
-        round: from 0; the idle windows before and after all rounds have -1 and ``Settings.blocks``.
+        round: from 0; the idle windows before and after all rounds have -1 and ``Settings.rounds``.
         calls: of the workload.
         items: samples that it worked on.
         reading: the meter's.
@@ -123,10 +123,10 @@ class Measurement:
     Attributes:
         settings: how it was measured.
         workloads: their names.
-        window: s, the least length of a window: what was asked for, or more where the counter ticks slowly.
+        window: s, the least length of a window: what was asked for, or more where the counter changes seldom.
         domains: what the meter measures.
         unavailable: what it cannot measure, and why.
-        ticks: s between updates of each domain's counter, ``None`` when not known.
+        update_periods: s between two changes of each domain's counter, ``None`` when not known.
         preflight: what was known of each GPU before the first window.
         blocks: all windows in the order of time, void ones too.
         status: ``"partial"`` when it was stopped before its end.
@@ -140,7 +140,7 @@ class Measurement:
     window: float
     domains: tuple[Domain, ...]
     unavailable: tuple[Unavailable, ...]
-    ticks: Mapping[str, float | None]
+    update_periods: Mapping[str, float | None]
     preflight: Mapping[str, DeviceFacts]
     blocks: tuple[Block, ...]
     status: Literal["complete", "partial"]
@@ -156,7 +156,7 @@ class Measurement:
     @property
     def idle_after(self) -> Block | None:
         """The idle window after all rounds; ``None`` if it was not finished."""
-        return self._rounds().get(self.settings.blocks, {}).get(IDLE)
+        return self._rounds().get(self.settings.rounds, {}).get(IDLE)
 
     def estimate(self, terms: Terms, quantity: Quantity = "joules", *, domain: str | None = None) -> Estimate:
         """A weighted sum over workloads, such as the difference of two, with its interval over the rounds.
@@ -245,7 +245,7 @@ class _UnknownError(Exception):
 
 
 class _Series(NamedTuple):
-    """Weighted sums in ``rounds`` ``(n,)``: ``values`` and ``variances``, those of the counters' ticks, ``(n, k)``."""
+    """Weighted sums in ``rounds`` ``(n,)``: ``values`` and ``variances``, of the counters' updates, ``(n, k)``."""
 
     rounds: NDArray[np.int64]
     values: NDArray[np.float64]
@@ -260,28 +260,28 @@ def _without_interval(series: _Series) -> str:
 def _weighted_sum(
     blocks: Mapping[str, Block], terms: Mapping[str, float], quantity: Quantity, domain: str | None
 ) -> tuple[float, float]:
-    """The sum in one round, and its variance from the ticks of the counters."""
+    """The sum in one round, and its variance from the updates of the counters."""
     total = variance = idle_seconds = 0.0
     for name, factor in terms.items():
         block = blocks[name]
         if quantity == "seconds":
             total += factor * block.seconds / block.items
             continue
-        joules, of_tick = _energy(block, domain)
+        joules, of_update = _energy(block, domain)
         share = factor / (block.seconds if quantity == "watts" else block.items)
         total += share * joules
-        variance += share**2 * of_tick
+        variance += share**2 * of_update
         idle_seconds += share * block.seconds
     if quantity == "net_joules":
         idle = blocks[IDLE]
-        joules, of_tick = _energy(idle, domain)
+        joules, of_update = _energy(idle, domain)
         total -= idle_seconds / idle.seconds * joules
-        variance += (idle_seconds / idle.seconds) ** 2 * of_tick
+        variance += (idle_seconds / idle.seconds) ** 2 * of_update
     return total, variance
 
 
 def _energy(block: Block, domain: str | None) -> tuple[float, float]:
-    """Joules of a window, and their variance from the resolution of the counters, which move by one tick at a time."""
+    """Joules of a window, and their variance from the resolution of the counters, which move once per update period."""
     joules = variance = 0.0
     parts = _parts(block, domain)
     if not parts:
@@ -291,8 +291,8 @@ def _energy(block: Block, domain: str | None) -> tuple[float, float]:
         if part.joules is None:
             raise _UnknownError(with_domain(part.domain, part.reason))
         joules += part.joules
-        if part.source == "counter" and part.tick is not None:
-            variance += (part.joules / block.seconds * part.tick) ** 2 / 12
+        if part.source == "counter" and part.update_period is not None:
+            variance += (part.joules / block.seconds * part.update_period) ** 2 / 12
     return joules, variance
 
 

@@ -94,7 +94,7 @@ def measure(
         on_block: gets each window as it ends, so that it can be saved.
 
     Raises:
-        ValueError: for no workloads, for one without a name of its own, and for ``estimate_watts`` where energy can be
+        ValueError: for no workloads, for one without a name of its own, and for ``assume_watts`` where energy can be
             measured.
         EnergyError: for a GPU that is lost before the first window.
     """
@@ -107,9 +107,9 @@ def measure(
             f"the workloads are named {', '.join(names)}; give each a name of its own, none of them {IDLE}"
         )
     with meter.opened():
-        if settings.estimate_watts is not None and meter.domains:
+        if settings.assume_watts is not None and meter.domains:
             measured = ", ".join(domain.name for domain in meter.domains)
-            raise ValueError(f"estimate_watts is given although {measured} can be measured; leave it out")
+            raise ValueError(f"assume_watts is given although {measured} can be measured; leave it out")
         return _Run(_Bench(workloads, meter, settings), progress, on_block).measurement()
 
 
@@ -138,10 +138,10 @@ class _Bench:
         self.gpus = [domain.name for domain in meter.domains if domain.name.startswith("gpu:")]
         self.pace = Pace({workload.name: workload.run for workload in workloads}, meter)
         self.preflight = {name: facts for name in self.gpus if (facts := meter.facts(name))}
-        self.update_periods = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
+        self.update_periods = {domain.name: meter.measure_update_period(domain.name) for domain in meter.domains}
         self.longest_period = max((period for period in self.update_periods.values() if period), default=0.0)
         default = MIN_WINDOW if meter.domains else TIMING_WINDOW
-        self.length = max(settings.window or default, settings.ticks * self.longest_period)
+        self.length = max(settings.window or default, settings.update_periods * self.longest_period)
 
     def states(self) -> States:
         return {name: self.meter.state(name) for name in self.gpus}
@@ -167,8 +167,8 @@ class _Bench:
             raise
         reading = self.meter.stop()
         after = self.states()
-        if name != IDLE and self.settings.estimate_watts is not None:
-            reading = estimated(reading, self.settings.estimate_watts)
+        if name != IDLE and self.settings.assume_watts is not None:
+            reading = estimated(reading, self.settings.assume_watts)
         void = "; ".join(with_domain(part.domain, part.reason) for part in _missing(reading))
         flags = () if is_level else (Flag.NOT_LEVEL,)
         return Block(
@@ -206,7 +206,7 @@ class _Run:
     def __init__(self, bench: _Bench, progress: Progress | None, on_block: Callable[[Block], object] | None) -> None:
         self.bench, self.settings, self.clock = bench, bench.settings, bench.clock
         self.progress, self.on_block = progress, on_block
-        self.num_windows = 2 + self.settings.blocks * len(bench.names)
+        self.num_windows = 2 + self.settings.rounds * len(bench.names)
         self.num_done = 0
         self.began = 0.0  # when the first window did
         self.integral = False  # whether a frozen counter has power integrated in its place
@@ -228,17 +228,17 @@ class _Run:
             window=bench.length,
             domains=bench.meter.domains,
             unavailable=bench.meter.unavailable,
-            ticks=bench.update_periods,
+            update_periods=bench.update_periods,
             preflight=bench.preflight,
             blocks=tuple(self.blocks),
             status="complete" if stopped is None else "partial",
             stopped=stopped,
             exit_code=exit_code,
-            flags=measurement_flags(counted, self.settings.blocks, bench.preflight),
+            flags=measurement_flags(counted, self.settings.rounds, bench.preflight),
         )
 
     def _measure(self) -> None:
-        bench, num_rounds = self.bench, self.settings.blocks
+        bench, num_rounds = self.bench, self.settings.rounds
         self._tell(self.settings.warmup + bench.length)
         try:
             bench.come_to_temperature()

@@ -109,7 +109,7 @@ def zones(root: Path, clock: Clock) -> tuple[list[Zone], list[Unavailable]]:
             zone = Zone(name, folder, clock)
             zone.check()
         except ReadingError as error:
-            unavailable.append(Unavailable(name, error.reason, error.mend))
+            unavailable.append(Unavailable(name, error.reason, error.fix))
         else:
             running.append(zone)
     return running, unavailable

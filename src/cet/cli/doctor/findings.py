@@ -1,38 +1,20 @@
-"""What this machine offers: backends, energy counters, installed extras; and for what it lacks, why and the mend."""
+"""What can run here: backends, runners, installed extras; and for what is missing, why and the fix."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from torch import nn
 
 import cet
-from cet.energy import Domain, EnergyError, EnergyMeter
+from cet.cli.doctor.finding import Finding
 from cet.measure.host import installed_version
 from cet.ops.backend import cuda_extension, kernels, triton_kernels
 from cet.runtime.cuda_graphs import why_no_switch
 
-GPU_MEND = "install a PyTorch that is built for CUDA, on a machine with an NVIDIA GPU and its driver"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked for.
-
-    Attributes:
-        name: what it is.
-        available: whether it can be used here.
-        detail: what was found, or why it cannot be used.
-        mend: what would make it available; ``None`` when it is, or when nothing would.
-    """
-
-    name: str
-    available: bool
-    detail: str
-    mend: str | None = None
+GPU_FIX = "install a PyTorch that is built for CUDA, on a machine with an NVIDIA GPU and its driver"
 
 
 def backends() -> list[Finding]:
@@ -46,23 +28,12 @@ def runners() -> list[Finding]:
     no_device = _no_cuda_device()
     if no_device:
         built = f"cet is installed {'with' if cuda_extension() else 'without'} its CUDA extension"
-        device = Finding("device", False, f"{no_device}; {built}", GPU_MEND)
-        return [eager, Finding("graphs", False, no_device, GPU_MEND), device]
+        device = Finding("device", False, f"{no_device}; {built}", GPU_FIX)
+        return [eager, Finding("graphs", False, no_device, GPU_FIX), device]
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     graphs = Finding("graphs", True, f"{devices}; where asked for")
-    reason, _, mend = (why_no_switch() or "").partition("; ")
-    return [eager, graphs, Finding("device", not reason, reason or graphs.detail, mend or None)]
-
-
-def counters() -> list[Finding]:
-    """What energy can be measured of, one finding per GPU of NVML and per RAPL domain of the CPU."""
-    meter = EnergyMeter()
-    try:
-        with meter.opened():
-            measured = [Finding(domain.name, True, _counter(domain)) for domain in meter.domains]
-    except EnergyError as error:
-        return [Finding("gpu", False, str(error))]
-    return measured + [Finding(row.domain, False, row.reason, row.mend) for row in meter.unavailable]
+    reason, _, fix = (why_no_switch() or "").partition("; ")
+    return [eager, graphs, Finding("device", not reason, reason or graphs.detail, fix or None)]
 
 
 def extras() -> list[Finding]:
@@ -88,7 +59,8 @@ def _reference() -> Finding:
         model.policy = cet.ExitPolicy(thresholds=(float("inf"),))
         left = model.predict(torch.zeros(3, 4)).exit_index.tolist()
     except Exception as error:  # whatever fails, a diagnosis must come out
-        return Finding("reference", False, f"{where}: {type(error).__name__}: {error}", "install a supported PyTorch")
+        fix = None if isinstance(error, ValueError) else "install a supported PyTorch"
+        return Finding("reference", False, f"{where}: {type(error).__name__}: {error}", fix)
     if left != [0, 0, 0]:
         return Finding("reference", False, f"{where}: a batch of 3 left at exits {left}", "install a supported PyTorch")
     return Finding("reference", True, f"{where}; a small net ran")
@@ -100,8 +72,8 @@ def _compiled_extension() -> Finding:
     except ValueError as error:
         return Finding("cpp", False, str(error))
     if built is None:
-        mend = "install cet again where a C++17 compiler is, with CET_BUILD_CPP=1 to see why it fails"
-        return Finding("cpp", False, "installed without the compiled kernels; the reference serves", mend)
+        fix = "install cet again where a C++17 compiler is, with CET_BUILD_CPP=1 to see why it fails"
+        return Finding("cpp", False, "installed without the compiled kernels; the reference serves", fix)
     return Finding("cpp", True, f"compiled kernels for the CPU, with {built.capability} instructions")
 
 
@@ -113,7 +85,7 @@ def _triton() -> Finding:
         return Finding("triton", True, f"triton {version} interprets its kernels (TRITON_INTERPRET): right, but slow")
     no_device = _no_cuda_device()
     if no_device:
-        return Finding("triton", False, f"kernels for triton {version}; {no_device}", GPU_MEND)
+        return Finding("triton", False, f"kernels for triton {version}; {no_device}", GPU_FIX)
     return Finding("triton", True, f"kernels for triton {version}; they serve after cet.ops.use_backend('triton')")
 
 
@@ -123,11 +95,6 @@ def _no_cuda_device() -> str | None:
     if not torch.cuda.is_available():
         return f"PyTorch, built for CUDA {torch.version.cuda}, finds no usable device"
     return None
-
-
-def _counter(domain: Domain) -> str:
-    how = "energy counter" if domain.source == "counter" else f"power only ({domain.reason})"
-    return f"{domain.device}: {how}, scope: {domain.scope}"
 
 
 def _extra_packages() -> dict[str, list[str]]:

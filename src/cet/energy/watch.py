@@ -1,32 +1,19 @@
-"""Looks at the power of this machine, again and again."""
+"""Looks at the power of this machine, and at where the samples of a model leave, again and again."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from cet.cli.energy.tables import UNKNOWN, columns
-from cet.cli.streams import reader_left
-from cet.energy import EnergyMeter, EnergyReading
-from cet.energy.domains import with_domain
+from cet.energy.domains import EnergyReading, NoCounterError, with_domain
+from cet.energy.meter import EnergyMeter
 
 if TYPE_CHECKING:
-    from cet.cli.energy.loading import Batch
     from cet.model.early_exit import EarlyExit
-
-BAR = 24
-"""Characters for all samples."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,7 @@ class Look:
 class Traffic:
     """A model at work on its data, again and again."""
 
-    def __init__(self, model: EarlyExit, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: EarlyExit, batches: Sequence[tuple[Any, Any]]) -> None:
         self._model = model
         self._batches = cycle(batches)
 
@@ -68,6 +55,17 @@ class Traffic:
                 counts[self._model.exit_names[index]] += 1
             if time.monotonic() >= until:
                 return counts
+
+
+def require_power(gpus: EnergyMeter, cpus: EnergyMeter) -> None:
+    """Refuse to look where there is nothing to see.
+
+    Raises:
+        NoCounterError: when neither of the open meters has a domain, with the reasons.
+    """
+    if not gpus.domains and not cpus.domains:
+        reasons = "; ".join(with_domain(row.domain, row.reason) for row in (*gpus.unavailable, *cpus.unavailable))
+        raise NoCounterError(f"no power can be seen ({reasons}); give a model and data to watch exit rates alone")
 
 
 def looks(
@@ -114,47 +112,3 @@ def _look(gpus: EnergyMeter, cpus: EnergyReading, counts: Mapping[str, int] | No
         samples_per_second=total / seconds if counts else None,
         exit_rates={name: count / total for name, count in counts.items()} if counts else None,
     )
-
-
-def show(looks: Iterable[Look], form: str) -> None:
-    """As JSON, one object per line; or as text, in place in a terminal and one line per look anywhere else."""
-    console = Console(highlight=False)
-    if form == "json":
-        _print(json.dumps(asdict(look)) for look in looks)
-    elif console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            for look in looks:
-                live.update(_screen(look), refresh=True)
-    else:
-        _print(map(_line, looks))
-
-
-def _print(lines: Iterable[str]) -> None:
-    """Print until nobody reads."""
-    for line in lines:
-        click.echo(line)
-        if reader_left():
-            break
-
-
-def _screen(look: Look) -> Group:
-    parts: list[Table | Text] = [columns({"domain": list(look.watts), "power": list(map(_watts, look.watts.values()))})]
-    if look.exit_rates is not None:
-        rates = look.exit_rates.values()
-        bars = [("█" * round(BAR * rate)).ljust(BAR, "░") for rate in rates]
-        parts.append(columns({"exit": list(look.exit_rates), "samples": [f"{rate:.1%}" for rate in rates], "": bars}))
-        parts.append(Text(f"{look.samples_per_second:.0f} samples/s"))
-    notes = [f"{UNKNOWN} {with_domain(name, reason)}" for name, reason in look.reasons.items()]
-    return Group(*parts, Text("\n".join([*notes, f"{look.time}; Ctrl-C ends"]), "dim"))
-
-
-def _line(look: Look) -> str:
-    words = [look.time, *(f"{name} {_watts(watts)}" for name, watts in look.watts.items())]
-    if look.exit_rates is not None:
-        words.append(f"{look.samples_per_second:.0f} samples/s")
-        words += [f"{name} {rate:.1%}" for name, rate in look.exit_rates.items()]
-    return "  ".join(words)
-
-
-def _watts(watts: float | None) -> str:
-    return UNKNOWN if watts is None else f"{watts:.1f} W"

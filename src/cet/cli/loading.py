@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +13,14 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import cet
-from cet.cli.energy.options import is_checkpoint
 from cet.cli.errors import LoadError, NoSuchExitError, one_sentence
-from cet.data.batches import call, check_batch
-
-Batch = tuple[Any, Tensor]
-"""Inputs, a tensor, a tuple or a dict of tensors ``(B, ...)``, and labels ``(B,)`` int64."""
+from cet.cli.parameters import is_checkpoint
+from cet.data.batches import check_batch
+from cet.energy.workloads import Batch
 
 
 def torch_device(name: str | None) -> torch.device | None:
@@ -102,7 +100,7 @@ def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
     Raises:
         LoadError: when it cannot be loaded, holds no sample, or holds something else than labelled batches.
     """
-    loader = _made(spec)
+    loader = made(spec)
     if not isinstance(loader, Iterable):
         raise LoadError(f"--data {spec} gives {type(loader).__name__}; it must give an iterable of batches (x, y)")
     parts: list[Batch] = []
@@ -123,81 +121,6 @@ def load_data(spec: str, samples: int, num_classes: int | None) -> Batch:
     return _joined(spec, parts, samples)
 
 
-def batches_of(data: Batch, size: int) -> list[Batch]:
-    """Cut into batches of exactly ``size``; a shorter rest is left out.
-
-    Raises:
-        LoadError: when there are fewer samples than that.
-    """
-    rows = data[1].shape[0]
-    if rows < size:
-        raise LoadError(f"--data gives {rows} samples, too few for a batch of {size}; give more, or a smaller --batch")
-
-    def rows_from(start: int) -> Batch:
-        batch: Batch = pytree.tree_map_only(Tensor, lambda leaf: leaf[start : start + size], data)
-        return batch
-
-    return [rows_from(start) for start in range(0, rows - size + 1, size)]
-
-
-def batches_for(model: nn.Module, data: Batch, size: int, *, model_name: str, data_name: str) -> list[Batch]:
-    """As :func:`batches_of`, on the model's device; each runs once, so that data that do not fit are told right away.
-
-    Args:
-        model: in eval mode.
-        data: what to cut.
-        size: rows of a batch.
-        model_name: of the model in errors, such as ``"--model mynet:build"``.
-        data_name: of the data, such as ``"--data mynet:test_set"``.
-
-    Raises:
-        LoadError: when there are too few samples, and when the model fails on them or answers with NaN: a sample whose
-            score is NaN leaves at no early exit.
-    """
-    device = device_of(model)
-    batches = batches_of(pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), data), size)
-    for x, _ in batches:
-        try:
-            with torch.no_grad():
-                answer = call(model, x)
-        except (Exception, SystemExit) as error:  # whatever the user's own model raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise LoadError(
-                f"{model_name} cannot run what {data_name} gives, {_described(x)}; give what the model takes ({reason})"
-            ) from error
-        if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in pytree.tree_leaves(answer)):
-            raise LoadError(
-                f"{model_name} answers with NaN to what {data_name} gives, {_described(x)}; give data without NaN"
-            )
-    return batches
-
-
-def runner(model: nn.Module, batches: Sequence[Batch]) -> Callable[[], None]:
-    """A function that runs the model over all batches, without gradients."""
-
-    @torch.no_grad()
-    def run() -> None:
-        for x, _ in batches:
-            call(model, x)
-
-    return run
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's weights are; the CPU if it has none."""
-    weight = next(model.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
-
-
-def _described(x: Any) -> str:
-    """Shapes and dtypes of inputs, such as ``x (32, 6) float32``."""
-    return ", ".join(
-        f"x{pytree.keystr(path)} {tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
-        for path, leaf in pytree.tree_leaves_with_path(x)
-        if isinstance(leaf, Tensor)
-    )
-
-
 def _joined(spec: str, parts: list[Batch], samples: int) -> Batch:
     try:
         joined: Batch = pytree.tree_map(lambda *leaves: torch.cat(leaves)[:samples], *parts)
@@ -207,13 +130,13 @@ def _joined(spec: str, parts: list[Batch], samples: int) -> Batch:
 
 
 def _module(spec: str) -> nn.Module:
-    made = _made(spec)
-    if not isinstance(made, nn.Module):
-        raise LoadError(f"{spec} gives {type(made).__name__}; it must give a torch.nn.Module")
-    return made
+    module = made(spec)
+    if not isinstance(module, nn.Module):
+        raise LoadError(f"{spec} gives {type(module).__name__}; it must give a torch.nn.Module")
+    return module
 
 
-def _made(spec: str) -> Any:
+def made(spec: str) -> Any:
     """What ``module:name`` is, or what it returns when it is a function."""
     module, colon, name = spec.partition(":")
     if not (module and colon and name):

@@ -1,27 +1,28 @@
-"""Measures a command: one window from its start to its end."""
+"""The joules while a command runs: one window from its start to its end."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cet.cli.energy import process
-from cet.cli.errors import Stopped
-from cet.energy import (
+from cet.energy import process, report
+from cet.energy.checks import idle_drifts, window_flags
+from cet.energy.domains import (
     CounterFrozenError,
     CounterUnstableError,
     DeviceLostError,
     DeviceState,
     EnergyError,
-    EnergyMeter,
     EnergyReading,
     Flag,
-    report,
+    Source,
+    unique,
 )
-from cet.energy.checks import idle_drifts, window_flags
-from cet.energy.domains import Source, unique
+from cet.energy.figures import window_figures
+from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import estimated
+from cet.signals import Stopped
 
 WRAP = 30.0
 """s, within which counters that wrap are read."""
@@ -61,14 +62,14 @@ class MeasuredCommand:
         measurement = {
             "window": report.plain_reading(self.reading),
             "idle": [report.plain_reading(reading) for reading in self.idle],
-            "unavailable": [asdict(missing) for missing in self.reading.unavailable],
+            "unavailable": [report.plain(missing) for missing in self.reading.unavailable],
         }
         about = {
             "command": list(self.arguments),
             "exit_code": self.ended.exit_code,
             "host": {"platform": platform.platform()},
         }
-        figures = report.window_figures(self.reading, self.idle)
+        figures = window_figures(self.reading, self.idle)
         return report.document("run", figures, [measurement], flags=self.flags, stopped=self.stopped, about=about)
 
 
@@ -78,7 +79,7 @@ def measure(
     mask: process.Mask,
     *,
     idle: float,
-    estimate_watts: float | None,
+    assume_watts: float | None,
 ) -> MeasuredCommand:
     """Run a command within :func:`process.signals_held`, and measure it.
 
@@ -87,17 +88,48 @@ def measure(
         arguments: the program and its arguments.
         mask: the signal mask for it.
         idle: s to measure the idle machine before and after.
-        estimate_watts: W to assume; ``None`` to measure.
+        assume_watts: W to assume; ``None`` to measure.
 
     Raises:
         CommandError: when it cannot be started.
         Stopped: for a signal that comes before it was.
         DeviceLostError: for a GPU that is lost then.
     """
-    ticks = {domain.name: meter.measure_tick(domain.name) for domain in meter.domains}
-    standing = any(name.startswith("gpu:") and tick is None for name, tick in ticks.items())
+    periods = {domain.name: meter.measure_update_period(domain.name) for domain in meter.domains}
+    standing = any(name.startswith("gpu:") and period is None for name, period in periods.items())
     integral = standing or None  # else as the meter was made
     idle_readings = [_idle(meter, idle, integral)] if idle else []
+    ended, reading, failure, flags = _command(meter, arguments, mask, integral)
+    stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
+    interrupted = 0
+    if idle and failure is None:
+        try:
+            idle_readings.append(_idle(meter, idle, integral))
+        except Stopped as signal:
+            stopped = stopped or f"{signal} while the idle machine was measured"
+            interrupted = signal.exit_code
+        else:
+            if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
+                flags.append(Flag.IDLE_DRIFT)
+    if assume_watts is not None:
+        reading = estimated(reading, assume_watts)
+        flags.append(Flag.MODELLED)
+    return MeasuredCommand(
+        arguments,
+        ended,
+        reading,
+        tuple(idle_readings),
+        unique(flags),
+        failure,
+        str(failure) if failure else stopped,
+        interrupted,
+    )
+
+
+def _command(
+    meter: EnergyMeter, arguments: tuple[str, ...], mask: process.Mask, integral: bool | None
+) -> tuple[process.Ended, EnergyReading, EnergyError | None, list[Flag]]:
+    """Run the command in a window: how it ended, the reading, why that failed, and its flags."""
     shared, before = _are_shared(meter), _states(meter)
     meter.start(integral=integral)
     ended = process.run_command(arguments, mask, every=WRAP, action=meter.read_wrapping)
@@ -114,30 +146,7 @@ def measure(
     flags = [*reading.flags, *window_flags(reading, before, _states(meter))]
     if shared or _are_shared(meter):
         flags.append(Flag.SHARED_DEVICE)
-    stopped = f"{' and '.join(ended.stopped_by)} while the command ran" if ended.stopped_by else None
-    interrupted = 0
-    if idle and failure is None:
-        try:
-            idle_readings.append(_idle(meter, idle, integral))
-        except Stopped as signal:
-            stopped = stopped or f"{signal} while the idle machine was measured"
-            interrupted = signal.exit_code
-        else:
-            if idle_drifts(*(each.joules and each.joules / each.seconds for each in idle_readings)):
-                flags.append(Flag.IDLE_DRIFT)
-    if estimate_watts is not None:
-        reading = estimated(reading, estimate_watts)
-        flags.append(Flag.MODELLED)
-    return MeasuredCommand(
-        arguments,
-        ended,
-        reading,
-        tuple(idle_readings),
-        unique(flags),
-        failure,
-        str(failure) if failure else stopped,
-        interrupted,
-    )
+    return ended, reading, failure, flags
 
 
 def _idle(meter: EnergyMeter, seconds: float, integral: bool | None) -> EnergyReading:
@@ -156,7 +165,7 @@ def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReadin
     """
     parts = []
     for part in reading.domains:
-        if part.source == "counter" and part.tick is not None and _stands(meter, part.domain):
+        if part.source == "counter" and part.update_period is not None and _stands(meter, part.domain):
             source: Source | None = None if part.integral_joules is None else "integral"
             reason = f"{part.domain}: the counter stands still after the window; it may have stopped within"
             flags = unique((*part.flags, Flag.COUNTER_FROZEN))
@@ -167,7 +176,7 @@ def without_standing(meter: EnergyMeter, reading: EnergyReading) -> EnergyReadin
 
 def _stands(meter: EnergyMeter, domain: str) -> bool:
     try:
-        return meter.measure_tick(domain) is None
+        return meter.measure_update_period(domain) is None
     except DeviceLostError:  # which it was not in the window
         return False
 

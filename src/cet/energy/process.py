@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from cet.cli.errors import Stopped
+from cet.signals import Stopped
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as shells have it
 Mask = set[signal.Signals]
