@@ -38,8 +38,8 @@ class ConsistentExitLoss:
     A call ``loss(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
     then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass. Inputs that all
     rows share, such as an adjacency matrix, are given once; :class:`cet.EarlyExit` knows them from its example, and of
-    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional inputs or a
-    dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
+    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional
+    inputs or a dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
     :func:`cet.data.batches.split_batch` takes other batches apart, and :func:`cet.data.batches.class_indices` tells
     which other labels are taken. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
 
