@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cet.model.heads import ExitHead, HeadSpec
     from cet.partition.stages import CutError, Stages
     from cet.runtime.policy import ExitPolicy
+    from cet.training.heads import train_heads
     from cet.training.loss import ConsistentExitLoss
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "ops",
     "perturb",
+    "train_heads",
 ]
 
 _MODULE_OF = {
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "calibrate": "calibration",
     "exit_costs": "calibration",
     "load": "model.early_exit",
+    "train_heads": "training.heads",
 }
 
 
