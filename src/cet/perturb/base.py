@@ -60,13 +60,13 @@ class Perturbation(ABC):
         """Perturb a batch.
 
         Args:
-            x: a floating-point tensor (B, ...), B >= 0; for `On` and a `Compose` of them, a mapping with such
-                tensors.
+            x: a floating-point tensor (B, ...), B >= 0; for `On`, perturbations of tokens and a `Compose` of them,
+                a mapping with tensors.
             generator: where the draws come from, on the device of x; None is torch's global generator of that
                 device. The same generator state gives the same output.
 
         Raises:
-            TypeError: x is not a floating-point tensor (or not a mapping, for `On`).
+            TypeError: x is not a floating-point tensor (or not a mapping, where one is taken).
             ValueError: x has a layout this perturbation does not know, or the generator is on another device.
         """
 
