@@ -34,5 +34,5 @@ def test_the_page_on_trained_models_leaves_the_backbone_alone_and_teaches_the_he
         exec(block, names)
     model: cet.EarlyExit = names["model"]
     for name, value in model.state_dict().items():
-        if isinstance(value, torch.Tensor):
+        if name != "_extra_state":  # the policy
             assert torch.equal(value, before[name]) == name.startswith("backbone."), name

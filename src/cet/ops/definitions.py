@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
+
+from cet.ops.backend import no_tensor
 
 Layout = Literal["channels_first", "channels_last"]
 Pool = Literal["mean", "first"]
@@ -13,12 +16,53 @@ ScoreName = Literal["entropy", "confidence", "margin"]
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
 
 
-def pool_features(feature: Tensor, layout: Layout, pool: Pool) -> Tensor:
-    """Features ``(B, C, ...)`` or ``(B, ..., C)`` to ``(B, C)``; those of shape ``(B, C)`` are returned as they are."""
+def pool_features(feature: Tensor, layout: Layout, pool: Pool, mask: Tensor | None = None) -> Tensor:
+    """Pool features to one vector per row.
+
+    Args:
+        feature: ``(B, C, ...)`` or ``(B, ..., C)``; those of shape ``(B, C)`` are returned as they are.
+        layout: which of the two.
+        pool: ``"mean"`` over all positions, or ``"first"``, the first position of features ``(B, T, C)``.
+        mask: ``(B, ...)``, one bool or weight >= 0 for each position, for the mean alone. Positions that are false or 0
+            add nothing, whatever they hold, NaN and Inf too. A row in which all are so is pooled to zeros.
+
+    Returns:
+        ``(B, C)`` in the dtype of the features; a weighted sum is taken in float32 or wider.
+    """
     if feature.ndim == 2:
         return feature
     if pool == "first":
         return feature[:, 0]
+    if mask is not None:
+        return _weighted_mean(feature, layout, mask)
     if layout == "channels_first":
         return feature.mean(2) if feature.ndim == 3 else feature.flatten(2).mean(2)
     return feature.mean(1) if feature.ndim == 3 else feature.flatten(1, -2).mean(1)
+
+
+def _weighted_mean(feature: Tensor, layout: Layout, mask: Tensor) -> Tensor:
+    feature = feature.flatten(2) if layout == "channels_first" else feature.flatten(1, -2)
+    positions, channels = (2, 1) if layout == "channels_first" else (1, 2)
+    weights = mask.flatten(1).to(torch.promote_types(feature.dtype, torch.float32)).unsqueeze(channels)
+    total = weights.sum(positions)
+    sums = (feature.masked_fill(weights == 0, 0.0) * weights).sum(positions)
+    return (sums / total.masked_fill(total == 0, 1.0)).to(feature.dtype)
+
+
+def check_mask(op: str, feature: Tensor, layout: Layout, pool: Pool, mask: Tensor) -> None:
+    """Refuse a mask that does not fit the features."""
+    if not isinstance(mask, Tensor):
+        raise no_tensor(op, "mask", mask)
+    if pool != "mean" or feature.ndim == 2:
+        what = f"pool {pool!r}" if pool != "mean" else f"features of shape {tuple(feature.shape)}"
+        raise ValueError(f"{op}: a mask has no meaning for {what}; leave it out, or pool positions with pool='mean'")
+    shape = feature.shape[:1] + (feature.shape[2:] if layout == "channels_first" else feature.shape[1:-1])
+    if mask.shape != shape:
+        raise ValueError(
+            f"{op}: mask has shape {tuple(mask.shape)} for features {tuple(feature.shape)} in layout {layout}; "
+            f"give {tuple(shape)}"
+        )
+    if mask.is_complex():
+        raise TypeError(f"{op}: mask is {mask.dtype}; give bool, or weights of a real dtype")
+    if mask.device != feature.device:
+        raise ValueError(f"{op}: mask is on {mask.device} but features on {feature.device}; move one")

@@ -24,7 +24,7 @@ from cet.ops.backend import (
     traced_backend,
     triton_kernels,
 )
-from cet.ops.definitions import SCORE_NAMES, Layout, Pool, ScoreName, pool_features
+from cet.ops.definitions import SCORE_NAMES, Layout, Pool, ScoreName, check_mask, pool_features
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the kernels compute with, and the number by which they know it."""
@@ -325,6 +325,7 @@ def exit_gate(
     score: ScoreName = "entropy",
     threshold: float,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pool the features of an exit, classify them, and decide which rows leave.
 
@@ -341,6 +342,8 @@ def exit_gate(
         score: which score, see :func:`exit_score`.
         threshold: see :func:`gate`.
         temperature: divides the logits for the score; those returned are as they are.
+        mask: the weights of the positions, see :func:`cet.ops.definitions.pool_features`. Masked features are pooled by
+            PyTorch's operations, on every backend.
 
     Returns:
         Logits ``(B, K)`` in the dtype of the features, and the scores and flags of :func:`gate` for them.
@@ -352,6 +355,9 @@ def exit_gate(
     """
     check_head(features, weight, bias, layout, pool)
     check_decision("exit_gate", score, threshold, temperature)
+    if mask is not None:
+        check_mask("exit_gate", features, layout, pool, mask)
+        features = pool_features(features, layout, pool, mask)
     if is_tracing():
         if traced_backend(features.device.type) != "reference" and not needs_grad((features, weight, bias)):
             answer: tuple[Tensor, Tensor, Tensor] = _exit_gate_op(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cet.ops.backend import chosen_backend, is_tracing, kernels_for, needs_grad, runs_on_triton, triton_kernels
 from cet.ops.compact import KEPT_MEMORY, Compaction, check_rows, compact, move, split
-from cet.ops.definitions import Layout, Pool, ScoreName
+from cet.ops.definitions import Layout, Pool, ScoreName, check_mask, pool_features
 from cet.ops.exit_gate import DTYPES, check_decision, check_head, exit_gate, fused_cpp, prefers_gemm
 
 _MUCH_ROOM = 8
@@ -27,11 +27,13 @@ def exit_step(
     score: ScoreName = "entropy",
     threshold: float,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Compaction]:
     """:func:`cet.ops.exit_gate`, then :func:`cet.ops.compact` of ``tensors`` by its flags.
 
     Where the features themselves are one of ``tensors``, each row is moved right after its gate, while it is in cache;
-    their new tensor may then be a part of one with room for up to eight times as many rows.
+    their new tensor may then be a part of one with room for up to eight times as many rows. Masked features are not
+    moved on the way.
 
     Returns:
         Logits ``(B, K)``, scores ``(B,)`` float32, and what :func:`cet.ops.compact` returns.
@@ -41,6 +43,9 @@ def exit_step(
     """
     check_head(features, weight, bias, layout, pool)
     check_decision("exit_step", score, threshold, temperature)
+    if mask is not None:
+        check_mask("exit_step", features, layout, pool, mask)
+        features = pool_features(features, layout, pool, mask)
     if dims is None:
         dims = (0,) * len(tensors)
     rows = features.shape[0]
