@@ -42,6 +42,10 @@ def make_model() -> cet.EarlyExit:
     return cet.EarlyExit(net, ["0", "2"], (torch.zeros(2, 5),))
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters()}
+
+
 def data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(ROWS, 5, generator=generator), torch.randint(0, 3, (ROWS,), generator=generator)
@@ -61,7 +65,7 @@ def with_torch(rank: int, world_size: int, _folder: Path) -> Result:
     net.eval()
     model.policy = cet.ExitPolicy("confidence", (0.4, None))
     with torch.no_grad():
-        return {"weights": model.state_dict(), "answers": net(data()[0])}
+        return {"weights": weights_of(model), "answers": net(data()[0])}
 
 
 def with_lightning(rank: int, world_size: int, folder: Path) -> Result:
@@ -121,8 +125,8 @@ def with_lightning(rank: int, world_size: int, folder: Path) -> Result:
     results: Result = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        weights = fit(shift, 2).state_dict()
-        noisy = fit(noise, 1).state_dict()
+        weights = weights_of(fit(shift, 2))
+        noisy = weights_of(fit(noise, 1))
     return {**results, "weights": weights, "noisy_weights": noisy, "draws": torch.stack(draws)}
 
 
