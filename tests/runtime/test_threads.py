@@ -104,7 +104,12 @@ def every_way_to_call_at_once() -> None:
     model.policy = policy_that_parts([torch.cat(parts) for parts in zip(*every_exit, strict=True)])
     answers = [answers_of(logits, model.policy).logits for logits in every_exit]
     y = torch.randint(K, (len(x[4]),))
-    report = cet.calibrate(model, [(x[4], y)], 0.5).report
+    costs = cet.exit_costs(model)
+
+    def cost() -> list[Tensor]:
+        return [torch.tensor(cet.calibrate(model, [(x[4], y)], 0.5, costs=costs).report.mean_cost)]
+
+    mean_cost = cost()
     twin = model.backbone  # a plain call of the user's own module
     run_together(
         [
@@ -112,15 +117,31 @@ def every_way_to_call_at_once() -> None:
             repeated(lambda: [model.predict(x[1]).logits], [answers[1]], 100),
             repeated(lambda: [model(x[2])], [answers[2]], 100),
             repeated(lambda: [twin(x[3])], every_exit[3][-1:], 300),
-            repeated(lambda: [torch.tensor(cet.calibrate(model, [(x[4], y)], 0.5).report.mean_cost)],
-                     [torch.tensor(report.mean_cost)], 10),
+            repeated(cost, mean_cost, 10),
             repeated(lambda: [model.check(x[5]) is None or 1], [True], 10),
         ]
-    )  # fmt: skip
+    )
 
 
 def test_every_way_to_call_a_model_may_be_used_at_once() -> None:
     in_a_process(every_way_to_call_at_once)
+
+
+def costs_beside_calls() -> None:
+    model, x = build(), R(3, 6, 40)
+    costs = cet.exit_costs(model)
+    stages, heads = torch.tensor(costs.stage), torch.tensor(costs.head)
+
+    def count() -> list[Tensor]:
+        found = cet.exit_costs(model)
+        return [torch.tensor(found.stage), torch.tensor(found.head)]
+
+    expected = exit_logits_of_eager_backbone(model, x)
+    run_together([repeated(count, [stages, heads], 20), repeated(lambda: model.exit_logits(x), expected, 300)])
+
+
+def test_flops_are_counted_of_the_counting_call_alone() -> None:
+    in_a_process(costs_beside_calls)
 
 
 def shapes_from_threads() -> None:
@@ -307,13 +328,13 @@ def fork_beside(work: str) -> None:
             else:
                 model.predict(R(3, 6, 40))
 
+    inputs = [R(3, 6, 45 + turn) for turn in range(5)]
+    answers = [exit_logits_of_eager_backbone(model, x) for x in inputs]  # before: its hooks see all threads
     threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for turn in range(5):
+    for turn, (x, expected) in enumerate(zip(inputs, answers, strict=True)):
         time.sleep(0.1)
-        x = R(3, 6, 45 + turn)
-        expected = exit_logits_of_eager_backbone(model, x)
         child = os.fork()
         if child == 0:
             code = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +84,17 @@ def submodule(backbone: nn.Module, path: str) -> nn.Module:
     raise ValueError(
         f"exit {path!r} is no submodule of {type(backbone).__name__}; did you mean {' or '.join(map(repr, close))}?"
     )
+
+
+def refuse_second_names(paths: Iterable[str], modules: Sequence[nn.Module]) -> None:
+    """Refuse two exits that are one module."""
+    first: dict[nn.Module, str] = {}
+    for path, module in zip(paths, modules, strict=True):
+        if first.setdefault(module, path) != path:
+            raise ValueError(
+                f"exit {path!r} and exit {first[module]!r} are two names of one module, which does not say where to "
+                "leave; keep one of them"
+            )
 
 
 def check_logits(logits: Tensor, num_rows: int) -> None:

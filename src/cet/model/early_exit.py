@@ -17,6 +17,7 @@ from cet.model.building import (
     check_backbone,
     check_logits,
     check_train_output,
+    refuse_second_names,
     requested_heads,
     submodule,
     warn_of_unused_masks,
@@ -112,6 +113,7 @@ class EarlyExit(nn.Module):
         self.runner = runner
         requested = requested_heads(exits)
         modules = [submodule(check_backbone(backbone), path) for path in requested]
+        refuse_second_names(requested, modules)
         self.exit_names = (*requested, FINAL)
         self._graphs = GraphRunner(self.exit_names)
         self._ignored_inputs: set[str] = set()
@@ -435,15 +437,28 @@ class EarlyExit(nn.Module):
         if prefix + _EXTRA_STATE in missing_keys:  # saved before the policy was part of the state
             missing_keys.remove(prefix + _EXTRA_STATE)
 
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
+        """Run the backbone, and call ``at_exit(k, output)`` with what the submodule of each early exit returns."""
+        observers = {
+            self.backbone.get_submodule(path): partial(at_exit, k) for k, path in enumerate(self.exit_names[:-1])
+        }
+        with observing(observers):
+            return self.backbone(*args, **kwargs)
+
     def _exit_logits(self, way: _Way, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         features: dict[int, Tensor] = {}
 
         def keep(k: int, module_output: Any) -> None:
+            if k in features:
+                raise RuntimeError(
+                    f"exit {self.exit_names[k]!r} is called twice in this forward pass, so it does not say where to "
+                    "leave; name a submodule that is called once"
+                )
             feature = first_tensor(module_output)
             features[k] = feature.clone() if k in self._rewritten else feature
 
         args, kwargs = way.input_format.unflatten(copied(inputs) if self._changes_inputs else inputs)
-        output = self._run_backbone(args, kwargs, keep)
+        output = self.observe(args, kwargs, keep)
         for k, path in enumerate(self.exit_names[:-1]):
             if k not in features:
                 raise RuntimeError(
@@ -453,14 +468,6 @@ class EarlyExit(nn.Module):
         masks = [None if index is None else inputs[index] for index in way.cache.masks]
         early = [head_logits(head, features[k], masks[k]) for k, head in enumerate(self.heads)]
         return (*early, logits_of(output))
-
-    def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
-        """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
-        observers = {
-            self.backbone.get_submodule(path): partial(at_exit, k) for k, path in enumerate(self.exit_names[:-1])
-        }
-        with observing(observers):
-            return self.backbone(*args, **kwargs)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -485,7 +492,7 @@ class EarlyExit(nn.Module):
         before = [value._version if isinstance(value, Tensor) else None for value in given]
         args, kwargs = input_format.unflatten(given)
         try:
-            output = self._run_backbone(args, kwargs, keep)
+            output = self.observe(args, kwargs, keep)
         except (RuntimeError, IndexError) as error:
             batched = zip(input_format.names, input_format.is_batched, strict=True)
             raise ValueError(

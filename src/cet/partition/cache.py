@@ -20,7 +20,7 @@ from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
 from cet.partition.obstacles import obstacle_to_cutting
 from cet.partition.private_copy import private_copy
 from cet.partition.stages import CutError, Program, Stages, evaluating, logits_of
-from cet.partition.verify import verify
+from cet.partition.verify import refuse_mixed_rows, verify
 
 MAX_PROGRAMS = 8
 """How many programs are kept for one state of the backbone."""
@@ -58,6 +58,7 @@ class _State:
     waiting: dict[Any, _Waiting] = field(default_factory=dict)
     failures: dict[Any, str] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+    has_own_rows: bool = False
 
 
 class StageCache:
@@ -98,6 +99,7 @@ class StageCache:
         """
         state = self._current_state()
         if state.obstacle is not None:
+            self._refuse_mixed_rows(state, inputs)
             _warn_once(state, state.obstacle)
             return None
         return _matching(state, inputs) or self._new_program(inputs)
@@ -195,6 +197,13 @@ class StageCache:
         _warn_once(state, _UNSEEN)
         return waiting.calls >= _PATIENCE and waiting.seconds >= self._last_cut
 
+    def _refuse_mixed_rows(self, state: _State, inputs: Sequence[Any]) -> None:
+        """Where the backbone runs as it is, once per state, see that its rows do not depend on each other."""
+        if not state.has_own_rows:
+            with torch.no_grad():
+                refuse_mixed_rows(self.backbone, self.input_format, self._example_rows(inputs), state.obstacle or "")
+            state.has_own_rows = True
+
     def _kind(self, state: _State, inputs: Sequence[Any]) -> Any:
         """What calls have in common that one program would serve: their sizes where the last program fixes them."""
         fixed = state.programs[0].shapes if state.programs else [None] * len(inputs)
@@ -225,6 +234,12 @@ class StageCache:
                     program = self.backbone.program(self.exits, copied(example), EXAMPLE_ROWS)
                     verify(program, self.backbone, self.exits, self.input_format, example, expected)
                 return program
+            if _has_closures(self.backbone):  # a copy would go on calling the original
+                with evaluating(self.backbone):
+                    expected = logits_of(self.backbone(*args, **kwargs))
+                    program = cut(self.backbone, self.backbone, *self._how(example), dynamic=True)
+                    verify(program, self.backbone, self.exits, self.input_format, example, expected)
+                return program
             traced = private_copy(self.backbone, state.fingerprint.tensors).eval()
             before = Fingerprint(traced).entries
             expected = logits_of(traced(*args, **kwargs))  # first, for its own error on a wrong input
@@ -241,13 +256,15 @@ class StageCache:
 
     def _cut_dynamic_or_fixed(self, state: _State, traced: nn.Module, example: Sequence[Any]) -> Program:
         """Sizes other than the batch vary where the code allows it."""
-        arguments = (self.backbone, traced, self.exits, self.input_format, example, self.masks)
         try:
-            return cut(*arguments, dynamic=True)
+            return cut(self.backbone, traced, *self._how(example), dynamic=True)
         except CutError:
             # A failed export may have left its symbols behind in attributes of the copy.
             fresh = private_copy(self.backbone, state.fingerprint.tensors).eval()
-            return cut(self.backbone, fresh, *arguments[2:], dynamic=False)
+            return cut(self.backbone, fresh, *self._how(example), dynamic=False)
+
+    def _how(self, example: Sequence[Any]) -> tuple[Sequence[str], InputFormat, Sequence[Any], Sequence[int | None]]:
+        return self.exits, self.input_format, example, self.masks
 
     def _example_rows(self, inputs: Sequence[Any]) -> list[Any]:
         """A few rows of a call, the last one repeated where it has too few, and made different where they are alike:
@@ -278,6 +295,12 @@ def level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _has_closures(backbone: nn.Module) -> bool:
+    """Whether a submodule was given a ``forward`` of its own that is no method of a module."""
+    forwards = (module.__dict__.get("forward") for module in backbone.modules())
+    return any(f is not None and not isinstance(getattr(f, "__self__", None), nn.Module) for f in forwards)
 
 
 def _warn_once(state: _State, reason: str) -> None:

@@ -4,26 +4,33 @@ Followed are: which submodules there are, and their modes; forward hooks; a ``fo
 the ``forward`` of every class; the names and types of parameters and buffers, and the dtypes of all parameters (their
 values are read at each call, so they need not be followed); every other attribute, those in lists, dictionaries and
 plain objects such as a config included. Numbers, strings and the like are compared by value, anything else by identity,
-plain tensors by identity and version.
+plain tensors by identity and version, NumPy arrays by identity and entries. Hooks on all modules are followed too.
 
-Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures;
-hooks on all modules (``torch.nn.modules.module.register_module_forward_hook``); NumPy arrays that are changed in place.
+Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; the
+entries of NumPy arrays of more than 65,536 elements.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Path = tuple[Any, ...]
 
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+)
 _MAX_DEPTH = 6
+_MAX_ARRAY = 1 << 16
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 # Bookkeeping of nn.Module that no forward pass reads.
@@ -56,8 +63,14 @@ class Fingerprint:
         """Plain tensors among the attributes."""
         self.classes: dict[type[nn.Module], Any] = {}
         seen: set[int] = set()
-        self._hooks: list[dict[int, Any]] = []
+        self._arrays: list[NDArray[Any]] = []
+        self._modules = list(backbone.modules())
+        self._types = [type(module) for module in self._modules]
+        self._hooks: list[dict[int, Any]] = list(GLOBAL_HOOKS)
+        for index, hooks in enumerate(GLOBAL_HOOKS):
+            self.entries["", "hooks on all modules", index] = followed_hooks(hooks)
         for name, module in backbone.named_modules():
+            self.entries[name, "__class__"] = type(module)
             self._hooks.append(module._forward_hooks)
             self.classes.setdefault(type(module), type(module).forward)
             self._walk((name,), module.__dict__, 0, seen)
@@ -66,8 +79,9 @@ class Fingerprint:
         weight = self._parameters[0] if self._parameters else None
         self.device = None if weight is None else weight.device
         self._versions = [tensor._version for tensor in self.tensors]
-        self._hooks_before = [_followed(hooks) for hooks in self._hooks]
+        self._hooks_before = [followed_hooks(hooks) for hooks in self._hooks]
         self._has_hooks = any(self._hooks_before)
+        self._array_copies = [array.copy() for array in self._arrays]
         self._forwards = list(self.classes.values())
         self._expired = False
         self._watch = _watch([(c, self._skipped(path)) for path, c in self.containers.items()])
@@ -81,13 +95,15 @@ class Fingerprint:
             and [parameter.dtype for parameter in self._parameters] == self._dtypes
             and (not self._parameters or self._parameters[0].device == self.device)
             and (not self.tensors or [tensor._version for tensor in self.tensors] == self._versions)
+            and [type(module) for module in self._modules] == self._types
             and [cls.forward for cls in self.classes] == self._forwards
+            and (not self._arrays or _are_equal(self._arrays, self._array_copies))
         )
 
     def _has_same_hooks(self) -> bool:
         if not self._has_hooks and not any(self._hooks):
             return True
-        return [_followed(hooks) for hooks in self._hooks] == self._hooks_before
+        return [followed_hooks(hooks) for hooks in self._hooks] == self._hooks_before
 
     def expire(self) -> None:
         """Believe nothing until the whole state has been compared again."""
@@ -99,6 +115,7 @@ class Fingerprint:
             self.device == other.device
             and self._dtypes == other._dtypes
             and self._versions == other._versions
+            and _are_equal(self._array_copies, other._array_copies)
             and self.entries.keys() - self.volatile == other.entries.keys() - other.volatile
             and all(_is_same(value, other.entries[path]) for path, value in self.entries.items())
             and self.classes == other.classes
@@ -121,7 +138,7 @@ class Fingerprint:
             if where in self.volatile or (is_module and key in _UNREAD):
                 continue
             if is_module and key == "_forward_hooks":
-                self.entries[where] = _followed(item)
+                self.entries[where] = followed_hooks(item)
                 continue
             if is_module and key in ("_parameters", "_buffers"):
                 self.entries[where] = {name: type(tensor) for name, tensor in item.items()}
@@ -143,14 +160,28 @@ class Fingerprint:
             self.entries[path] = value
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.tensors.append(value)
+            if isinstance(value, np.ndarray) and value.size <= _MAX_ARRAY:
+                self._arrays.append(value)
             has_attributes = not isinstance(value, (*_SIMPLE, *_OPAQUE))
             inner = getattr(value, "__dict__", None) if has_attributes else None
         if isinstance(inner, (list, dict)) and depth < _MAX_DEPTH:
             self._walk(path, inner, depth + 1, seen)
 
 
-def _followed(hooks: dict[int, Any]) -> dict[int, Any]:
-    return {number: hook for number, hook in hooks.items() if not isinstance(hook, ExitHook)}
+def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
+    """Those that may change what passes."""
+    return {number: hook for number, hook in hooks.items() if not (isinstance(hook, ExitHook) or _is_tracker(hook))}
+
+
+def _is_tracker(hook: Any) -> bool:
+    """Whether a hook is one by which PyTorch's own counters notice where they are."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+
+
+def _are_equal(arrays: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> bool:
+    return len(arrays) == len(others) and all(
+        a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(arrays, others, strict=True)
+    )
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -8,7 +8,7 @@ from types import CodeType
 
 from torch import nn
 
-from cet.partition.fingerprint import ExitHook
+from cet.partition.fingerprint import GLOBAL_HOOKS, followed_hooks
 from cet.partition.stages import Stages
 
 
@@ -34,19 +34,21 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
             )
         if explicit:
             continue
-        if module.training and _depends_on_mode(type(module)):
+        if module.training and _depends_on_mode(module.__class__):
             reason = reason or f"{name} is in train mode while the model is in eval mode"
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for hook in hooks.values():
-                if not isinstance(hook, ExitHook) and not _is_of_torch(hook):
+            for hook in followed_hooks(hooks).values():
+                if not _is_of_torch(hook):
                     reason = reason or f"{name} has a forward hook, which sees and may change what passes"
+    if any(followed_hooks(hooks) for hooks in GLOBAL_HOOKS) and not explicit:
+        reason = reason or "there is a forward hook on all modules, which sees and may change what passes"
     if reason is None and any(parameter.is_meta for parameter in backbone.parameters()):
         reason = "some of its weights are on the meta device, as those that were offloaded are"
     return reason
 
 
 @cache
-def _depends_on_mode(kind: type[nn.Module]) -> bool:
+def _depends_on_mode(kind: type) -> bool:
     """Whether a method of a class reads ``self.training``."""
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = (inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.partition.inputs import EXAMPLE_ROWS, InputFormat
-from cet.partition.stages import CutError, Program
+from cet.partition.stages import CutError, Program, logits_of
 
 
 def verify(
@@ -72,6 +72,31 @@ def _verify_single_rows(
                 "of rows"
             ) from error
         _compare(name, logits, expected[row : row + 1], f"when a row goes on alone{where}")
+
+
+def refuse_mixed_rows(backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], reason: str) -> None:
+    """Run a backbone that cannot be cut on all rows and on each alone, unless it is random.
+
+    Raises:
+        ValueError: when a row's logits depend on the other rows.
+    """
+
+    def logits(chosen: slice) -> Tensor:
+        rows = [
+            value[chosen].clone() if batched else value.clone() if isinstance(value, Tensor) else value
+            for value, batched in zip(inputs, input_format.is_batched, strict=True)
+        ]
+        args, kwargs = input_format.unflatten(rows)
+        return logits_of(backbone(*args, **kwargs))
+
+    together = logits(slice(None))
+    if not is_close(logits(slice(None)), together):
+        return
+    alone = torch.cat([logits(slice(row, row + 1)) for row in range(EXAMPLE_ROWS)])
+    if not is_close(alone, together):
+        raise ValueError(
+            f"the rows of a batch depend on each other, perhaps because {reason}; let each row be answered alone"
+        )
 
 
 def is_close(got: Tensor, expected: Tensor) -> bool:
