@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cet.partition.cache import UncutWarning
     from cet.partition.stages import CutError, Stages
     from cet.runtime.policy import ExitPolicy
+    from cet.training.heads import train_heads
     from cet.training.loss import ConsistentExitLoss
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "ops",
     "perturb",
+    "train_heads",
 ]
 
 _MODULE_OF = {
@@ -63,6 +65,7 @@ _MODULE_OF = {
     "calibrate": "calibration",
     "exit_costs": "calibration",
     "load": "model.loading",
+    "train_heads": "training.heads",
 }
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cet.data.batches import Inputs, as_call, call, class_indices
+from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_loss_config, consistent_exit_loss
-from cet.partition.inputs import Call, InputFormat
+from cet.partition.inputs import Call
 
 
 class ConsistentExitLoss:
@@ -38,8 +39,8 @@ class ConsistentExitLoss:
     A call ``loss(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
     then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass. Inputs that all
     rows share, such as an adjacency matrix, are given once; :class:`cet.EarlyExit` knows them from its example, and of
-    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional inputs or a
-    dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
+    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional
+    inputs or a dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
     :func:`cet.data.batches.split_batch` takes other batches apart, and :func:`cet.data.batches.class_indices` tells
     which other labels are taken. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
 
@@ -89,7 +90,7 @@ class ConsistentExitLoss:
             if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
                 raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
             _check_same_kind(x, perturbed_x)
-            args, kwargs = _stack(x, perturbed_x, len(y), getattr(multi_exit, "_inputs", None))
+            args, kwargs = _stack(x, perturbed_x, len(y), multi_exit)
             outputs = _check_outputs(model(*args, **kwargs), 2 * len(y))
             clean = tuple(logits[: len(y)] for logits in outputs)
             perturbed = tuple(logits[len(y) :] for logits in outputs)
@@ -134,21 +135,20 @@ def _check_same_kind(clean: Inputs, perturbed: Inputs) -> None:
             raise ValueError(f"perturb turns {tuple(a.shape)} {a.dtype} into {got}; keep shape and dtype")
 
 
-def _stack(clean: Inputs, perturbed: Inputs, rows: int, inputs: InputFormat | None) -> Call:
+def _stack(clean: Inputs, perturbed: Inputs, rows: int, model: nn.Module) -> Call:
     """One call on the clean rows, then the perturbed rows; what is not batched is given once."""
-    if inputs is None:
-        clean_leaves, structure = pytree.tree_flatten(as_call(clean))
-        perturbed_leaves: Sequence[Any] = pytree.tree_leaves(as_call(perturbed))
-        is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in clean_leaves]
-        names = [f"input {index}" for index in range(len(clean_leaves))]
-        stacked = _stacked(clean_leaves, perturbed_leaves, is_batched, names)
-        args, kwargs = pytree.tree_unflatten(stacked, structure)
-        return args, kwargs
-    ordered = inputs.flatten(*as_call(clean))
-    if inputs.num_rows(ordered) != rows:
-        raise ValueError(f"y has {rows} rows for {inputs.num_rows(ordered)} rows of x; give shape (B,)")
-    perturbed_leaves = inputs.flatten(*as_call(perturbed))
-    return inputs.unflatten(_stacked(ordered, perturbed_leaves, inputs.is_batched, inputs.names))
+    if isinstance(model, EarlyExit):
+        (inputs, _), clean_values = model._bind(*as_call(clean))
+        _, perturbed_values = model._bind(*as_call(perturbed))
+        if inputs.num_rows(clean_values) != rows:
+            raise ValueError(f"y has {rows} rows for {inputs.num_rows(clean_values)} rows of x; give one label per row")
+        return inputs.unflatten(_stacked(clean_values, perturbed_values, inputs.is_batched, inputs.names))
+    leaves, structure = pytree.tree_flatten(as_call(clean))
+    is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves]
+    names = [f"input {index}" for index in range(len(leaves))]
+    stacked = _stacked(leaves, pytree.tree_leaves(as_call(perturbed)), is_batched, names)
+    args, kwargs = pytree.tree_unflatten(stacked, structure)
+    return args, kwargs
 
 
 def _stacked(
