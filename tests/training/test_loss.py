@@ -140,7 +140,16 @@ def test_a_wrapped_model_is_run_once_and_its_labels_are_checked(model):
         cet.ConsistentExitLoss(shift)(wrapped, X, torch.full((5,), 9))
 
 
-BAD_SWITCHES = [
+def test_a_compiled_model_is_the_model(model):
+    compiled = torch.compile(model, backend="eager")
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    loss, _ = cet.ConsistentExitLoss(shift)(compiled, X, Y)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="label 9 for 3 classes"):
+        cet.ConsistentExitLoss(shift)(compiled, X, torch.full((5,), 9))
+
+
+BAD_ARGUMENTS = [
     ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number >= 0"),
     ({"consistency_weight": math.nan}, ValueError, "consistency_weight is nan"),
     ({"consistency_weight": math.inf}, ValueError, "consistency_weight is inf"),
@@ -154,10 +163,10 @@ BAD_SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize(("switches", "error", "message"), BAD_SWITCHES)
-def test_bad_switches_are_refused(switches, error, message):
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        cet.ConsistentExitLoss(**{"perturb": shift, **switches})
+        cet.ConsistentExitLoss(**{"perturb": shift, **arguments})
 
 
 BAD_LABELS = [

@@ -75,6 +75,7 @@ class ConsistentExitLoss:
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
         x = dict(x) if isinstance(x, Mapping) else x
         multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
+        multi_exit = getattr(multi_exit, "_orig_mod", multi_exit)  # compiled
         y = class_indices(x, y, getattr(multi_exit, "num_classes", None))
         self._check_exit_weights(getattr(multi_exit, "num_exits", None))
         if not model.training:
