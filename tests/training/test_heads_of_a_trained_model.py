@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import cet
 import cet.training
-from cet.training import train_heads
+from cet.training import MultiExitTraining, train_heads
 
 
 class Net(nn.Module):
@@ -203,3 +207,27 @@ assert cet.ConsistentExitLoss and cet.train_heads is cet.training.train_heads an
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     assert all(getattr(cet.training, name) is not None for name in cet.training.__all__)
+
+
+def test_the_lightning_module_leaves_a_frozen_backbone_alone_too(tmp_path: Path) -> None:
+    model = make().train()
+    model.backbone.eval().requires_grad_(False)
+    backbone, heads = bits(model.backbone), bits(model.heads)
+    model.backbone.modes.clear()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(data(), batch_size=None)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(MultiExitTraining(model, cet.ConsistentExitLoss(None, 0.0)), loader, loader)
+    assert model.backbone.modes == {False}
+    assert all(torch.equal(value, backbone[name]) for name, value in model.backbone.state_dict().items())
+    assert not any(torch.equal(value, heads[name]) for name, value in model.heads.state_dict().items())

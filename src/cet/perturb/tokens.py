@@ -187,7 +187,8 @@ class EmbeddingNoise(TextPerturbation):
         if self.severity == 0 or tokens.numel() == 0:
             return {self.key: tokens.clone()}
         _, length, width = tokens.shape
-        count = free.new_full((len(free), 1), length, dtype=draws.dtype) if mask is None else (mask != 0).sum(1, True)
-        bound = self.severity * self.alpha / (count.clamp(min=1) * width).to(draws.dtype).sqrt()
+        present = torch.ones_like(free) if mask is None else mask != 0
+        num_present = present.sum(1, keepdim=True)
+        bound = self.severity * self.alpha / (num_present.clamp(min=1) * width).to(draws.dtype).sqrt()
         noise = draws.uniform(length, width, low=-1.0) * bound.unsqueeze(2)
         return {self.key: torch.where(free.unsqueeze(2), tokens.to(draws.dtype) + noise, tokens).to(tokens.dtype)}

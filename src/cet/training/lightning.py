@@ -80,10 +80,10 @@ class MultiExitTraining(LightningModule):
         x, y = split_batch(batch, self.batch_fn)
         y = class_indices(x, y, self.model.num_classes)
         is_labelled = y != UNLABELLED
-        count = int(is_labelled.sum())
+        num_labelled = int(is_labelled.sum())
         for name, logits in zip(self.model.exit_names, call(self.model.exit_logits, x), strict=True):
-            accuracy = ((logits.argmax(1) == y) & is_labelled).sum() / max(count, 1)
-            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=count, sync_dist=True)
+            accuracy = ((logits.argmax(1) == y) & is_labelled).sum() / max(num_labelled, 1)
+            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=num_labelled, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)

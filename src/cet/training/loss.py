@@ -1,7 +1,7 @@
 """The training objective: the same prediction on clean and perturbed input, at every exit.
 
 An implementation of the objective of "Consistency Training of Multi-exit Architectures for Sensor Data" (arXiv
-2109.13192) as far as its abstract states it, with switches for what it leaves open.
+2109.13192) as far as its abstract states it, with arguments for what it leaves open.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class ConsistentExitLoss:
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
         x = dict(x) if isinstance(x, Mapping) else x
         multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
+        multi_exit = getattr(multi_exit, "_orig_mod", multi_exit)  # compiled
         y = class_indices(x, y, getattr(multi_exit, "num_classes", None))
         self._check_exit_weights(getattr(multi_exit, "num_exits", None))
         if not model.training:
@@ -115,12 +116,14 @@ class ConsistentExitLoss:
             )
 
 
-def _check_outputs(outputs: Any, rows: int) -> tuple[Tensor, ...]:
+def _check_outputs(outputs: Any, num_rows: int) -> tuple[Tensor, ...]:
     if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) and o.ndim == 2 for o in outputs):
         raise TypeError("model gives no tuple of (B, K) logits in train mode; wrap it in cet.EarlyExit")
     for logits in outputs:
-        if len(logits) != rows:
-            raise ValueError(f"model gives logits for {len(logits)} rows of {rows}; give one row of logits per sample")
+        if len(logits) != num_rows:
+            raise ValueError(
+                f"model gives logits for {len(logits)} rows of {num_rows}; give one row of logits per sample"
+            )
     return outputs
 
 
@@ -135,16 +138,18 @@ def _check_same_kind(clean: Inputs, perturbed: Inputs) -> None:
             raise ValueError(f"perturb turns {tuple(a.shape)} {a.dtype} into {got}; keep shape and dtype")
 
 
-def _stack(clean: Inputs, perturbed: Inputs, rows: int, model: nn.Module) -> Call:
+def _stack(clean: Inputs, perturbed: Inputs, num_rows: int, model: nn.Module) -> Call:
     """One call on the clean rows, then the perturbed rows; what is not batched is given once."""
     if isinstance(model, EarlyExit):
         (inputs, _), clean_values = model._bind(*as_call(clean))
         _, perturbed_values = model._bind(*as_call(perturbed))
-        if inputs.num_rows(clean_values) != rows:
-            raise ValueError(f"y has {rows} rows for {inputs.num_rows(clean_values)} rows of x; give one label per row")
+        if inputs.num_rows(clean_values) != num_rows:
+            raise ValueError(
+                f"y has {num_rows} rows for {inputs.num_rows(clean_values)} rows of x; give one label per row"
+            )
         return inputs.unflatten(_stacked(clean_values, perturbed_values, inputs.is_batched, inputs.names))
     leaves, structure = pytree.tree_flatten(as_call(clean))
-    is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in leaves]
+    is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_rows for leaf in leaves]
     names = [f"input {index}" for index in range(len(leaves))]
     stacked = _stacked(leaves, pytree.tree_leaves(as_call(perturbed)), is_batched, names)
     args, kwargs = pytree.tree_unflatten(stacked, structure)
