@@ -104,6 +104,15 @@ class Convolutions(nn.Module):
         return self.top(self.c(self.b(self.a(x))).mean(2))
 
 
+class Straight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.top = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -323,6 +332,16 @@ def test_a_change_before_the_model_is_made_is_in_it() -> None:
         assert model.check(R(ROWS, WIDTH)) is None
 
 
+def test_a_forward_that_was_replaced_before_the_model_is_made_is_in_it() -> None:
+    """By a function that holds on to the module itself."""
+    net = Straight()
+    net.forward = lambda x: net.top(torch.relu(net.b(torch.relu(net.a(x)))))  # type: ignore[method-assign]
+    model = build(net)
+    assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
+    net.b = nn.Linear(WIDTH, WIDTH)
+    assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
+
+
 CONV_CHANGES: dict[str, Callable[[nn.Conv1d], Any]] = {
     "stride": lambda c: setattr(c, "stride", (2,)),
     "padding": lambda c: (setattr(c, "padding", (2,)), setattr(c, "_reversed_padding_repeated_twice", [2, 2])),
@@ -481,9 +500,7 @@ HEAD_CHANGES: dict[str, Callable[[cet.EarlyExit], Any]] = {
 
 @pytest.mark.parametrize("name", HEAD_CHANGES)
 def test_a_change_of_a_head_shows_in_the_next_call(name: str) -> None:
-    net = nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH), "b": nn.Linear(WIDTH, WIDTH), "top": nn.Linear(WIDTH, K)})
-    net.forward = lambda x: net.top(torch.tanh(net.b(torch.tanh(net.a(x)))))  # type: ignore[method-assign]
-    model, x = build(net), R(ROWS, WIDTH)
+    model, x = build(Straight()), R(ROWS, WIDTH)
     before = assert_answers_of_eager_backbone(model, x)
     HEAD_CHANGES[name](model)
     after = assert_answers_of_eager_backbone(model, x)

@@ -215,7 +215,13 @@ def test_what_is_no_module_is_refused(net: Any) -> None:
 
 def test_a_model_in_a_model_is_refused_or_right() -> None:
     inner = build(Net().eval()).eval()
-    assert_refused(lambda: cet.EarlyExit(inner, ["backbone.a"], (R(4, 6),)), r"EarlyExit")
+    try:
+        outer = cet.EarlyExit(inner, ["backbone.b"], (R(4, 6),)).eval()
+    except ValueError as error:
+        if "EarlyExit" not in str(error) or "\n" in str(error):
+            raise
+        return
+    assert_answers_of_eager_backbone(outer, R(ROWS, 6))
 
 
 class ByMask(nn.Module):
