@@ -48,5 +48,5 @@ def in_a_process(function: Callable[..., None], *args: object, seconds: float = 
         os.killpg(process.pid, 9)  # and the children that it left hanging
         output, _ = process.communicate()
         output += "\nand it did not stop"
-    assert process.returncode == 0, output
+    assert process.returncode == 0, f"{output}\nexit status {process.returncode}"
     assert output.endswith("finished\n"), output

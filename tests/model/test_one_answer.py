@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import cet
+from adapters import LoraLinear
 from oracle import assert_answers_of_eager_backbone, exit_logits_of_eager_backbone
 
 R = torch.randn
@@ -102,6 +103,15 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.top(self.c(self.b(self.a(x))).mean(2))
+
+
+class Straight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.top = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
 class Net(nn.Module):
@@ -323,6 +333,16 @@ def test_a_change_before_the_model_is_made_is_in_it() -> None:
         assert model.check(R(ROWS, WIDTH)) is None
 
 
+def test_a_forward_that_was_replaced_before_the_model_is_made_is_in_it() -> None:
+    """By a function that holds on to the module itself."""
+    net = Straight()
+    net.forward = lambda x: net.top(torch.relu(net.b(torch.relu(net.a(x)))))  # type: ignore[method-assign]
+    model = build(net)
+    assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
+    net.b = nn.Linear(WIDTH, WIDTH)
+    assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
+
+
 CONV_CHANGES: dict[str, Callable[[nn.Conv1d], Any]] = {
     "stride": lambda c: setattr(c, "stride", (2,)),
     "padding": lambda c: (setattr(c, "padding", (2,)), setattr(c, "_reversed_padding_repeated_twice", [2, 2])),
@@ -481,9 +501,7 @@ HEAD_CHANGES: dict[str, Callable[[cet.EarlyExit], Any]] = {
 
 @pytest.mark.parametrize("name", HEAD_CHANGES)
 def test_a_change_of_a_head_shows_in_the_next_call(name: str) -> None:
-    net = nn.ModuleDict({"a": nn.Linear(WIDTH, WIDTH), "b": nn.Linear(WIDTH, WIDTH), "top": nn.Linear(WIDTH, K)})
-    net.forward = lambda x: net.top(torch.tanh(net.b(torch.tanh(net.a(x)))))  # type: ignore[method-assign]
-    model, x = build(net), R(ROWS, WIDTH)
+    model, x = build(Straight()), R(ROWS, WIDTH)
     before = assert_answers_of_eager_backbone(model, x)
     HEAD_CHANGES[name](model)
     after = assert_answers_of_eager_backbone(model, x)
@@ -492,40 +510,6 @@ def test_a_change_of_a_head_shows_in_the_next_call(name: str) -> None:
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
-
-
-class LoraLinear(nn.Module):
-    """A low-rank adapter with the attributes that adapter libraries use."""
-
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.ModuleDict({n: nn.Linear(base_layer.in_features, 2, bias=False) for n in ("one", "two")})
-        self.lora_B = nn.ModuleDict({n: nn.Linear(2, base_layer.out_features, bias=False) for n in ("one", "two")})
-        self.scaling = {"one": 2.0, "two": 3.0}
-        self._active_adapter = ["one"]
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-
-    def delta(self, name: str) -> Tensor:
-        return self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
-
-    def merge(self) -> None:
-        for name in self._active_adapter:
-            self.base_layer.weight.data += self.delta(name).detach()
-            self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        while self.merged_adapters:
-            self.base_layer.weight.data -= self.delta(self.merged_adapters.pop()).detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        if self._disable_adapters or self.merged_adapters:
-            return y
-        for name in self._active_adapter:
-            y = y + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
-        return y
 
 
 ADAPTER_STEPS: dict[str, Callable[[LoraLinear], Any]] = {
