@@ -138,7 +138,7 @@ def profile(
         settings: of the protocol.
         exits: the early exits to profile; those that the policy opens if not given, or all if it opens none. The final
             exit is always profiled. Heads and gates run at these and at those that the policy opens.
-        progress: is told how far the measurement is.
+        progress: is called with how far the measurement is.
         on_window: gets each window as it ends.
 
     Raises:
@@ -171,7 +171,7 @@ class _Plan:
 
     Attributes:
         names: all exits, shallow first.
-        profiled: those whose figures are wanted, the final exit among them.
+        profiled: those that get figures, the final exit among them.
         opened: the early exits that run.
         open_in_policy: those that the policy opens.
     """

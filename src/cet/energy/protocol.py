@@ -90,7 +90,7 @@ def measure(
         workloads: with different names. All of them run once before anything is measured.
         meter: opened here, if it is not open yet. Where it can measure no energy, time is still measured.
         settings: the defaults if not given.
-        progress: is told how far the measurement is.
+        progress: is called with how far the measurement is.
         on_window: gets each window as it ends, so that it can be saved.
 
     Raises:
