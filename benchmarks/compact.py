@@ -13,7 +13,7 @@ from benchmarks import gpu
 from benchmarks.harness import Case, WrongResultError
 from benchmarks.operations import Benchmark, Measured, Point, geometric_mean, speedups
 from cet import ops
-from cet.ops.padded import move_rows
+from cet.ops.padded import gather_and_scatter_rows
 
 POINTS = [
     {"rows": rows, "row_bytes": row_bytes, "leaving": leaving}
@@ -24,56 +24,58 @@ POINTS = [
 
 def set_up(point: Point) -> Case:
     rows = point["rows"]
-    leaves = torch.rand(rows) < point["leaving"]
+    exit_mask = torch.rand(rows) < point["leaving"]
     tensors = [torch.randn(rows, point["row_bytes"] // 4), torch.rand(rows, 8) < 0.5, torch.arange(rows)]
 
-    def cet_compact(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
-        return ops.compact(leaves, tensors).tensors
+    def cet_compact(exit_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return ops.compact(exit_mask, tensors).tensors
 
-    def index_select(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
-        staying = (~leaves).nonzero().squeeze(1)
-        return [tensor.index_select(0, staying) for tensor in tensors]
+    def index_select(exit_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+        kept = (~exit_mask).nonzero().squeeze(1)
+        return [tensor.index_select(0, kept) for tensor in tensors]
 
-    def boolean_mask(leaves: Tensor, *tensors: Tensor) -> list[Tensor]:
-        stays = ~leaves
-        return [tensor[stays] for tensor in tensors]
+    def boolean_mask(exit_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
+        is_kept = ~exit_mask
+        return [tensor[is_kept] for tensor in tensors]
 
     target = torch.empty_like(tensors[0])
-    order = torch.cat([(~leaves).nonzero(), leaves.nonzero()]).squeeze(1).int()
+    order = torch.cat([(~exit_mask).nonzero(), exit_mask.nonzero()]).squeeze(1).int()
     positions = torch.arange(rows, dtype=torch.int32)
-    staying, count = torch.tensor([int((~leaves).sum()), rows], dtype=torch.int32)
+    num_kept, count = torch.tensor([int((~exit_mask).sum()), rows], dtype=torch.int32)
 
-    def padded(_leaves: Tensor, *tensors: Tensor, move: Callable[..., None] = move_rows) -> list[Tensor]:
+    def padded(
+        _exit_mask: Tensor, *tensors: Tensor, move: Callable[..., None] = gather_and_scatter_rows
+    ) -> list[Tensor]:
         """The move of the graph runners, whose counts are on the device."""
         moved = [torch.empty_like(tensor) for tensor in tensors]
         with ops.use_backend(None):  # by the CUDA part
-            move(order, positions, staying, count, list(zip(tensors, moved, strict=True)), [])
+            move(order, positions, num_kept, count, list(zip(tensors, moved, strict=True)), [])
         return moved
 
     providers: dict[str, Callable[..., Any]] = {
         "cet": cet_compact,
         "index_select": index_select,
         "boolean_mask": boolean_mask,
-        "copy": lambda _leaves, x, *_others: target.copy_(x),
+        "copy": lambda _exit_mask, x, *_others: target.copy_(x),
     }
-    if leaves.is_cuda:
-        from cet.kernels.compact import move_rows as move_rows_triton
+    if exit_mask.is_cuda:
+        from cet.kernels.compact import gather_and_scatter_rows as triton_rows
 
-        triton = partial(padded, move=move_rows_triton)
+        triton = partial(padded, move=triton_rows)
         providers |= {
             "padded": padded,
-            "graphed": gpu.graphed(padded, leaves, *tensors),
-            "triton": gpu.graphed(triton, leaves, *tensors),
+            "graphed": gpu.graphed(padded, exit_mask, *tensors),
+            "triton": gpu.graphed(triton, exit_mask, *tensors),
         }
 
     def check(results: Mapping[str, Any]) -> None:
-        stays = ~leaves
+        is_kept = ~exit_mask
         for name in results.keys() - {"copy"}:
             pairs = zip(results[name], tensors, strict=True)
-            if not all(torch.equal(got[: int(staying)], x[stays]) for got, x in pairs):
-                raise WrongResultError(f"{name} moves other rows than those that stay")
+            if not all(torch.equal(got[: int(num_kept)], x[is_kept]) for got, x in pairs):
+                raise WrongResultError(f"{name} moves other rows than the kept ones")
 
-    return Case((leaves, *tensors), providers, check)
+    return Case((exit_mask, *tensors), providers, check)
 
 
 def verdicts(measured: Measured) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What does an exit step cost, gate and compaction with half of the rows leaving, and how far is it from the floor?
 
-The floor is what copying would take of the bytes that must move: features read once, survivors written once.
+The floor is what copying would take of the bytes that must move: features read once, kept_rows written once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks import gpu
 from benchmarks.harness import Case, WrongResultError, check_close
 from benchmarks.operations import Benchmark, Measured, Point, geometric_mean, speedups
 from cet import ops
-from cet.ops.padded import move_rows, padded_exit_gate
+from cet.ops.padded import gather_and_scatter_rows, padded_exit_gate
 
 GRID = (
     (1, 128, 32, 7),
@@ -52,30 +52,30 @@ def set_up(point: Point) -> Case:
     weight, bias = head.linear.weight, head.linear.bias
 
     def cet_step(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, scores, (staying, _, moved) = ops.exit_step(x, weight, bias, [x], **switches)
-        return logits, scores, staying, moved[0]
+        logits, scores, (kept, _, moved) = ops.exit_step(x, weight, bias, [x], **switches)
+        return logits, scores, kept, moved[0]
 
     def eager(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = head(x)
         log_p = logits.float().log_softmax(dim=1)
         scores = -(log_p.exp() * log_p).sum(dim=1)
-        staying = (scores > switches["threshold"]).nonzero().squeeze(1)
-        return logits, scores, staying, x.index_select(0, staying)
+        kept = (scores > switches["threshold"]).nonzero().squeeze(1)
+        return logits, scores, kept, x.index_select(0, kept)
 
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     target = torch.empty_like(x)
     rows = len(x)
-    count, staying = torch.tensor([rows, 0], dtype=torch.int32)
+    count, num_kept = torch.tensor([rows, 0], dtype=torch.int32)
     positions = torch.arange(rows, dtype=torch.int32)
     decision = torch.tensor([switches["threshold"], 1.0])
     gate: dict[str, Any] = {name: switches[name] for name in ("layout", "pool", "score")}
 
     def padded(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step of the graph runners: nothing in it waits for the device."""
-        logits, scores, order = padded_exit_gate(x, weight, bias, decision, count, staying, **gate)
-        survivors = torch.empty_like(x)
-        move_rows(order, positions, staying, count, [(x, survivors)], [])
-        return logits, scores, order, survivors
+        logits, scores, order = padded_exit_gate(x, weight, bias, decision, count, num_kept, **gate)
+        kept_rows = torch.empty_like(x)
+        gather_and_scatter_rows(order, positions, num_kept, count, [(x, kept_rows)], [])
+        return logits, scores, order, kept_rows
 
     providers: dict[str, Callable[..., Any]] = {
         "cet": cet_step,
@@ -89,12 +89,12 @@ def set_up(point: Point) -> Case:
     def check(results: Mapping[str, Any]) -> None:
         truth = copy.deepcopy(head).double()(x.double()).to(dtype).float()  # graphs hold the storage of the weights
         for name in results.keys() - {"copy"}:
-            logits, _, stayed, moved = results[name]
+            logits, _, kept, moved = results[name]
             check_close(name, logits.float(), truth, 1e-4 if dtype is torch.float32 else 3e-2)
             if name in ("padded", "graphed"):
-                stayed, moved = stayed[: int(staying)], moved[: int(staying)]
-            if not torch.equal(moved, x[stayed]):
-                raise WrongResultError(f"{name} moves other rows than those that stay")
+                kept, moved = kept[: int(num_kept)], moved[: int(num_kept)]
+            if not torch.equal(moved, x[kept]):
+                raise WrongResultError(f"{name} moves other rows than the kept ones")
 
     return Case((x,), providers, check)
 

@@ -34,7 +34,16 @@ NEEDED = ("torch", "triton", "numpy", "scipy", "safetensors", "pynvml", "rich", 
 NEEDED += ("setuptools", "pybind11", "pytest", "hypothesis")
 SETUPTOOLS = 77  # older ones refuse the licence in pyproject.toml
 WITHIN = "{within}"  # stands for the seconds after which a step is to come to its end
-KERNELS = ("gate", "pool", "head", "partition", "move_rows", "count_labelled", "consistent_exit_loss", "scale")
+KERNELS = (
+    "gate",
+    "pool",
+    "head",
+    "order_rows",
+    "gather_and_scatter_rows",
+    "count_labelled",
+    "consistent_exit_loss",
+    "scale",
+)
 RUNNER_TESTS = ["tests/runtime/test_runners.py", "tests/runtime/test_runners_cuda.py"]
 ENERGY_TESTS = ["tests/energy/test_energy_cuda.py"]
 

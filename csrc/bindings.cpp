@@ -1,5 +1,6 @@
 // cet._C: the CPU kernels on raw pointers. Sizes and strides are those of the tensors, strides in elements; the callers in
-// cet.ops check them and own the memory.
+// cet.ops check them and own the memory. Arguments have names and are passed by position: a struct made in Python, or
+// keywords, would cost more than a small kernel takes, so the structs of kernels.h are filled here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -53,6 +55,12 @@ const Kernels* kernels_of(const std::string& capability) {
   throw py::value_error("this build and processor have no CPU capability '" + capability + "'");
 }
 
+std::vector<std::string> scores() {
+  std::vector<std::string> names;
+  for (const cet::ScoreRule& rule : cet::kScoreRules) names.emplace_back(rule.name);
+  return names;
+}
+
 // The dimensions of a pair of tensors of one shape, in descending order of the first one's strides. Those that neighbour
 // each other in the memory of both become one; dimension `kept` stays alone.
 struct Dims {
@@ -84,11 +92,11 @@ struct Dims {
 };
 
 void gate(const Kernels& kernels, Pointer logits, int dtype, const Sizes& shape, const Sizes& strides, int score,
-          float threshold, float temperature, Pointer scores, Pointer leaves, int threads) {
+          float threshold, float temperature, Pointer scores, Pointer exit_mask, int threads) {
   const cet::Logits x = {at<void>(logits), cet::DType(dtype), shape[0], shape[1], strides[0], strides[1]};
-  const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores), at<bool>(leaves)};
+  const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores), at<bool>(exit_mask)};
   const py::gil_scoped_release release;
-  kernels.gate(x, decision, threads);
+  kernels.gate({x, decision, threads});
 }
 
 // The features, and what a row of them is pooled over: all dimensions between batch and channels, or none.
@@ -115,38 +123,38 @@ struct Pooling {
   }
 };
 
-// Leaves, order and survivors may be null.
+// The exit mask, order and kept_rows may be null.
 int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,
                   bool channels_last, bool mean, Pointer weight, Pointer bias, int64_t classes, Pointer logits, int score,
-                  float threshold, float temperature, Pointer scores, Pointer leaves, Pointer order, Pointer survivors,
+                  float threshold, float temperature, Pointer scores, Pointer exit_mask, Pointer order, Pointer kept_rows,
                   int64_t capacity, int threads) {
   const Pooling pooling(features, dtype, shape, strides, channels_last, mean);
   const py::gil_scoped_release release;
   std::unique_ptr<bool[]> flags;
-  if (!leaves) flags.reset(new bool[pooling.features.rows]);
+  if (!exit_mask) flags.reset(new bool[pooling.features.rows]);
   const cet::Head head = {at<void>(weight), at<void>(bias), at<void>(logits), classes};
   const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores),
-                                  leaves ? at<bool>(leaves) : flags.get()};
-  const cet::Survivors moved = {at<char>(survivors), capacity, at<int64_t>(order)};
-  return kernels.exit_gate(pooling.features, head, decision, order ? &moved : nullptr, threads);
+                                  exit_mask ? at<bool>(exit_mask) : flags.get()};
+  const cet::KeptRows moved = {at<char>(kept_rows), capacity, at<int64_t>(order)};
+  return kernels.exit_gate({pooling.features, head, decision, order ? &moved : nullptr, threads});
 }
 
 void pool(const Kernels& kernels, Pointer features, int dtype, const Sizes& shape, const Sizes& strides,
           bool channels_last, bool mean, Pointer pooled, int threads) {
   const Pooling pooling(features, dtype, shape, strides, channels_last, mean);
   const py::gil_scoped_release release;
-  kernels.pool(pooling.features, at<void>(pooled), threads);
+  kernels.pool({pooling.features, at<void>(pooled), threads});
 }
 
-int64_t partition(const Kernels& kernels, Pointer leaves, int64_t rows, Pointer order) {
+int64_t order_rows(const Kernels& kernels, Pointer exit_mask, int64_t rows, Pointer order) {
   const py::gil_scoped_release release;
-  return kernels.partition(at<bool>(leaves), rows, at<int64_t>(order));
+  return kernels.order_rows(at<bool>(exit_mask), rows, at<int64_t>(order));
 }
 
 // from, to, bytes per element, shape of the destination, strides of source and destination, dimension of the rows.
 using RowTensor = std::tuple<Pointer, Pointer, int64_t, Sizes, Sizes, Sizes, int>;
 
-void take_rows(const Kernels& kernels, const std::vector<RowTensor>& tensors, Pointer index, int threads) {
+void gather_rows(const Kernels& kernels, const std::vector<RowTensor>& tensors, Pointer index, int threads) {
   std::vector<Dims> dims;
   std::vector<cet::RowTensor> moves;
   dims.reserve(tensors.size());
@@ -165,25 +173,25 @@ void take_rows(const Kernels& kernels, const std::vector<RowTensor>& tensors, Po
     moves.push_back({at<char>(from), at<char>(to), chunk, count, d.keep, d.size.data(), d.other.data(), d.stride.data()});
   }
   const py::gil_scoped_release release;
-  kernels.take_rows(moves.data(), static_cast<int64_t>(moves.size()), at<int64_t>(index), threads);
+  kernels.gather_rows({moves.data(), static_cast<int64_t>(moves.size()), at<int64_t>(index), threads});
 }
 
 void check_indices(const char* name, const int64_t* indices, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i) {
     if (indices[i] < 0 || indices[i] >= rows) {
-      throw py::index_error("put_rows: " + std::string(name) + "[" + std::to_string(i) + "] is " +
+      throw py::index_error("scatter_rows: " + std::string(name) + "[" + std::to_string(i) + "] is " +
                             std::to_string(indices[i]) + " for " + std::to_string(rows) + " rows; give numbers in [0, " +
                             std::to_string(rows) + ")");
     }
   }
 }
 
-void put_rows(const Kernels& kernels, Pointer from, int64_t from_rows, Pointer to, int64_t to_rows, int64_t row_bytes,
+void scatter_rows(const Kernels& kernels, Pointer from, int64_t from_rows, Pointer to, int64_t to_rows, int64_t row_bytes,
               Pointer index, int64_t count, Pointer positions) {
   check_indices("index", at<int64_t>(index), count, positions ? from_rows : std::min(from_rows, to_rows));
   if (positions) check_indices("positions", at<int64_t>(positions), from_rows, to_rows);
   const py::gil_scoped_release release;
-  kernels.put_rows(at<char>(from), at<char>(to), row_bytes, at<int64_t>(index), count, at<int64_t>(positions));
+  kernels.scatter_rows({at<char>(from), at<char>(to), row_bytes, at<int64_t>(index), count, at<int64_t>(positions)});
 }
 
 // Row stride and gradient, or 0, behind each of the clean and the perturbed logits; the weight of the exit.
@@ -209,18 +217,18 @@ void consistent_exit_loss(const Kernels& kernels, const std::vector<ExitLogits>&
     exits.push_back({at<void>(clean), at<void>(perturbed), clean_stride, perturbed_stride, at<void>(clean_grad),
                      at<void>(perturbed_grad), weight});
   }
-  const cet::LossSwitches switches = {cet::DType(dtype),
-                                      static_cast<int64_t>(exits.size()),
-                                      rows,
-                                      classes,
-                                      at<int64_t>(labels),
-                                      consistency_weight,
-                                      min_confidence,
-                                      hard_target,
-                                      final_teacher};
+  const cet::LossConfig config = {cet::DType(dtype),
+                                    static_cast<int64_t>(exits.size()),
+                                    rows,
+                                    classes,
+                                    at<int64_t>(labels),
+                                    consistency_weight,
+                                    min_confidence,
+                                    hard_target,
+                                    final_teacher};
   const py::gil_scoped_release release;
   std::vector<cet::ExitTerms> terms(exits.size());
-  kernels.consistent_exit_loss(switches, exits.data(), terms.data(), threads);
+  kernels.consistent_exit_loss({config, exits.data(), terms.data(), threads});
   double total = 0.0;
   for (size_t k = 0; k < exits.size(); ++k) {
     total += exits[k].weight * (terms[k].supervised + consistency_weight * terms[k].consistency);
@@ -235,16 +243,29 @@ void consistent_exit_loss(const Kernels& kernels, const std::vector<ExitLogits>&
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The CPU kernels of cet.ops on raw pointers.";
+  cet::bind_watch(module);
   module.def("capabilities", &capabilities, "Sets of instructions that this build and processor have, lowest first.");
   module.def("kernels", &kernels_of, py::arg("capability"), py::return_value_policy::reference,
              "The kernels compiled for one of capabilities().");
+  module.def("scores", &scores, "Names of the scores, in the order of the numbers by which the kernels know them.");
+  module.attr("UNLABELLED") = cet::kUnlabelled;
+  module.attr("HALF_GRADIENT_SCALE") = cet::kHalfGradientScale;
+  using py::arg;
   py::class_<Kernels>(module, "Kernels")
       .def_readonly("capability", &Kernels::name)
-      .def("gate", &gate)
-      .def("exit_gate", &exit_gate)
-      .def("pool", &pool)
-      .def("partition", &partition)
-      .def("take_rows", &take_rows)
-      .def("put_rows", &put_rows)
-      .def("consistent_exit_loss", &consistent_exit_loss);
+      .def("gate", &gate, arg("logits"), arg("dtype"), arg("shape"), arg("strides"), arg("score"), arg("threshold"),
+           arg("temperature"), arg("scores"), arg("exit_mask"), arg("threads"))
+      .def("exit_gate", &exit_gate, arg("features"), arg("dtype"), arg("shape"), arg("strides"), arg("channels_last"),
+           arg("mean"), arg("weight"), arg("bias"), arg("classes"), arg("logits"), arg("score"), arg("threshold"),
+           arg("temperature"), arg("scores"), arg("exit_mask"), arg("order"), arg("kept_rows"), arg("capacity"),
+           arg("threads"))
+      .def("pool", &pool, arg("features"), arg("dtype"), arg("shape"), arg("strides"), arg("channels_last"), arg("mean"),
+           arg("pooled"), arg("threads"))
+      .def("order_rows", &order_rows, arg("exit_mask"), arg("rows"), arg("order"))
+      .def("gather_rows", &gather_rows, arg("tensors"), arg("index"), arg("threads"))
+      .def("scatter_rows", &scatter_rows, arg("rows"), arg("num_rows"), arg("output"), arg("output_rows"),
+           arg("row_bytes"), arg("index"), arg("count"), arg("positions"))
+      .def("consistent_exit_loss", &consistent_exit_loss, arg("exits"), arg("dtype"), arg("rows"), arg("classes"),
+           arg("labels"), arg("consistency_weight"), arg("min_confidence"), arg("hard_target"), arg("final_teacher"),
+           arg("loss"), arg("supervised"), arg("consistency"), arg("confident"), arg("threads"));
 }

@@ -1,4 +1,4 @@
-"""Stable compaction: which rows stay, and the move of their bytes by (source, destination)."""
+"""Stable compaction: which rows are kept, and the move of their bytes by (source, destination)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels import VECTOR_BYTES, block_size, on_device_of
-from cet.ops.compact import Compaction, _take, _without_repeats, memory_order
+from cet.kernels.launch import VECTOR_BYTES, block_size, on_device_of
 
 SCAN_BLOCK = 1024
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
@@ -23,8 +21,8 @@ RowPairs = Sequence[tuple[Tensor, Tensor]]
 
 
 @triton.jit
-def write_order(leaves_ptr, order_ptr, rows, valid, staying, BLOCK: tl.constexpr):
-    """One program writes the indices of the rows that stay, then those that leave, both ascending, then the others.
+def write_order(exit_mask_ptr, order_ptr, rows, valid, num_kept, BLOCK: tl.constexpr):
+    """One program writes the indices of the kept rows, then those that leave, both ascending, then the others.
 
     Those from ``valid`` on are padding and keep their places.
     """
@@ -32,50 +30,50 @@ def write_order(leaves_ptr, order_ptr, rows, valid, staying, BLOCK: tl.constexpr
     for i_row in range(0, rows, BLOCK):
         o_row = i_row + tl.arange(0, BLOCK)
         m_valid = o_row < valid
-        b_stays = tl.load(leaves_ptr + o_row, mask=m_valid, other=1) == 0
-        b_stay = b_stays.to(tl.int32)
-        b_rank = before + tl.cumsum(b_stay, axis=0) - b_stay  # how many of the rows before stay
-        b_place = tl.where(b_stays, b_rank, tl.where(m_valid, staying + o_row - b_rank, o_row))
+        b_is_kept = tl.load(exit_mask_ptr + o_row, mask=m_valid, other=1) == 0
+        b_kept = b_is_kept.to(tl.int32)
+        b_rank = before + tl.cumsum(b_kept, axis=0) - b_kept  # how many of the rows before are kept
+        b_place = tl.where(b_is_kept, b_rank, tl.where(m_valid, num_kept + o_row - b_rank, o_row))
         tl.store(order_ptr + b_place, o_row.to(order_ptr.dtype.element_ty), mask=o_row < rows)
-        before += tl.sum(b_stay, axis=0)
+        before += tl.sum(b_kept, axis=0)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def partition_kernel(leaves_ptr, order_ptr, staying_ptr, rows, BLOCK: tl.constexpr):
-    b_staying = tl.zeros([BLOCK], tl.int32)
+def order_rows_kernel(exit_mask_ptr, order_ptr, num_kept_ptr, rows, BLOCK: tl.constexpr):
+    b_total = tl.zeros([BLOCK], tl.int32)
     for i_row in range(0, rows, BLOCK):
         o_row = i_row + tl.arange(0, BLOCK)
-        b_leaves = tl.load(leaves_ptr + o_row, mask=o_row < rows, other=1)
-        b_staying += (b_leaves == 0).to(tl.int32)
-    staying = tl.sum(b_staying, axis=0)
-    tl.store(staying_ptr, staying.to(staying_ptr.dtype.element_ty))
-    write_order(leaves_ptr, order_ptr, rows, rows, staying, BLOCK)
+        b_exits = tl.load(exit_mask_ptr + o_row, mask=o_row < rows, other=1)
+        b_total += (b_exits == 0).to(tl.int32)
+    num_kept = tl.sum(b_total, axis=0)
+    tl.store(num_kept_ptr, num_kept.to(num_kept_ptr.dtype.element_ty))
+    write_order(exit_mask_ptr, order_ptr, rows, rows, num_kept, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def move_rows_kernel(
+def gather_and_scatter_rows_kernel(
     moves,
     order_ptr,
     positions_ptr,
-    staying_ptr,
+    num_kept_ptr,
     count_ptr,
     rows,
     MOVES: tl.constexpr,
-    LEAVE: tl.constexpr,
+    EXITED: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """Each move is ``(outer, rows, units)``, a unit being ``WORDS`` words.
 
-    One of rows that stay: ``target[:, j] = source[:, order[j]]`` for ``j < staying``. One of rows that leave:
-    ``target[:, positions[order[j]]] = source[:, order[j]]`` for ``staying <= j < count``.
+    One of kept rows: ``target[:, j] = source[:, order[j]]`` for ``j < num_kept``. One of rows that leave:
+    ``target[:, positions[order[j]]] = source[:, order[j]]`` for ``num_kept <= j < count``.
     """
     i_tile = tl.program_id(0).to(tl.int64)
-    staying = 0
+    num_kept = 0
     count = rows
-    if staying_ptr is not None:
-        staying = tl.load(staying_ptr)
+    if num_kept_ptr is not None:
+        num_kept = tl.load(num_kept_ptr)
     if count_ptr is not None:
         count = tl.load(count_ptr)
     for i_move in tl.static_range(MOVES):
@@ -84,15 +82,15 @@ def move_rows_kernel(
         row_tiles = tl.cdiv(rows, ROWS[i_move])
         tiles = move.outer * row_tiles * unit_tiles
         if (i_tile >= 0) & (i_tile < tiles):
-            begin = staying if LEAVE[i_move] else 0
-            end = count if LEAVE[i_move] else staying
+            begin = num_kept if EXITED[i_move] else 0
+            end = count if EXITED[i_move] else num_kept
             i_row = i_tile // unit_tiles % row_tiles * ROWS[i_move]
             if (i_row < end) & (i_row + ROWS[i_move] > begin):
                 o_row = i_row + tl.arange(0, ROWS[i_move])
                 m_row = (o_row >= begin) & (o_row < end)
                 b_source = tl.load(order_ptr + o_row, mask=m_row, other=0).to(tl.int64)
                 b_target = o_row
-                if LEAVE[i_move]:
+                if EXITED[i_move]:
                     b_target = b_source
                     if positions_ptr is not None:
                         b_target = tl.load(positions_ptr + b_source, mask=m_row, other=0).to(tl.int64)
@@ -111,7 +109,7 @@ def move_rows_kernel(
 
 
 class _Move(NamedTuple):
-    """One tensor in a launch of :func:`move_rows_kernel`; strides in units.
+    """One tensor in a launch of :func:`gather_and_scatter_rows_kernel`; strides in units.
 
     What changes with the number of rows is not here, because another divisibility would compile another kernel.
     """
@@ -152,9 +150,9 @@ def _as_one(source: Tensor, target: Tensor, dims: Sequence[int]) -> _Span | None
     return span
 
 
-def _as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | None:
+def as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | None:
     """The move and the bytes of its unit; ``None`` where what lies on one side of the rows is not one dimension."""
-    order = memory_order(target)
+    order = sorted(range(target.ndim), key=lambda d: -target.stride(d))  # outermost first
     split = order.index(dim)
     outer, inner = _as_one(source, target, order[:split]), _as_one(source, target, order[split + 1 :])
     if outer is None or inner is None:
@@ -174,18 +172,18 @@ def _as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | No
     return _Move(*pointers, outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1]), unit
 
 
-def _move_into(
-    stay: Sequence[tuple[_Move, int]],
-    leave: Sequence[tuple[_Move, int]],
+def move_into(
+    kept: Sequence[tuple[_Move, int]],
+    exited: Sequence[tuple[_Move, int]],
     rows: int,
     order: Tensor,
     positions: Tensor | None,
-    staying: Tensor | None,
+    num_kept: Tensor | None,
     count: Tensor | None,
 ) -> None:
-    all_moves = [(*move, False) for move in stay] + [(*move, True) for move in leave]
+    all_moves = [(*move, False) for move in kept] + [(*move, True) for move in exited]
     for begin in range(0, len(all_moves), _MAX_MOVES):
-        moves, units, leaves = zip(*all_moves[begin : begin + _MAX_MOVES], strict=True)
+        moves, units, exited_flags = zip(*all_moves[begin : begin + _MAX_MOVES], strict=True)
         unit_blocks = tuple(block_size(move.units, _TILE_UNITS) for move in moves)
         row_blocks = tuple(_TILE_UNITS // block for block in unit_blocks)
         programs = sum(
@@ -193,79 +191,35 @@ def _move_into(
             for move, row_block, unit_block in zip(moves, row_blocks, unit_blocks, strict=True)
         )
         with on_device_of(order):
-            move_rows_kernel[(programs,)](
+            gather_and_scatter_rows_kernel[(programs,)](
                 moves,
                 order,
                 positions,
-                staying,
+                num_kept,
                 count,
                 rows,
                 MOVES=len(moves),
-                LEAVE=leaves,
+                EXITED=exited_flags,
                 ROWS=row_blocks,
                 UNITS=unit_blocks,
                 WORDS=tuple(max(1, unit // 4) for unit in units),
             )
 
 
-def move_rows(
-    order: Tensor, positions: Tensor, staying: Tensor, count: Tensor, stay: RowPairs, leave: RowPairs
+def gather_and_scatter_rows(
+    order: Tensor, positions: Tensor, num_kept: Tensor, count: Tensor, kept: RowPairs, exited: RowPairs
 ) -> None:
-    """:func:`cet.ops.padded.move_rows`, in one launch for up to eight pairs."""
-    moves = [[_as_move(*pair, 0) for pair in pairs if pair[0].numel() > 0] for pairs in (stay, leave)]
-    _move_into(*moves, order.shape[0], order, positions, staying, count)
+    """:func:`cet.ops.padded.gather_and_scatter_rows`, in one launch for up to eight pairs."""
+    moves = [[as_move(*pair, 0) for pair in pairs if pair[0].numel() > 0] for pairs in (kept, exited)]
+    move_into(*moves, order.shape[0], order, positions, num_kept, count)
 
 
-def put_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
-    """:func:`cet.ops.put_rows` of contiguous tensors."""
+def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
+    """:func:`cet.ops.scatter_rows` of contiguous tensors."""
     if index.shape[0] > 0 and output.numel() > 0:
-        _move_into([], [_as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
+        move_into([], [as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
 
 
-def partition_into(leaves: Tensor, order: Tensor, staying: Tensor) -> None:
-    with on_device_of(leaves):
-        partition_kernel[(1,)](leaves, order, staying, leaves.shape[0], BLOCK=SCAN_BLOCK)
-
-
-def take_rows(
-    tensors: Sequence[Tensor], dims: Sequence[int], order: Tensor, staying: Tensor, capacity: int
-) -> list[Tensor]:
-    """New tensors for ``capacity`` rows, laid out as the given ones; the first ``staying`` are those of ``order``.
-
-    What the row copy cannot describe, PyTorch's operations move.
-    """
-    moved, moves = [], []
-    for tensor, dim in zip(tensors, dims, strict=True):
-        source = _without_repeats(tensor)
-        shape = (*source.shape[:dim], capacity, *source.shape[dim + 1 :])
-        target = torch.empty_permuted(shape, memory_order(source), dtype=tensor.dtype, device=tensor.device)
-        move = None if tensor.stride(dim) == 0 else _as_move(source, target, dim)
-        if move is None:
-            moved.append(_take(tensor, dim, order[:capacity]))
-            continue
-        moved.append(target.expand(*tensor.shape[:dim], capacity, *tensor.shape[dim + 1 :]))
-        if target.numel() > 0:
-            moves.append(move)
-    _move_into(moves, [], capacity, order, None, staying, None)
-    return moved
-
-
-def compact_by(order: Tensor, staying: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]) -> Compaction:
-    """:func:`cet.ops.compact` where the rows are in order already. It waits for the device once, to say how many stay.
-
-    The copy is launched before that, into tensors for all rows, where cutting these off afterwards leaves the strides
-    that tensors of the right size have.
-    """
-    cut_off = all(memory_order(_without_repeats(tensor))[0] == dim for tensor, dim in zip(tensors, dims, strict=True))
-    moved = take_rows(tensors, dims, order, staying, order.shape[0] if cut_off else int(staying))
-    count = int(staying)
-    kept = [tensor.narrow(dim, 0, count) for tensor, dim in zip(moved, dims, strict=True)]
-    return Compaction(order[:count], order[count:], kept)
-
-
-def compact(leaves: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]) -> Compaction:
-    """:func:`cet.ops.compact`."""
-    order = leaves.new_empty(leaves.shape, dtype=torch.int64)
-    staying = leaves.new_empty((), dtype=torch.int64)
-    partition_into(leaves.contiguous(), order, staying)
-    return compact_by(order, staying, tensors, dims)
+def order_rows_into(exit_mask: Tensor, order: Tensor, num_kept: Tensor) -> None:
+    with on_device_of(exit_mask):
+        order_rows_kernel[(1,)](exit_mask, order, num_kept, exit_mask.shape[0], BLOCK=SCAN_BLOCK)

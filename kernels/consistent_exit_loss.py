@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels import alignment, block_size, on_device_of
-from cet.ops.consistent_exit_loss import UNLABELLED, ExitLosses, Switches, refuse_second_derivative
+from cet.kernels.launch import alignment, block_size, on_device_of
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 256  # logits of a program, where a row has fewer
 _BLOCK = 1024
 _SUM_BLOCK = 256
 
-_UNLABELLED = tl.constexpr(UNLABELLED)
+# Those of cet.ops.consistent_exit_loss.definition.
+_UNLABELLED = tl.constexpr(-100)
+_HALF_GRADIENT_SCALE = tl.constexpr(2.0**15)
 
 
 @triton.jit
@@ -93,6 +94,16 @@ def log_normalizer(softmax):
 
 
 @triton.jit
+def store_gradient(grad_ptr, o_grad, b_difference, b_factor, scale, mask):
+    """Differences of probabilities ``(ROWS, K)`` times a factor per row and a scale: in float16, where small gradients
+    would be lost, always the same one, and :func:`scale_kernel` does the rest."""
+    if grad_ptr.dtype.element_ty == tl.float16:
+        scale = _HALF_GRADIENT_SCALE
+    b_grad = b_difference * (b_factor * scale)[:, None]
+    tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
     """In an order that depends on their number alone."""
     b_sum = tl.zeros([BLOCK], tl.float32)
@@ -104,23 +115,14 @@ def sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def consistent_exit_loss_kernel(
-    clean_ptrs,
-    perturbed_ptrs,
-    clean_grad_ptrs,
-    perturbed_grad_ptrs,
-    clean_strides,
-    perturbed_strides,
-    weights,
+    clean,
+    perturbed,
     labels_ptr,
-    loss_ptr,
-    supervised_ptr,
-    consistency_ptr,
-    confident_ptr,
+    losses,
+    config,
     partials_ptr,
     work_ptr,
     rows,
-    consistency_weight,
-    min_confidence,
     EXITS: tl.constexpr,
     CLASSES: tl.constexpr,
     HARD: tl.constexpr,
@@ -132,19 +134,20 @@ def consistent_exit_loss_kernel(
 ):
     """One exit of ``ROWS`` rows; the exits of the same rows run side by side, and share the final one in the cache.
 
-    The program that comes last adds up what all have written; :func:`cet.kernels.exit_gate.finish` says why it sees it.
+    The program that comes last adds up what all have written; why it sees that is told at
+    :func:`cet.kernels.exit_gate.finish`.
     """
     i_exit = tl.program_id(0) % EXITS
     i_block = tl.program_id(0) // EXITS
     blocks = tl.num_programs(0) // EXITS
     o_row = i_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
-    clean_ptr = pick(clean_ptrs, i_exit, EXITS)
-    student_ptr = pick(perturbed_ptrs, i_exit, EXITS)
-    s_clean = pick(clean_strides, i_exit, EXITS)
-    s_student = pick(perturbed_strides, i_exit, EXITS)
-    teacher_ptr = clean_ptrs[EXITS - 1] if FINAL_TEACHER else clean_ptr
-    s_teacher = clean_strides[EXITS - 1] if FINAL_TEACHER else s_clean
+    clean_ptr = pick(clean.ptrs, i_exit, EXITS)
+    student_ptr = pick(perturbed.ptrs, i_exit, EXITS)
+    s_clean = pick(clean.strides, i_exit, EXITS)
+    s_student = pick(perturbed.strides, i_exit, EXITS)
+    teacher_ptr = clean.ptrs[EXITS - 1] if FINAL_TEACHER else clean_ptr
+    s_teacher = clean.strides[EXITS - 1] if FINAL_TEACHER else s_clean
 
     if CLASSES <= BLOCK_K:
         o_class = tl.arange(0, BLOCK_K)
@@ -153,23 +156,23 @@ def consistent_exit_loss_kernel(
         b_teacher = b_clean
         if FINAL_TEACHER:
             b_teacher = load_logits(teacher_ptr, s_teacher, o_row, m_row, o_class, CLASSES, ALIGN)
-        clean = softmax_of_block(b_clean)
+        clean_softmax = softmax_of_block(b_clean)
         student = softmax_of_block(b_student)
         teacher = softmax_of_block(b_teacher)
     else:
-        clean = softmax_of_rows(clean_ptr, s_clean, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
+        clean_softmax = softmax_of_rows(clean_ptr, s_clean, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
         student = softmax_of_rows(student_ptr, s_student, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
-        teacher = clean
+        teacher = clean_softmax
         if FINAL_TEACHER:
             teacher = softmax_of_rows(teacher_ptr, s_teacher, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
 
-    weight = pick(weights, i_exit, EXITS)
+    weight = pick(config.exit_weights, i_exit, EXITS)
     labelled = tl.maximum(tl.load(work_ptr), 1).to(tl.float32)
     b_label = tl.load(labels_ptr + o_row, mask=m_row, other=_UNLABELLED)
     # A label out of range: NaN instead of an access out of bounds.
     b_one = tl.where((b_label >= 0) & (b_label < CLASSES), 1.0, float("nan"))
     # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
-    b_confident = (m_row & (min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
+    b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
     b_label_logit = tl.zeros([ROWS], tl.float32)
     b_divergence = tl.zeros([ROWS], tl.float32)
     for i_class in range(0, CLASSES, BLOCK_K):
@@ -195,19 +198,19 @@ def consistent_exit_loss_kernel(
 
         mask = m_row[:, None] & m_class
         o_grad = o_row[:, None] * CLASSES + o_class[None, :]
-        if perturbed_grad_ptrs is not None:
+        if perturbed.grad_ptrs is not None:
             b_share = tl.exp(b_student - student[0][:, None]) / student[2][:, None]
-            b_grad = (b_share - b_target) * (b_confident * (weight * consistency_weight / rows))[:, None]
-            grad_ptr = pick(perturbed_grad_ptrs, i_exit, EXITS)
-            tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
-        if clean_grad_ptrs is not None:
-            b_share = tl.exp(b_clean - clean[0][:, None]) / clean[2][:, None]
-            b_grad = (b_share - b_is_label.to(tl.float32)) * (b_one * (weight / labelled))[:, None]
-            b_grad = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_grad)
-            grad_ptr = pick(clean_grad_ptrs, i_exit, EXITS)
-            tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
+            grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
+            scale = weight * config.consistency_weight / rows
+            store_gradient(grad_ptr, o_grad, b_share - b_target, b_confident, scale, mask)
+        if clean.grad_ptrs is not None:
+            b_share = tl.exp(b_clean - clean_softmax[0][:, None]) / clean_softmax[2][:, None]
+            b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_share - b_is_label.to(tl.float32))
+            b_factor = tl.where(b_label == _UNLABELLED, 1.0, b_one)
+            grad_ptr = pick(clean.grad_ptrs, i_exit, EXITS)
+            store_gradient(grad_ptr, o_grad, b_difference, b_factor, weight / labelled, mask)
 
-    b_supervised = b_one * (clean[0] + tl.log(clean[2]) - b_label_logit)
+    b_supervised = b_one * (clean_softmax[0] + tl.log(clean_softmax[2]) - b_label_logit)
     b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
     b_consistency = tl.where(m_row, b_confident * b_divergence, 0.0)
     partial_ptr = partials_ptr + i_exit * blocks + i_block
@@ -222,64 +225,86 @@ def consistent_exit_loss_kernel(
             partial_ptr = partials_ptr + i * blocks
             supervised = sum_of_blocks(partial_ptr, blocks, BLOCK_SUM) / labelled
             consistency = sum_of_blocks(partial_ptr + EXITS * blocks, blocks, BLOCK_SUM) / rows
-            tl.store(supervised_ptr + i, supervised)
-            tl.store(consistency_ptr + i, consistency)
-            tl.store(confident_ptr + i, sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows)
-            loss += weights[i] * (supervised + consistency_weight * consistency)
-        tl.store(loss_ptr, loss)
+            tl.store(losses.supervised_ptr + i, supervised)
+            tl.store(losses.consistency_ptr + i, consistency)
+            tl.store(
+                losses.confident_ptr + i, sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows
+            )
+            loss += config.exit_weights[i] * (supervised + config.consistency_weight * consistency)
+        tl.store(losses.loss_ptr, loss)
 
 
 @triton.jit
-def scale_kernel(gradient_ptrs, scale_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiplies gradients by a scale in place; mostly it is 1, and nothing is read or written."""
+def scale_kernel(
+    gradient_ptrs, factors, scale_ptr, labelled_ptr, size, CLEAN: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Multiplies gradients in place, of which the first ``CLEAN`` are those of clean logits.
+
+    Mostly the scale is 1, and nothing is read or written. In float16 each gradient has a factor too, and those of the
+    clean logits are divided by the number of labelled rows.
+    """
     scale = tl.load(scale_ptr).to(tl.float32)
+    i_gradient = tl.program_id(0) % COUNT
+    if factors is not None:
+        scale *= pick(factors, i_gradient, COUNT)
+        if i_gradient < CLEAN:
+            scale /= tl.maximum(tl.load(labelled_ptr), 1).to(tl.float32)
     if scale != 1.0:
-        gradient_ptr = pick(gradient_ptrs, tl.program_id(0) % COUNT, COUNT)
+        gradient_ptr = pick(gradient_ptrs, i_gradient, COUNT)
         o_entry = (tl.program_id(0) // COUNT).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         b_gradient = tl.load(gradient_ptr + o_entry, mask=o_entry < size).to(tl.float32) * scale
         tl.store(gradient_ptr + o_entry, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_entry < size)
 
 
-Gradients = tuple[list[Tensor] | None, list[Tensor] | None]
+class _Logits(NamedTuple):
+    """Of all exits, on the clean or on the perturbed input."""
+
+    ptrs: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    grad_ptrs: tuple[Tensor, ...] | None
+
+
+class _Losses(NamedTuple):
+    loss_ptr: Tensor
+    supervised_ptr: Tensor
+    consistency_ptr: Tensor
+    confident_ptr: Tensor
+
+
+class _Config(NamedTuple):
+    exit_weights: tuple[float, ...]
+    consistency_weight: float
+    min_confidence: float
 
 
 def consistent_exit_loss_into(
-    logits: Sequence[Tensor], labels: Tensor, switches: Switches, losses: ExitLosses, gradients: Gradients
+    clean: _Logits, perturbed: _Logits, labels: Tensor, config: Any, losses: _Losses, work: Tensor
 ) -> None:
-    """``gradients`` are those of the clean and of the perturbed logits, contiguous; None where they are not wanted."""
-    logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
-    exits, (rows, classes) = len(logits) // 2, logits[0].shape
+    """``config`` is a LossConfig of :mod:`cet.ops`. Gradients are contiguous, None where they are not wanted. Of
+    ``work``, ``(2,)`` int32, the first entry becomes the number of labelled rows."""
+    exits, (rows, classes) = len(clean.ptrs), clean.ptrs[0].shape
     block_k = block_size(classes, _CLASS_BLOCK if classes <= _CLASS_BLOCK else _CLASS_BLOCK // 2)
     row_block = max(1, _TILE // block_k)
     blocks = triton.cdiv(rows, row_block)
-    clean, perturbed = tuple(logits[:exits]), tuple(logits[exits:])
-    clean_grad, perturbed_grad = (None if group is None else tuple(group) for group in gradients)
-    strides = [x.stride(0) for x in logits]
-    partials = losses.loss.new_empty(3, exits, blocks)
-    work = labels.new_empty(2, dtype=torch.int32)
+    partials = losses.loss_ptr.new_empty(3, exits, blocks)
     labels = labels.contiguous()
+    weights = tuple(map(float, config.exit_weights))
     with on_device_of(labels):
         count_labelled_kernel[(1,)](labels, work, rows, BLOCK=_BLOCK)
         consistent_exit_loss_kernel[(blocks * exits,)](
             clean,
             perturbed,
-            clean_grad,
-            perturbed_grad,
-            tuple(strides[:exits]),
-            tuple(strides[exits:]),
-            tuple(map(float, switches.exit_weights)),
             labels,
-            *losses,
+            losses,
+            _Config(weights, float(config.consistency_weight), float(config.min_confidence)),
             partials,
             work,
             rows,
-            float(switches.consistency_weight),
-            float(switches.min_confidence),
             EXITS=exits,
             CLASSES=classes,
-            HARD=switches.target == "hard",
-            FINAL_TEACHER=switches.teacher == "final",
-            ALIGN=alignment(logits[0].element_size(), *strides),
+            HARD=config.target == "hard",
+            FINAL_TEACHER=config.teacher == "final",
+            ALIGN=alignment(clean.ptrs[0].element_size(), *clean.strides, *perturbed.strides),
             ROWS=row_block,
             BLOCK_K=block_k,
             BLOCK_SUM=_SUM_BLOCK,
@@ -288,49 +313,40 @@ def consistent_exit_loss_into(
 
 
 def losses_and_gradients(
-    logits: Sequence[Tensor], labels: Tensor, switches: Switches, wanted: Sequence[bool]
-) -> tuple[ExitLosses, list[Tensor | None]]:
-    """The losses, and the gradients of the loss, of the clean logits where any is wanted, and so of the perturbed."""
-    exits = len(switches.exit_weights)
+    logits: Sequence[Tensor], labels: Tensor, config: Any, wanted: Sequence[bool]
+) -> tuple[_Losses, list[Tensor | None], Tensor]:
+    """The losses; the gradients of the loss, of the clean logits where any is wanted, and so of the perturbed, not yet
+    scaled in float16; the number of labelled rows, the first entry of an int32 tensor."""
+    exits = len(logits) // 2
     loss = logits[0].new_empty((), dtype=torch.float32)
-    losses = ExitLosses(loss, *(loss.new_empty(exits) for _ in range(3)))
+    losses = _Losses(loss, *(loss.new_empty(exits) for _ in range(3)))
     if len(labels) == 0:  # nothing to launch
-        losses = ExitLosses(*(loss.zero_() for loss in losses))
-    clean, perturbed = (
-        [x.new_empty(x.shape) for x in logits[group]] if any(wanted[group]) else None
-        for group in (slice(exits), slice(exits, None))
-    )
-    consistent_exit_loss_into(logits, labels, switches, losses, (clean, perturbed))
-    return losses, [*(clean or [None] * exits), *(perturbed or [None] * exits)]
+        losses = _Losses(*(loss.zero_() for loss in losses))
+    logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+    groups = []
+    for part in (slice(exits), slice(exits, None)):
+        gradients = tuple(x.new_empty(x.shape) for x in logits[part]) if any(wanted[part]) else None
+        groups.append(_Logits(tuple(logits[part]), tuple(x.stride(0) for x in logits[part]), gradients))
+    work = labels.new_empty(2, dtype=torch.int32)
+    consistent_exit_loss_into(*groups, labels, config, losses, work)
+    return losses, [gradient for group in groups for gradient in group.grad_ptrs or (None,) * exits], work
 
 
-def scale_into(gradients: Sequence[Tensor], scale: Tensor) -> None:
-    size = gradients[0].numel()
+def scale_into(
+    gradients: Sequence[Tensor | None], scale: Tensor, factors: Sequence[float] | None, labelled: Tensor
+) -> None:
+    """Make gradients of the loss those of ``scale`` times the loss, in place; in float16 each has a factor too."""
+    exits = len(gradients) // 2
+    given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
+    size = given[0][1].numel()
     with on_device_of(scale):
-        scale_kernel[(triton.cdiv(size, _BLOCK) * len(gradients),)](
-            tuple(gradients), scale, size, COUNT=len(gradients), BLOCK=_BLOCK
+        scale_kernel[(triton.cdiv(size, _BLOCK) * len(given),)](
+            tuple(gradient for _, gradient in given),
+            None if factors is None else tuple(factors[i] for i, _ in given),
+            scale,
+            labelled,
+            size,
+            CLEAN=sum(i < exits for i, _ in given),
+            COUNT=len(given),
+            BLOCK=_BLOCK,
         )
-
-
-class ConsistentExitLoss(torch.autograd.Function):
-    """Forward computes the gradients too: both softmaxes of a row are at hand then."""
-
-    @staticmethod
-    def forward(ctx: Any, labels: Tensor, switches: Switches, *logits: Tensor) -> ExitLosses:
-        ctx.wanted, ctx.switches = ctx.needs_input_grad[2:], switches
-        losses, ctx.gradients = losses_and_gradients(logits, labels, switches, ctx.wanted)
-        ctx.save_for_backward(labels, *logits)
-        ctx.mark_non_differentiable(*losses[1:])
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        # Whoever takes the gradients owns them, so they can be scaled in place. A second call, on a graph that was
-        # retained, computes them again.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            labels, *logits = ctx.saved_tensors
-            _, gradients = losses_and_gradients(logits, labels, ctx.switches, ctx.wanted)
-        scale_into([g for g in gradients if g is not None], grad)
-        return None, None, *(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Pool, linear layer, softmax statistics, score, flag and order of the rows.
+"""Pool, linear layer, softmax statistics, score, exit mask and order of the rows.
 
 Three ways through, by shape:
 
@@ -20,18 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels import alignment, block_size, is_interpreted, on_device_of
+from cet.kernels import launch
 from cet.kernels.compact import SCAN_BLOCK, write_order
-from cet.ops.definitions import Layout, Pool, ScoreName
+from cet.kernels.launch import alignment, block_size, on_device_of
+from cet.kernels.scores import exits, merge_stats, score_of, softmax_stats
 
 _MAX_CLASSES = 128  # whose logits, and their block of the weight, fit in registers
 _CLASS_BLOCK = 4096  # logits whose statistics are taken at once
 _TILE = 4096  # features that a program has in flight
 _SMALL_ROW = 1 << 14  # features that one program reads in a few steps
 _MANY_ROWS = 256  # that fill the device, one program each
-
-# exp is taken as 0 below; it keeps 0 * -inf out of the entropy.
-_EXP_UNDERFLOW = tl.constexpr(-87.3)
 
 
 @triton.jit
@@ -41,69 +39,23 @@ def multiple_of(extent, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def softmax_stats(b_logits, temperature, SCORE: tl.constexpr):
-    """SoftmaxStats of csrc/softmax_stats.h for each row of logits ``(ROWS, K)``, -Inf in excess columns.
-
-    These are the max, the second largest, and the sums of ``exp(z)`` and ``z exp(z)`` for ``z = (x - max) / t``.
-    """
-    b_max = tl.max(b_logits, axis=1)
-    b_second = b_max
-    if SCORE == "margin":
-        o_class = tl.arange(0, b_logits.shape[1])
-        b_first = tl.argmax(b_logits, axis=1)
-        b_second = tl.max(tl.where(o_class[None, :] == b_first[:, None], float("-inf"), b_logits), axis=1)
-    b_offset = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_shifted = (b_logits - b_offset[:, None]) / temperature
-    b_exp = tl.exp(b_shifted)
-    return b_max, b_second, tl.sum(b_exp, axis=1), tl.sum(b_exp * tl.maximum(b_shifted, _EXP_UNDERFLOW), axis=1)
-
-
-@triton.jit
-def rescaled(stats, b_max, temperature):
-    """The sums relative to a max that is at least their own; those of logits that are all -Inf are 0."""
-    b_shift = tl.where(stats[2] == 0.0, 0.0, (stats[0] - b_max) / temperature)
-    b_scale = tl.exp(b_shift)
-    return stats[2] * b_scale, (stats[3] + b_shift * stats[2]) * b_scale
-
-
-@triton.jit
-def merge_stats(one, other, temperature):
-    """The statistics of two blocks of a row together."""
-    b_max = tl.maximum(one[0], other[0])
-    b_second = tl.maximum(tl.minimum(one[0], other[0]), tl.maximum(one[1], other[1]))
-    b_sum, b_weighted = rescaled(one, b_max, temperature)
-    b_sum2, b_weighted2 = rescaled(other, b_max, temperature)
-    return b_max, b_second, b_sum + b_sum2, b_weighted + b_weighted2
-
-
-@triton.jit
 def decide(stats, decision, o_row, m_row, SCORE: tl.constexpr):
-    """Writes scores and flags of some rows; how many of them stay."""
-    b_max, b_second, b_sum, b_weighted = stats
-    threshold, temperature = switches(decision)
-    if SCORE == "entropy":
-        b_score = tl.log(b_sum) - b_weighted / b_sum
-    elif SCORE == "confidence":
-        b_score = 1.0 / b_sum
-    else:
-        b_score = (1.0 - tl.exp((b_second - b_max) / temperature)) / b_sum
-    # The largest adds 1, unless one is NaN or +Inf or all are -Inf.
-    b_score = tl.where(b_sum >= 1.0, b_score, float("nan"))
-    # Every comparison with NaN is false, so a row whose score is NaN stays.
-    b_leaves = b_score <= threshold if SCORE == "entropy" else b_score >= threshold
+    """Writes scores and exit mask of some rows; how many of them are kept."""
+    threshold, temperature = threshold_and_temperature(decision)
+    b_score = score_of(stats, temperature, SCORE)
+    b_exits = exits(b_score, threshold, SCORE)
     tl.store(decision.scores_ptr + o_row, b_score, mask=m_row)
-    tl.store(decision.leaves_ptr + o_row, b_leaves, mask=m_row)
-    return tl.sum((m_row & (b_leaves == 0)).to(tl.int32), axis=0)
+    tl.store(decision.exit_mask_ptr + o_row, b_exits, mask=m_row)
+    return tl.sum((m_row & (b_exits == 0)).to(tl.int32), axis=0)
 
 
 @triton.jit
-def switches(decision):
-    """Threshold and temperature."""
+def threshold_and_temperature(decision):
     threshold = decision.threshold
     temperature = decision.temperature
-    if decision.switches_ptr is not None:
-        threshold = tl.load(decision.switches_ptr)
-        temperature = tl.load(decision.switches_ptr + 1)
+    if decision.rule_ptr is not None:
+        threshold = tl.load(decision.rule_ptr)
+        temperature = tl.load(decision.rule_ptr + 1)
     return threshold, temperature
 
 
@@ -117,23 +69,23 @@ def valid_rows(decision, rows):
 
 
 @triton.jit
-def finish(decision, rows, staying, BLOCK: tl.constexpr):
+def finish(decision, rows, num_kept, BLOCK: tl.constexpr):
     """The program that comes last orders all rows by the flags that the others have written.
 
-    Each program adds one ticket, in the upper half of a word, and how many of its rows stay, in the lower. The flags of
-    a program are written by all its threads; the barrier orders them before the addition, which one thread does and
+    Each program adds one ticket, in the upper half of a word, and its number of kept rows, in the lower. The flags of a
+    program are written by all its threads; the barrier orders them before the addition, which one thread does and
     which releases them to the device. Whoever gets the last ticket acquires, through the chain of additions, what all
     others released. Its other threads get the result through shared memory, behind a barrier, so their loads of the
     flags come later too. The ticket is left at zero.
     """
     if decision.order_ptr is not None:
         tl.debug_barrier()
-        arrived = tl.atomic_add(decision.ticket_ptr, (1 << 32) + staying.to(tl.int64), sem="acq_rel", scope="gpu")
+        arrived = tl.atomic_add(decision.ticket_ptr, (1 << 32) + num_kept.to(tl.int64), sem="acq_rel", scope="gpu")
         if arrived >> 32 == tl.num_programs(0) - 1:
-            staying += (arrived & 0xFFFFFFFF).to(tl.int32)
-            tl.store(decision.staying_ptr, staying.to(decision.staying_ptr.dtype.element_ty))
+            num_kept += (arrived & 0xFFFFFFFF).to(tl.int32)
+            tl.store(decision.num_kept_ptr, num_kept.to(decision.num_kept_ptr.dtype.element_ty))
             tl.store(decision.ticket_ptr, tl.zeros([], tl.int64))
-            write_order(decision.leaves_ptr, decision.order_ptr, rows, valid_rows(decision, rows), staying, BLOCK)
+            write_order(decision.exit_mask_ptr, decision.order_ptr, rows, valid_rows(decision, rows), num_kept, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -151,7 +103,7 @@ def gate_kernel(
     BLOCK_SCAN: tl.constexpr,
 ):
     """Scores ``ROWS`` rows of logits, by blocks of classes where there are many."""
-    _, temperature = switches(decision)
+    _, temperature = threshold_and_temperature(decision)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < valid_rows(decision, rows)
     b_lowest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -163,8 +115,8 @@ def gate_kernel(
         mask = m_row[:, None] & (o_class < CLASSES)[None, :]
         b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf")).to(tl.float32)
         stats = merge_stats(stats, softmax_stats(b_logits, temperature, SCORE), temperature)
-    staying = decide(stats, decision, o_row, m_row, SCORE)
-    finish(decision, rows, staying, BLOCK_SCAN)
+    num_kept = decide(stats, decision, o_row, m_row, SCORE)
+    finish(decision, rows, num_kept, BLOCK_SCAN)
 
 
 @triton.jit
@@ -231,7 +183,7 @@ def exit_gate_kernel(
 ):
     """Pools one row, multiplies it with the head and decides."""
     i_row = tl.program_id(0).to(tl.int64)
-    staying = tl.zeros([], tl.int32)
+    num_kept = tl.zeros([], tl.int32)
     if i_row < valid_rows(decision, rows):
         o_class = tl.arange(0, BLOCK_K)
         b_logits = tl.zeros([BLOCK_K], tl.float32)
@@ -246,9 +198,9 @@ def exit_gate_kernel(
         o_row = i_row + tl.arange(0, 1)
         m_row = o_row < rows
         b_written = write_logits(b_logits[None, :], bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
-        _, temperature = switches(decision)
-        staying = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
-    finish(decision, rows, staying, BLOCK_SCAN)
+        _, temperature = threshold_and_temperature(decision)
+        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
+    finish(decision, rows, num_kept, BLOCK_SCAN)
 
 
 @triton.jit
@@ -307,23 +259,23 @@ def head_kernel(
         b_logits = tl.dot(b_pooled.to(OPERAND), b_weight.to(OPERAND), b_logits, input_precision="ieee")
     b_written = write_logits(b_logits, bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
     if CLASSES <= BLOCK_K:
-        _, temperature = switches(decision)
-        staying = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
-        finish(decision, rows, staying, BLOCK_SCAN)
+        _, temperature = threshold_and_temperature(decision)
+        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
+        finish(decision, rows, num_kept, BLOCK_SCAN)
 
 
 class _Decision(NamedTuple):
     """What every kernel that decides takes; with ``order_ptr`` None the rows are not ordered."""
 
     scores_ptr: Tensor
-    leaves_ptr: Tensor
+    exit_mask_ptr: Tensor
     threshold: float
     temperature: float
     order_ptr: Tensor | None = None
-    staying_ptr: Tensor | None = None
+    num_kept_ptr: Tensor | None = None
     ticket_ptr: Tensor | None = None
     count_ptr: Tensor | None = None
-    switches_ptr: Tensor | None = None
+    rule_ptr: Tensor | None = None
 
 
 class _Shape(NamedTuple):
@@ -351,7 +303,7 @@ class _Shape(NamedTuple):
         return block_size(self.channels, min(_TILE // block_p, most_channels)), block_p
 
 
-def _as_shape(features: Tensor, layout: Layout) -> tuple[Tensor, _Shape]:
+def _as_shape(features: Tensor, layout: str) -> tuple[Tensor, _Shape]:
     """The features, copied where their positions are more than two dimensions in memory, and their shape."""
     channel = 1 if layout == "channels_first" else features.ndim - 1
     spans: list[tuple[int, int]] = []
@@ -369,7 +321,7 @@ def _as_shape(features: Tensor, layout: Layout) -> tuple[Tensor, _Shape]:
     return features, _Shape(features.shape[channel], outer, inner, *strides)
 
 
-def gate_into(logits: Tensor, score: ScoreName, decision: _Decision) -> None:
+def gate_into(logits: Tensor, score: str, decision: _Decision) -> None:
     rows, classes = logits.shape
     if rows == 0:
         return
@@ -402,9 +354,9 @@ def exit_gate_into(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
-    pool: Pool,
-    score: ScoreName,
+    layout: str,
+    pool: str,
+    score: str,
     logits: Tensor,
     decision: _Decision,
 ) -> None:
@@ -430,7 +382,7 @@ def _exit_gate_rows_into(
     shape: _Shape,
     weight: Tensor,
     bias: Tensor | None,
-    score: ScoreName,
+    score: str,
     logits: Tensor,
     decision: _Decision,
 ) -> None:
@@ -477,14 +429,14 @@ def _pooled(features: Tensor, shape: _Shape) -> Tensor:
 
 
 def _head_into(
-    pooled: Tensor, weight: Tensor, bias: Tensor | None, score: ScoreName, logits: Tensor, decision: _Decision
+    pooled: Tensor, weight: Tensor, bias: Tensor | None, score: str, logits: Tensor, decision: _Decision
 ) -> None:
     (rows, channels), classes = pooled.shape, weight.shape[0]
     block_k = block_size(classes, _MAX_CLASSES if classes <= _MAX_CLASSES else 64, smallest=16)
     # float32 is multiplied without tensor cores, which takes more registers.
     row_block, block_c = (16, 16) if pooled.dtype is torch.float32 else (32, 32)
     # NumPy, which interprets, has no bfloat16.
-    operand = torch.float32 if is_interpreted() else pooled.dtype
+    operand = torch.float32 if launch.is_interpreted() else pooled.dtype
     with on_device_of(pooled):
         head_kernel[(triton.cdiv(rows, row_block), triton.cdiv(classes, block_k))](
             pooled,
@@ -512,69 +464,67 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 def _new_decision(like: Tensor, threshold: float = 0.0, temperature: float = 1.0) -> _Decision:
     """With new outputs for as many rows."""
     scores = like.new_empty(like.shape[:1], dtype=torch.float32)
-    leaves = like.new_empty(like.shape[:1], dtype=torch.bool)
-    return _Decision(scores, leaves, float(threshold), float(temperature))
+    exit_mask = like.new_empty(like.shape[:1], dtype=torch.bool)
+    return _Decision(scores, exit_mask, float(threshold), float(temperature))
 
 
 def _new_logits(features: Tensor, weight: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], weight.shape[0])
 
 
-def gate(logits: Tensor, score: ScoreName, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """:func:`cet.ops.gate`: scores and flags."""
+def gate(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """:func:`cet.ops.gate`: scores and exit mask."""
     decision = _new_decision(logits, threshold, temperature)
     gate_into(logits, score, decision)
-    return decision.scores_ptr, decision.leaves_ptr
+    return decision.scores_ptr, decision.exit_mask_ptr
 
 
 def exit_gate(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
-    pool: Pool,
-    score: ScoreName,
+    layout: str,
+    pool: str,
+    score: str,
     threshold: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cet.ops.exit_gate`: logits, scores and flags."""
+    """:func:`cet.ops.exit_gate`: logits, scores and exit mask."""
     logits, decision = _new_logits(features, weight), _new_decision(features, threshold, temperature)
     exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
-    return logits, decision.scores_ptr, decision.leaves_ptr
+    return logits, decision.scores_ptr, decision.exit_mask_ptr
 
 
 def exit_gate_and_order(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layout: Layout,
-    pool: Pool,
-    score: ScoreName,
+    layout: str,
+    pool: str,
+    score: str,
     threshold: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, scores, the rows ``(B,)`` int64, those that stay first, and how many stay, 0-d int64 on the device."""
+    """Logits, scores, the rows ``(B,)`` int64, the kept ones first, and how many are kept, 0-d int64 on the device."""
     logits, decision = _new_logits(features, weight), _new_decision(features, threshold, temperature)
     order = features.new_empty(features.shape[0], dtype=torch.int64)
-    staying, ticket = features.new_zeros(2, dtype=torch.int64)
-    decision = decision._replace(order_ptr=order, staying_ptr=staying, ticket_ptr=ticket)
+    num_kept, ticket = features.new_zeros(2, dtype=torch.int64)
+    decision = decision._replace(order_ptr=order, num_kept_ptr=num_kept, ticket_ptr=ticket)
     exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
-    return logits, decision.scores_ptr, order, staying
+    return logits, decision.scores_ptr, order, num_kept
 
 
-def _padded(like: Tensor, switches: Tensor, count: Tensor, staying: Tensor) -> tuple[_Decision, Tensor]:
+def _padded(like: Tensor, rule: Tensor, count: Tensor, num_kept: Tensor) -> tuple[_Decision, Tensor]:
     """The decision on as many padded rows, and the order that it writes."""
-    order = staying.new_empty(like.shape[0])
-    ticket = staying.new_zeros((), dtype=torch.int64)
-    decision = _new_decision(like)._replace(order_ptr=order, staying_ptr=staying, ticket_ptr=ticket)
-    return decision._replace(count_ptr=count, switches_ptr=switches), order
+    order = num_kept.new_empty(like.shape[0])
+    ticket = num_kept.new_zeros((), dtype=torch.int64)
+    decision = _new_decision(like)._replace(order_ptr=order, num_kept_ptr=num_kept, ticket_ptr=ticket)
+    return decision._replace(count_ptr=count, rule_ptr=rule), order
 
 
-def padded_gate(
-    logits: Tensor, switches: Tensor, count: Tensor, staying: Tensor, score: ScoreName
-) -> tuple[Tensor, Tensor]:
+def padded_gate(logits: Tensor, rule: Tensor, count: Tensor, num_kept: Tensor, score: str) -> tuple[Tensor, Tensor]:
     """:func:`cet.ops.padded.padded_gate`: scores and order."""
-    decision, order = _padded(logits, switches, count, staying)
+    decision, order = _padded(logits, rule, count, num_kept)
     gate_into(logits, score, decision)
     return decision.scores_ptr, order
 
@@ -583,14 +533,14 @@ def padded_exit_gate(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    switches: Tensor,
+    rule: Tensor,
     count: Tensor,
-    staying: Tensor,
-    layout: Layout,
-    pool: Pool,
-    score: ScoreName,
+    num_kept: Tensor,
+    layout: str,
+    pool: str,
+    score: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`cet.ops.padded.padded_exit_gate`: logits, scores and order."""
-    logits, (decision, order) = _new_logits(features, weight), _padded(features, switches, count, staying)
+    logits, (decision, order) = _new_logits(features, weight), _padded(features, rule, count, num_kept)
     exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
     return logits, decision.scores_ptr, order

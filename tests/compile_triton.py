@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from cet.kernels import compact, consistent_exit_loss, exit_gate
-from cet.ops.consistent_exit_loss import Switches, Target, Teacher
+from cet.ops.compact import RowOrder
+from cet.ops.compact import triton as triton_compact
+from cet.ops.consistent_exit_loss import LossConfig, Target, Teacher
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MEMORY_INSTRUCTION = re.compile(r"\b(?:LDG|STG|LDL|STL)\b[.\w]*")
@@ -58,31 +60,37 @@ def gate(
 
 def padded(rows: int) -> None:
     features, weight = torch.zeros(rows, 64, 128), torch.zeros(12, 64)
-    count, staying = torch.zeros(2, dtype=torch.int32)
+    count, num_kept = torch.zeros(2, dtype=torch.int32)
     exit_gate.padded_exit_gate(
-        features, weight, None, torch.ones(2), count, staying, "channels_first", "mean", "margin"
+        features, weight, None, torch.ones(2), count, num_kept, "channels_first", "mean", "margin"
     )
 
 
 def loss(rows: int, classes: int, exits: int, dtype: torch.dtype, target: Target, teacher: Teacher) -> None:
     logits, labels = [torch.zeros(rows, classes, dtype=dtype)] * (2 * exits), torch.zeros(rows, dtype=torch.int64)
-    switches = Switches(1.0, target, teacher, 0.5, (1 / exits,) * exits)
-    consistent_exit_loss.losses_and_gradients(logits, labels, switches, [True] * (2 * exits))
+    config = LossConfig(1.0, target, teacher, 0.5, (1 / exits,) * exits)
+    consistent_exit_loss.losses_and_gradients(logits, labels, config, [True] * (2 * exits))
+
+
+def scale(dtype: torch.dtype) -> None:
+    factors = [0.25] * 8 if dtype is HALF else None
+    gradients, labelled = [torch.zeros(1024, 1000, dtype=dtype)] * 8, torch.ones(2, dtype=torch.int32)
+    consistent_exit_loss.scale_into(gradients, torch.ones(()), factors, labelled)
 
 
 def partition(rows: int) -> None:
-    compact.compact(torch.zeros(rows, dtype=torch.bool), [], [])
+    triton_compact.compact(torch.zeros(rows, dtype=torch.bool), [], [])
 
 
 def take(*tensors: torch.Tensor) -> None:
-    order, staying = torch.arange(len(tensors[0])), torch.zeros((), dtype=torch.int64)
-    compact.take_rows(tensors, [0] * len(tensors), order, staying, len(order))
+    order, num_kept = torch.arange(len(tensors[0])), torch.zeros((), dtype=torch.int64)
+    triton_compact.gather_rows(tensors, [0] * len(tensors), RowOrder(order, num_kept), len(order))
 
 
 def send(rows: int) -> None:
-    order, staying = torch.arange(rows, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    order, num_kept = torch.arange(rows, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
     pair = torch.zeros(rows, 64, 128), torch.zeros(rows, 64, 128)
-    compact.move_rows(order, order, staying, staying, [pair], [pair])
+    compact.gather_and_scatter_rows(order, order, num_kept, num_kept, [pair], [pair])
 
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -106,7 +114,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "loss, 7 classes": lambda rows: loss(rows, 7, 4, FLOAT, "soft", "self"),
     "loss, 1000 classes": lambda rows: loss(rows, 1000, 4, BFLOAT, "hard", "final"),
     "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "final"),
-    "gradients": lambda _: consistent_exit_loss.scale_into([torch.zeros(1024, 1000)] * 8, torch.ones(())),
+    "gradients": lambda _: scale(FLOAT),
+    "gradients in float16": lambda _: scale(HALF),
 }
 
 

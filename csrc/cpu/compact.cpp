@@ -1,4 +1,4 @@
-// Stable compaction: which rows stay, and the move of their bytes.
+// Stable compaction: which rows are kept, and the move of their bytes.
 #include "copy.h"
 #include "kernels_of_capability.h"
 #include "parallel.h"
@@ -55,38 +55,38 @@ int64_t tasks_of(const RowTensor& t) {
 
 }  // namespace
 
-int64_t partition(const bool* leaves, int64_t rows, int64_t* order) {
-  int64_t leaving = 0;
+int64_t order_rows(const bool* exit_mask, int64_t rows, int64_t* order) {
+  int64_t num_exited = 0;
   // As bytes: those of a bool tensor that views another dtype may hold more than 0 and 1.
-  const auto* flags = reinterpret_cast<const unsigned char*>(leaves);
-  for (int64_t row = 0; row < rows; ++row) leaving += flags[row] != 0;
-  int64_t next[2] = {0, rows - leaving};
+  const auto* flags = reinterpret_cast<const unsigned char*>(exit_mask);
+  for (int64_t row = 0; row < rows; ++row) num_exited += flags[row] != 0;
+  int64_t next[2] = {0, rows - num_exited};
   for (int64_t row = 0; row < rows; ++row) order[next[flags[row] != 0]++] = row;
-  return rows - leaving;
+  return rows - num_exited;
 }
 
-void take_rows(const RowTensor* tensors, int64_t count, const int64_t* index, int threads) {
+void gather_rows(const GatherArguments& a) {
+  const RowTensor* const tensors = a.tensors;
   int64_t bytes = 0, tasks = 0;
-  for (const RowTensor* t = tensors; t != tensors + count; ++t) {
+  for (const RowTensor* t = tensors; t != tensors + a.num_tensors; ++t) {
     const int64_t size = t->size[0] * slice_bytes(*t);
     advise_huge_pages(t->to, size);
     bytes += size;
     tasks += tasks_of(*t);
   }
   const bool streaming = exceeds_cache(bytes);
-  for_each_task(workers_for(bytes, threads), tasks, [&](int, int64_t task) {
+  for_each_task(workers_for(bytes, a.threads), tasks, [&](int, int64_t task) {
     const RowTensor* t = tensors;
     for (; task >= tasks_of(*t); ++t) task -= tasks_of(*t);
     const int64_t begin = task * slices_per_task(*t), end = begin + slices_per_task(*t);
-    copy_slices(*t, index, begin, end < t->size[0] ? end : t->size[0], streaming);
+    copy_slices(*t, a.index, begin, end < t->size[0] ? end : t->size[0], streaming);
   });
 }
 
-void put_rows(const char* from, char* to, int64_t row_bytes, const int64_t* index, int64_t count,
-              const int64_t* positions) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = index[i];
-    std::memcpy(to + (positions ? positions[row] : row) * row_bytes, from + row * row_bytes, row_bytes);
+void scatter_rows(const ScatterArguments& a) {
+  for (int64_t i = 0; i < a.num_rows; ++i) {
+    const int64_t row = a.index[i];
+    std::memcpy(a.to + (a.positions ? a.positions[row] : row) * a.row_bytes, a.from + row * a.row_bytes, a.row_bytes);
   }
 }
 

@@ -1,5 +1,6 @@
 // The loss of every exit and its gradient, row by row: both softmaxes of a row are in cache when its gradients are written.
 #include <cmath>
+#include <type_traits>
 
 #include "kernels_of_capability.h"
 #include "parallel.h"
@@ -51,7 +52,6 @@ int64_t argmax(const T* logits, int64_t classes, float largest) {
   return k;
 }
 
-// Gradients are of the mean over the rows, times the weights.
 template <class T>
 void cross_entropy_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
@@ -89,15 +89,24 @@ void zero(T* grad, int64_t classes) {
   for (int64_t k = 0; k < classes; ++k) store(grad + k, 0.0f);
 }
 
+// What differences of probabilities are multiplied by to be gradients of the loss; in float16, where small ones would be
+// lost, by kHalfGradientScale, and the rest is the caller's.
 template <class T>
-void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms, int threads) {
+float gradient_scale(double scale) {
+  return std::is_same_v<T, float16> ? kHalfGradientScale : static_cast<float>(scale);
+}
+
+template <class T>
+void loss_rows(const LossArguments& arguments) {
+  const LossConfig& s = arguments.config;
+  const ExitLogits* const exits = arguments.exits;
   int64_t labelled = 0;
   for (int64_t row = 0; row < s.rows; ++row) labelled += s.labels[row] != kUnlabelled;
   const double supervised_scale = 1.0 / static_cast<double>(labelled > 0 ? labelled : 1);
   const float consistency_scale = s.consistency_weight / static_cast<float>(s.rows);
 
   const int64_t padded = (s.classes + kLanes - 1) / kLanes * kLanes;
-  const int workers = workers_for(s.exits * s.rows * s.classes * 2 * kBytesPerLogit, threads);
+  const int workers = workers_for(s.exits * s.rows * s.classes * 2 * kBytesPerLogit, arguments.threads);
   const Buffer<float> scratch(workers * 3 * padded);
   const int64_t tasks = (s.rows + kRowsPerTask - 1) / kRowsPerTask;
   const Buffer<ExitTerms> sums(tasks * s.exits);
@@ -135,14 +144,14 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
         if (e.clean_grad != nullptr) {
           T* grad = static_cast<T*>(e.clean_grad) + row * s.classes;
           if (label != kUnlabelled) {
-            cross_entropy_gradient(clean, label, s.classes, static_cast<float>(e.weight * supervised_scale), grad);
+            cross_entropy_gradient(clean, label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
           } else {
             zero(grad, s.classes);
           }
         }
         if (e.perturbed_grad != nullptr) {
           T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
-          const float scale = e.weight * consistency_scale * confident;
+          const float scale = gradient_scale<T>(e.weight * consistency_scale) * confident;
           if (s.hard_target) {
             cross_entropy_gradient(student, target, s.classes, scale, grad);
           } else {
@@ -161,17 +170,17 @@ void loss_rows(const LossSwitches& s, const ExitLogits* exits, ExitTerms* terms,
       total.consistency += part.consistency;
       total.confident += part.confident;
     }
-    terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows};
+    arguments.terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows};
   }
 }
 
 }  // namespace
 
-void consistent_exit_loss(const LossSwitches& switches, const ExitLogits* exits, ExitTerms* terms, int threads) {
-  switch (switches.dtype) {
-    case DType::float32: return loss_rows<float>(switches, exits, terms, threads);
-    case DType::bfloat16: return loss_rows<bfloat16>(switches, exits, terms, threads);
-    case DType::float16: return loss_rows<float16>(switches, exits, terms, threads);
+void consistent_exit_loss(const LossArguments& arguments) {
+  switch (arguments.config.dtype) {
+    case DType::float32: return loss_rows<float>(arguments);
+    case DType::bfloat16: return loss_rows<bfloat16>(arguments);
+    case DType::float16: return loss_rows<float16>(arguments);
   }
 }
 

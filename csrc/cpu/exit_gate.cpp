@@ -1,4 +1,4 @@
-// Pool, linear layer, softmax statistics, score and flag, row by row while the row's features are in registers and cache.
+// Pool, linear layer, softmax statistics, score and exit mask, row by row while the row's features are in registers and cache.
 #include <cmath>
 
 #include "copy.h"
@@ -30,11 +30,11 @@ void widen_block(const T* logits, int64_t stride, int64_t n, float* block) {
   for (; i % kLanes != 0; ++i) block[i] = -INFINITY;
 }
 
-SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool margin) {
+SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool needs_second) {
   Vec first = splat(-INFINITY), second = first;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec x = load(block + i);
-    if (margin) second = max(second, min(x, first));
+    if (needs_second) second = max(second, min(x, first));
     first = max(x, first);
   }
   const float largest = max(first);
@@ -47,7 +47,7 @@ SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool 
     weighted += e * (shifted < kExpUnderflow ? splat(kExpUnderflow) : shifted);
   }
   SoftmaxStats stats = {largest, -INFINITY, sum(exps), sum(weighted)};
-  if (margin) {
+  if (needs_second) {
     float top = -INFINITY;
     for (int lane = 0; lane < kLanes; ++lane) {
       stats.second = larger(larger(stats.second, second[lane]), smaller(top, first[lane]));
@@ -60,17 +60,17 @@ SoftmaxStats block_stats(const float* block, int64_t n, float temperature, bool 
 template <class T>
 void gate_row(const T* logits, int64_t stride, int64_t classes, const Decision& decision, int64_t row) {
   alignas(64) float block[kBlock];
-  const bool margin = decision.score == Score::margin;
+  const bool needs_second = rule_of(decision.score).needs_second;
   SoftmaxStats stats;
   for (int64_t k = 0; k < classes; k += kBlock) {
     const int64_t n = classes - k < kBlock ? classes - k : kBlock;
     widen_block(logits + k * stride, stride, n, block);
-    const SoftmaxStats part = block_stats(block, n, decision.temperature, margin);
+    const SoftmaxStats part = block_stats(block, n, decision.temperature, needs_second);
     stats = k == 0 ? part : merge(stats, part, decision.temperature);
   }
-  const float score = score_of(stats, decision.temperature, decision.score);
+  const float score = score_of(stats, classes, decision.temperature, decision.score);
   decision.scores[row] = score;
-  decision.leaves[row] = leaves(score, decision.score, decision.threshold);
+  decision.exit_mask[row] = exits(score, decision.score, decision.threshold);
 }
 
 // sums[c] += the channels (contiguous) of N positions that lie `stride` apart.
@@ -243,21 +243,22 @@ void for_row_ranges(int64_t rows, int64_t bytes_per_row, int workers, const F& f
 }
 
 template <class T>
-void gate_rows(const Logits& x, const Decision& decision, int threads) {
+void gate_rows(const GateArguments& a) {
+  const Logits& x = a.logits;
   const auto* data = static_cast<const T*>(x.data);
   const int64_t bytes = x.classes * int64_t{sizeof(T)} * 4;  // an exponential costs more than a byte read
-  for_row_ranges(x.rows, bytes, workers_for(x.rows * bytes, threads), [&](int, int64_t, int64_t begin, int64_t end) {
+  for_row_ranges(x.rows, bytes, workers_for(x.rows * bytes, a.threads), [&](int, int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      gate_row(data + row * x.row_stride, x.class_stride, x.classes, decision, row);
+      gate_row(data + row * x.row_stride, x.class_stride, x.classes, a.decision, row);
     }
   });
 }
 
-// Moves the rows of a task that stay behind those of the tasks before it.
-void move_survivors(const char* from, int64_t row_stride, int64_t row_bytes, const bool* leaves, int64_t begin, int64_t end,
-                    char* to, bool streaming) {
+// Moves the kept rows of a task behind those of the tasks before it.
+void move_kept_rows(const char* from, int64_t row_stride, int64_t row_bytes, const bool* exit_mask, int64_t begin,
+                    int64_t end, char* to, bool streaming) {
   for (int64_t row = begin; row < end; ++row) {
-    if (leaves[row]) continue;
+    if (exit_mask[row]) continue;
     if (streaming) {
       stream(to, from + row * row_stride, row_bytes);
     } else {
@@ -269,19 +270,22 @@ void move_survivors(const char* from, int64_t row_stride, int64_t row_bytes, con
 }
 
 template <class T>
-int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& decision, const Survivors* survivors,
-                       int threads) {
+int64_t exit_gate_rows(const ExitGateArguments& a) {
+  const Features& f = a.features;
+  const Head& head = a.head;
+  const Decision& decision = a.decision;
+  const KeptRows* const kept_rows = a.kept_rows;
   const auto* data = static_cast<const T*>(f.data);
   auto* logits = static_cast<T*>(head.logits);
   const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
   const int64_t bytes = row_bytes(f);
   const int64_t work = bytes + f.channels * head.classes / 4;
-  const int workers = workers_for(f.rows * work, threads);
+  const int workers = workers_for(f.rows * work, a.threads);
   const Buffer<float> scratch(workers * (kRows + 1) * padded);
   const bool streaming = exceeds_cache(f.rows * bytes);
-  const bool moving = survivors && survivors->to;
-  if (moving) advise_huge_pages(survivors->to, survivors->capacity * bytes);
-  Chain survived;
+  const bool moving = kept_rows && kept_rows->to;
+  if (moving) advise_huge_pages(kept_rows->to, kept_rows->capacity * bytes);
+  Chain kept_before;
   for_row_ranges(f.rows, work, workers, [&](int worker, int64_t task, int64_t begin, int64_t end) {
     float* partial = scratch.get() + worker * (kRows + 1) * padded;
     float* pooled = partial + padded;
@@ -298,24 +302,26 @@ int64_t exit_gate_rows(const Features& f, const Head& head, const Decision& deci
       for (int r = 0; r < n; ++r) gate_row(logits + (row + r) * head.classes, 1, head.classes, decision, row + r);
     }
     if (moving) {
-      int64_t staying = 0;
-      for (int64_t row = begin; row < end; ++row) staying += !decision.leaves[row];
-      const int64_t before = survived.add(task, staying);
-      if (before + staying > survivors->capacity) return;
-      char* to = survivors->to + before * bytes;
+      int64_t num_kept = 0;
+      for (int64_t row = begin; row < end; ++row) num_kept += !decision.exit_mask[row];
+      const int64_t before = kept_before.add(task, num_kept);
+      if (before + num_kept > kept_rows->capacity) return;
+      char* to = kept_rows->to + before * bytes;
       const auto* from = static_cast<const char*>(f.data);
-      move_survivors(from, f.row_stride * int64_t{sizeof(T)}, bytes, decision.leaves, begin, end, to, streaming);
+      move_kept_rows(from, f.row_stride * int64_t{sizeof(T)}, bytes, decision.exit_mask, begin, end, to, streaming);
     }
   });
-  return survivors ? partition(decision.leaves, f.rows, survivors->order) : 0;
+  return kept_rows ? order_rows(decision.exit_mask, f.rows, kept_rows->order) : 0;
 }
 
 template <class T>
-void pool_rows(const Features& f, T* pooled, int threads) {
+void pool_rows(const PoolArguments& a) {
+  const Features& f = a.features;
+  auto* pooled = static_cast<T*>(a.pooled);
   const auto* data = static_cast<const T*>(f.data);
   const int64_t padded = ceil_div(f.channels, kLanes) * kLanes;
   const int64_t bytes = row_bytes(f);
-  const int workers = workers_for(f.rows * bytes, threads);
+  const int workers = workers_for(f.rows * bytes, a.threads);
   const Buffer<float> scratch(workers * 2 * padded);
   for_row_ranges(f.rows, bytes, workers, [&](int worker, int64_t, int64_t begin, int64_t end) {
     float* means = scratch.get() + worker * 2 * padded;
@@ -328,29 +334,28 @@ void pool_rows(const Features& f, T* pooled, int threads) {
 
 }  // namespace
 
-void gate(const Logits& logits, const Decision& decision, int threads) {
-  switch (logits.dtype) {
-    case DType::float32: return gate_rows<float>(logits, decision, threads);
-    case DType::bfloat16: return gate_rows<bfloat16>(logits, decision, threads);
-    case DType::float16: return gate_rows<float16>(logits, decision, threads);
+void gate(const GateArguments& a) {
+  switch (a.logits.dtype) {
+    case DType::float32: return gate_rows<float>(a);
+    case DType::bfloat16: return gate_rows<bfloat16>(a);
+    case DType::float16: return gate_rows<float16>(a);
   }
 }
 
-int64_t exit_gate(const Features& features, const Head& head, const Decision& decision, const Survivors* survivors,
-                  int threads) {
-  switch (features.dtype) {
-    case DType::float32: return exit_gate_rows<float>(features, head, decision, survivors, threads);
-    case DType::bfloat16: return exit_gate_rows<bfloat16>(features, head, decision, survivors, threads);
-    case DType::float16: return exit_gate_rows<float16>(features, head, decision, survivors, threads);
+int64_t exit_gate(const ExitGateArguments& a) {
+  switch (a.features.dtype) {
+    case DType::float32: return exit_gate_rows<float>(a);
+    case DType::bfloat16: return exit_gate_rows<bfloat16>(a);
+    case DType::float16: return exit_gate_rows<float16>(a);
   }
   return 0;
 }
 
-void pool(const Features& features, void* pooled, int threads) {
-  switch (features.dtype) {
-    case DType::float32: return pool_rows(features, static_cast<float*>(pooled), threads);
-    case DType::bfloat16: return pool_rows(features, static_cast<bfloat16*>(pooled), threads);
-    case DType::float16: return pool_rows(features, static_cast<float16*>(pooled), threads);
+void pool(const PoolArguments& a) {
+  switch (a.features.dtype) {
+    case DType::float32: return pool_rows<float>(a);
+    case DType::bfloat16: return pool_rows<bfloat16>(a);
+    case DType::float16: return pool_rows<float16>(a);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace cet::CET_CAPABILITY {
 
 const Kernels kernels = {
-    CET_STRING(CET_CAPABILITY), gate, exit_gate, pool, partition, take_rows, put_rows, consistent_exit_loss,
+    CET_STRING(CET_CAPABILITY), gate, exit_gate, pool, order_rows, gather_rows, scatter_rows, consistent_exit_loss,
 };
 
 }  // namespace cet::CET_CAPABILITY

@@ -16,8 +16,8 @@ struct Decision {
   Score score;
   float threshold;
   float temperature;
-  float* scores;  // (rows,)
-  bool* leaves;   // (rows,)
+  float* scores;    // (rows,)
+  bool* exit_mask;  // (rows,)
 };
 
 struct Logits {
@@ -45,13 +45,13 @@ struct Head {
   int64_t classes;
 };
 
-// Where the features of the rows that stay go while they are in cache, or null. The rows of the features must each be one
-// piece of memory, and are so in the destination, (capacity, ...), of which the first are filled; where more rows stay, what
-// it holds means nothing.
-struct Survivors {
+// Where the features of the kept rows go while they are in cache, or null. The rows of the features must each be one piece
+// of memory, and are so in the destination, (capacity, ...), of which the first are filled; where more are kept, what it
+// holds means nothing.
+struct KeptRows {
   char* to;
   int64_t capacity;
-  int64_t* order;  // (rows,), as partition() writes it
+  int64_t* order;  // (rows,), as order_rows() writes it
 };
 
 // One tensor whose rows move. Dimensions in descending order of destination stride.
@@ -74,7 +74,11 @@ struct ExitLogits {
 
 constexpr int64_t kUnlabelled = -100;
 
-struct LossSwitches {
+// Gradients in float16 are differences of probabilities times this: the largest power of two that keeps them finite. The
+// caller multiplies by the weight, divides by the rows and by this, and by then knows the loss scale, in float32.
+constexpr float kHalfGradientScale = 32768.0f;
+
+struct LossConfig {
   DType dtype;
   int64_t exits, rows, classes;
   const int64_t* labels;  // (rows,)
@@ -87,19 +91,62 @@ struct ExitTerms {
   double supervised, consistency, confident;
 };
 
+// What each kernel takes.
+
+struct GateArguments {
+  Logits logits;
+  Decision decision;
+  int threads;
+};
+
+struct ExitGateArguments {
+  Features features;
+  Head head;
+  Decision decision;
+  const KeptRows* kept_rows;  // or null
+  int threads;
+};
+
+struct PoolArguments {
+  Features features;
+  void* pooled;  // (rows, channels) in the dtype of the features
+  int threads;
+};
+
+struct GatherArguments {
+  const RowTensor* tensors;
+  int64_t num_tensors;
+  const int64_t* index;
+  int threads;
+};
+
+// to[positions[index[i]]] = from[index[i]]; positions may be null, for the identity.
+struct ScatterArguments {
+  const char* from;
+  char* to;
+  int64_t row_bytes;
+  const int64_t* index;
+  int64_t num_rows;  // that move
+  const int64_t* positions;
+};
+
+struct LossArguments {
+  LossConfig config;
+  const ExitLogits* exits;
+  ExitTerms* terms;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
-  void (*gate)(const Logits&, const Decision&, int threads);
-  // `survivors` may be null. Returns how many rows stay where it is not.
-  int64_t (*exit_gate)(const Features&, const Head&, const Decision&, const Survivors* survivors, int threads);
-  void (*pool)(const Features&, void* pooled, int threads);  // pooled: (rows, channels) in the dtype of the features
-  // Writes the indices of the rows that stay to the front of order (rows,), those that leave behind; returns how many stay.
-  int64_t (*partition)(const bool* leaves, int64_t rows, int64_t* order);
-  void (*take_rows)(const RowTensor* tensors, int64_t count, const int64_t* index, int threads);
-  // to[positions[index[i]]] = from[index[i]] for rows of so many bytes; positions may be null, for the identity.
-  void (*put_rows)(const char* from, char* to, int64_t row_bytes, const int64_t* index, int64_t count,
-                   const int64_t* positions);
-  void (*consistent_exit_loss)(const LossSwitches&, const ExitLogits* exits, ExitTerms* terms, int threads);
+  void (*gate)(const GateArguments&);
+  int64_t (*exit_gate)(const ExitGateArguments&);  // the number kept, where there are kept_rows
+  void (*pool)(const PoolArguments&);
+  // Writes the positions of the kept rows to the front of order (rows,), the others behind; returns the number kept.
+  int64_t (*order_rows)(const bool* exit_mask, int64_t rows, int64_t* order);
+  void (*gather_rows)(const GatherArguments&);
+  void (*scatter_rows)(const ScatterArguments&);
+  void (*consistent_exit_loss)(const LossArguments&);
 };
 
 namespace baseline {

@@ -5,13 +5,12 @@
 
 namespace cet::CET_CAPABILITY {
 
-void gate(const Logits&, const Decision&, int threads);
-int64_t exit_gate(const Features&, const Head&, const Decision&, const Survivors* survivors, int threads);
-void pool(const Features&, void* pooled, int threads);
-int64_t partition(const bool* leaves, int64_t rows, int64_t* order);
-void take_rows(const RowTensor* tensors, int64_t count, const int64_t* index, int threads);
-void put_rows(const char* from, char* to, int64_t row_bytes, const int64_t* index, int64_t count,
-              const int64_t* positions);
-void consistent_exit_loss(const LossSwitches&, const ExitLogits* exits, ExitTerms* terms, int threads);
+void gate(const GateArguments&);
+int64_t exit_gate(const ExitGateArguments&);
+void pool(const PoolArguments&);
+int64_t order_rows(const bool* exit_mask, int64_t rows, int64_t* order);
+void gather_rows(const GatherArguments&);
+void scatter_rows(const ScatterArguments&);
+void consistent_exit_loss(const LossArguments&);
 
 }  // namespace cet::CET_CAPABILITY

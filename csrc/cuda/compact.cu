@@ -30,7 +30,7 @@ __device__ __forceinline__ void copy_tile(const RowMove& move, const int32_t* __
     if (unit < units) {
       const uint32_t j = unit / row_units, offset = (unit - j * row_units) * sizeof(Unit);
       const int64_t row = order[first_row + j];
-      const int64_t entry = move.leaves ? positions[row] : static_cast<int64_t>(j);
+      const int64_t entry = move.is_exiting ? positions[row] : static_cast<int64_t>(j);
       loaded[i] = __ldg(reinterpret_cast<const Unit*>(move.from + row * move.from_stride + offset));
       target[i] = move.to + entry * move.to_stride + offset;
     }
@@ -43,18 +43,18 @@ __device__ __forceinline__ void copy_tile(const RowMove& move, const int32_t* __
 
 // As many blocks as the device holds at once go over the tiles of all tensors.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    move_rows_kernel(const __grid_constant__ Moves moves, const int32_t* __restrict__ order,
-                     const int32_t* __restrict__ positions, const int32_t* __restrict__ staying_ptr,
+    gather_and_scatter_rows_kernel(const __grid_constant__ Moves moves, const int32_t* __restrict__ order,
+                     const int32_t* __restrict__ positions, const int32_t* __restrict__ num_kept_ptr,
                      const int32_t* __restrict__ count_ptr) {
-  const int32_t staying = *staying_ptr, leaving = *count_ptr - staying;
+  const int32_t num_kept = *num_kept_ptr, num_exited = *count_ptr - num_kept;
   uint32_t tile = blockIdx.x;
   for (int m = 0; m < moves.count; ++m) {
     const RowMove& move = moves.move[m];
     const int width = moves.width[m];
     const uint32_t row_units = static_cast<uint32_t>(move.row_bytes / width);
-    const uint32_t units = static_cast<uint32_t>(move.leaves ? leaving : staying) * row_units;
+    const uint32_t units = static_cast<uint32_t>(move.is_exiting ? num_exited : num_kept) * row_units;
     const uint32_t tiles = units / kTile + (units % kTile != 0);
-    const int32_t first_row = move.leaves ? staying : 0;
+    const int32_t first_row = move.is_exiting ? num_kept : 0;
     for (; tile < tiles; tile += gridDim.x) {
       const uint32_t first = tile * kTile;
       switch (width) {
@@ -79,15 +79,15 @@ int width_of(const RowMove& move) {
 
 }  // namespace
 
-void move_rows(const RowMove* moves, int num_moves, const int32_t* order, const int32_t* positions,
-               const int32_t* staying, const int32_t* count, int64_t rows, cudaStream_t stream) {
+void gather_and_scatter_rows(const RowMove* moves, int num_moves, const int32_t* order, const int32_t* positions,
+               const int32_t* num_kept, const int32_t* count, int64_t rows, cudaStream_t stream) {
   Moves wide = {};
   int64_t tiles = 0;
   for (int m = 0; m < num_moves; ++m) {
     if (moves[m].row_bytes == 0) continue;
     const int width = width_of(moves[m]);
     const int64_t units = rows * (moves[m].row_bytes / width);
-    if (units >= INT64_C(1) << 32) throw std::runtime_error("move_rows: a tensor has 2^32 units or more; use fewer rows");
+    if (units >= INT64_C(1) << 32) throw std::runtime_error("gather_and_scatter_rows: a tensor has 2^32 units or more; use fewer rows");
     wide.move[wide.count] = moves[m];
     wide.width[wide.count++] = width;
     tiles += (units + kTile - 1) / kTile;
@@ -98,8 +98,8 @@ void move_rows(const RowMove* moves, int num_moves, const int32_t* order, const 
   check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   const int64_t resident = int64_t{sms} * kBlocksPerSm;
   const auto blocks = static_cast<unsigned>(tiles < resident ? tiles : resident);
-  move_rows_kernel<<<blocks, kThreads, 0, stream>>>(wide, order, positions, staying, count);
-  check(cudaGetLastError(), "move_rows");
+  gather_and_scatter_rows_kernel<<<blocks, kThreads, 0, stream>>>(wide, order, positions, num_kept, count);
+  check(cudaGetLastError(), "gather_and_scatter_rows");
 }
 
 }  // namespace cet::cuda

@@ -39,15 +39,15 @@ struct RowMove {
   int64_t from_stride;  // 0 for a row that stands for all
   int64_t to_stride;
   int64_t row_bytes;
-  bool leaves;  // rows that leave go to their positions, rows that stay are moved together
+  bool is_exiting;  // rows that leave are scattered to their positions, kept rows are gathered
 };
 
 constexpr int kMaxMoves = 32;
 
-// For j < *staying, and each move of rows that stay: row order[j] to row j. For *staying <= j < *count, and each move of
+// For j < *num_kept, and each move of kept rows: row order[j] to row j. For *num_kept <= j < *count, and each move of
 // rows that leave: row order[j] to row positions[order[j]]. `rows` is the length of `order`, at least *count.
-void move_rows(const RowMove* moves, int num_moves, const int32_t* order, const int32_t* positions,
-               const int32_t* staying, const int32_t* count, int64_t rows, cudaStream_t stream);
+void gather_and_scatter_rows(const RowMove* moves, int num_moves, const int32_t* order, const int32_t* positions,
+               const int32_t* num_kept, const int32_t* count, int64_t rows, cudaStream_t stream);
 
 #if CUDART_VERSION >= 12080
 // A graph that runs, for each segment in turn, the one of its graphs whose bucket is the least that holds counts[segment]

@@ -46,8 +46,8 @@ TINY = replace(
     energy_window=0.1,
 )
 SPARSE = partial(load_windows, stride=256)
-FOLDERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-BY_SUBPROCESS = f"import sys; sys.path[:0] = {FOLDERS!r}; import test_demo; test_demo."
+PATHS = [str(folder) for folder in Path(__file__).parents[:2]]
+BY_SUBPROCESS = f"import sys; sys.path[:0] = {PATHS!r}; import test_demo; test_demo."
 
 
 class Recorder:

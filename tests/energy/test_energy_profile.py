@@ -204,7 +204,7 @@ def test_the_model_gets_its_modes_and_policy_back(bench: Bench) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    found = profile(model, batches(), bench.meter, QUICK, on_block=interrupt)
+    found = profile(model, batches(), bench.meter, QUICK, on_window=interrupt)
     assert found.measurement.status == "partial"
     assert model.policy is policy
     assert model.training

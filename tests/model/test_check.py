@@ -1,8 +1,7 @@
-"""`predict` compared with `exit_logits`, exit by exit."""
+"""The answers of every exit by the stages compared with those of the backbone."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cet
-from cet.model.check import check_answers, runtime_logits
+from cet.model.check import AnswerMismatchError
 
 NAN, INF = float("nan"), float("inf")
 
@@ -33,8 +32,8 @@ def build(dtype: torch.dtype = torch.float32) -> cet.EarlyExit:
 def test_both_ways_agree(dtype: torch.dtype, rows: int) -> None:
     model = build(dtype)
     x = torch.randn(rows, 3, 20, dtype=dtype)
-    check_answers(model, (x,), {})
-    for answer, expected in zip(runtime_logits(model, (x,), {}), model.exit_logits(x), strict=True):
+    model.check(x)
+    for (answer, _), expected in zip(model.exit_answers(x), model.exit_logits(x), strict=True):
         assert answer.dtype == dtype
         torch.testing.assert_close(answer, expected, rtol=0.05, atol=0.05)
 
@@ -43,25 +42,12 @@ def test_rows_that_are_not_finite_are_no_difference() -> None:
     model = build()
     x = torch.randn(6, 3, 20)
     x[1], x[2, 0, 3], x[4] = NAN, INF, -INF
-    check_answers(model, (x,), {})
-    first, second, final = runtime_logits(model, (x,), {})
-    assert first[[1, 2, 4]].isnan().all()
+    model.check(x)
+    (first, scores), (second, _), (final, _) = model.exit_answers(x)
+    assert scores[[1, 2]].isnan().all()
     assert first[[0, 3, 5]].isfinite().all()
     torch.testing.assert_close(final, model.exit_logits(x)[-1], equal_nan=True)
     assert second.shape == (6, 5)
-
-
-def test_policy_modes_and_batch_statistics_stay() -> None:
-    model = build().train()
-    model.heads.eval()
-    policy = model.policy
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    check_answers(model, (), {"input": torch.randn(5, 3, 20)})
-    assert model.policy is policy
-    assert model.training
-    assert model.backbone.training
-    assert not model.heads.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("astray", "name"), [(0, "0"), (1, "1"), (2, "final")])
@@ -70,26 +56,27 @@ def test_the_first_exit_that_differs_is_named(
     astray: int, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(dtype)
-    predict = cet.EarlyExit.predict
+    exit_answers = cet.EarlyExit.exit_answers
 
-    def drifted(self: cet.EarlyExit, *args: Any) -> cet.ExitOutput:
-        output = predict(self, *args)
-        wrong = output.exit_index >= astray
-        wrong[1:] = False  # one row is enough
-        return dataclasses.replace(output, logits=output.logits + 0.3 * wrong[:, None].to(dtype))
+    def drifted(self: cet.EarlyExit, x: Tensor) -> Any:
+        answers = list(exit_answers(self, x))
+        logits, scores = answers[astray]
+        wrong = torch.zeros(len(x), 1, dtype=dtype)
+        wrong[3] = 3.0  # one row is enough
+        answers[astray] = logits + wrong, scores
+        return tuple(answers)
 
-    monkeypatch.setattr(cet.EarlyExit, "predict", drifted)
-    message = f"^predict and exit_logits differ at exit '{name}', by up to 0.3.* where logits reach "
-    with pytest.raises(RuntimeError, match=message):
-        check_answers(model, (torch.randn(8, 3, 20, dtype=dtype),), {})
+    monkeypatch.setattr(cet.EarlyExit, "exit_answers", drifted)
+    with pytest.raises(AnswerMismatchError, match=f"otherwise than the backbone at exit '{name}', by up to 3"):
+        model.check(torch.randn(8, 3, 20, dtype=dtype))
 
 
 def test_an_answer_that_is_not_there_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
 
-    def empty(self: cet.EarlyExit, x: Tensor) -> cet.ExitOutput:
-        return cet.ExitOutput(torch.full((len(x), 5), NAN), torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x)))
+    def empty(self: cet.EarlyExit, x: Tensor) -> Any:
+        return ((torch.full((len(x), 5), NAN), torch.zeros(len(x))),) * 3
 
-    monkeypatch.setattr(cet.EarlyExit, "predict", empty)
-    with pytest.raises(RuntimeError, match="differ at exit '0', by up to nan"):
-        check_answers(model, (torch.randn(2, 3, 20),), {})
+    monkeypatch.setattr(cet.EarlyExit, "exit_answers", empty)
+    with pytest.raises(AnswerMismatchError, match="at exit '0'"):
+        model.check(torch.randn(2, 3, 20))

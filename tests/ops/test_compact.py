@@ -31,7 +31,7 @@ DTYPES += [torch.complex64, torch.complex128, torch.float8_e5m2]
 def _split_of_the_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contiguous tensors of less than 32 MiB are moved by torch; here the kernels move them too."""
     if request.param == "all on the kernels":
-        monkeypatch.setattr(import_module("cet.ops.compact"), "KEPT_MEMORY", 0)
+        monkeypatch.setattr(import_module("cet.ops.compact.cpp"), "KEPT_MEMORY", 0)
 
 
 def numbered(rows: int, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,16 +48,16 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
-def assert_compacted(leaves: Tensor, tensors: list[Tensor], dims: list[int] | None = None) -> None:
+def assert_compacted(exit_mask: Tensor, tensors: list[Tensor], dims: list[int] | None = None) -> None:
     before = [tensor.clone() for tensor in tensors]
-    flags = leaves.clone()
-    staying, leaving, moved = ops.compact(leaves, tensors, dims)
-    assert staying.tolist() == [row for row, leaves_now in enumerate(flags.tolist()) if not leaves_now]
-    assert leaving.tolist() == [row for row, leaves_now in enumerate(flags.tolist()) if leaves_now]
-    assert torch.equal(leaves, flags)
+    flags = exit_mask.clone()
+    kept, exited, moved = ops.compact(exit_mask, tensors, dims)
+    assert kept.tolist() == [row for row, exits in enumerate(flags.tolist()) if not exits]
+    assert exited.tolist() == [row for row, exits in enumerate(flags.tolist()) if exits]
+    assert torch.equal(exit_mask, flags)
     for tensor, original, result, dim in zip(tensors, before, moved, dims or [0] * len(tensors), strict=True):
         assert same_bits(tensor, original)
-        rows = [original.select(dim, row) for row in staying.tolist()]
+        rows = [original.select(dim, row) for row in kept.tolist()]
         if rows:
             assert same_bits(result, torch.stack(rows, dim=dim))
         assert result.shape == (*tensor.shape[:dim], len(rows), *tensor.shape[dim + 1 :])
@@ -84,15 +84,17 @@ def test_rows_that_stay_keep_their_order(backend: str, rows: int, which: str) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_dtype_in_one_call(backend: str, dtype: torch.dtype) -> None:
-    leaves = torch.rand(37) < 0.5
-    assert_compacted(leaves, [numbered(37, *sizes, dtype=dtype) for sizes in ((), (1,), (3,), (64,), (5, 7), (0, 3))])
+    exit_mask = torch.rand(37) < 0.5
+    assert_compacted(
+        exit_mask, [numbered(37, *sizes, dtype=dtype) for sizes in ((), (1,), (3,), (64,), (5, 7), (0, 3))]
+    )
 
 
-@pytest.mark.parametrize("leaving", [0.2, 0.9])
-def test_large_rows(backend: str, leaving: float) -> None:
+@pytest.mark.parametrize("exited", [0.2, 0.9])
+def test_large_rows(backend: str, exited: float) -> None:
     """More than the last cache: these are written past it, and in huge pages."""
     x = torch.randn(300, 70_001)
-    assert_compacted(torch.rand(300) < leaving, [x, x[:, 3], x[:, 1:70_000]])
+    assert_compacted(torch.rand(300) < exited, [x, x[:, 3], x[:, 1:70_000]])
 
 
 def test_the_same_tensor_twice_and_views_of_one(backend: str) -> None:
@@ -118,11 +120,11 @@ LAYOUTS: dict[str, tuple[Tensor, int]] = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_any_layout_stays_what_it_is(backend: str, name: str) -> None:
     tensor, dim = LAYOUTS[name]
-    leaves = torch.rand(30) < 0.5
-    assert_compacted(leaves, [tensor], [dim])
-    moved = ops.compact(leaves, [tensor], [dim]).tensors[0]
+    exit_mask = torch.rand(30) < 0.5
+    assert_compacted(exit_mask, [tensor], [dim])
+    moved = ops.compact(exit_mask, [tensor], [dim]).tensors[0]
     with ops.use_backend("reference"):
-        assert moved.stride() == ops.compact(leaves, [tensor], [dim]).tensors[0].stride()
+        assert moved.stride() == ops.compact(exit_mask, [tensor], [dim]).tensors[0].stride()
 
 
 def test_what_could_be_viewed_can_still_be_viewed(backend: str) -> None:
@@ -149,93 +151,93 @@ def test_any_shape_and_strides(backend: str, data: st.DataObject) -> None:
             tensor = tensor[(slice(None),) * d + (slice(None, None, step),)]
         tensors.append(tensor)
         dims.append(dim)
-    leaves = torch.rand(rows) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), label="leaving")
-    assert_compacted(leaves, tensors, dims)
+    exit_mask = torch.rand(rows) < data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), label="leaving")
+    assert_compacted(exit_mask, tensors, dims)
 
 
 @kernels_only
 def test_nothing_is_written_behind_the_valid_prefix(backend: str) -> None:
     kernels = import_module("cet.ops.backend").kernels()
-    leaves = torch.tensor([False, True, False, True, True])
+    exit_mask = torch.tensor([False, True, False, True, True])
     order = torch.full((9,), -7)
-    assert kernels.partition(leaves.data_ptr(), 5, order.data_ptr()) == 2
+    assert kernels.order_rows(exit_mask.data_ptr(), 5, order.data_ptr()) == 2
     assert order.tolist() == [0, 2, 1, 3, 4, -7, -7, -7, -7]
     for columns in (1, 3, 16, 257):
         source, target = torch.randn(5, columns), torch.full((4, columns), -1.0)
         shape, strides = (2, columns), (columns, 1)
         move = (source.data_ptr(), target.data_ptr(), 4, shape, strides, strides, 0)
-        kernels.take_rows([move], order.data_ptr(), 2)
+        kernels.gather_rows([move], order.data_ptr(), 2)
         assert torch.equal(target[:2], source[[0, 2]])
         assert (target[2:] == -1).all()
 
 
 def test_gradients_flow_through_the_rows_that_stay(backend: str) -> None:
     x = torch.randn(6, 3, requires_grad=True)
-    leaves = torch.tensor([True, False, False, True, False, True])
-    ops.compact(leaves, [x]).tensors[0].sum().backward()
+    exit_mask = torch.tensor([True, False, False, True, False, True])
+    ops.compact(exit_mask, [x]).tensors[0].sum().backward()
     assert x.grad is not None
     assert x.grad[:, 0].tolist() == [0, 1, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([7, 0, 3, 5])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_put_rows_writes_where_they_belong(backend: str, positions: Tensor | None, dtype: torch.dtype) -> None:
+def test_scatter_rows_writes_where_they_belong(backend: str, positions: Tensor | None, dtype: torch.dtype) -> None:
     rows = numbered(4, 3, dtype=dtype)
     output = torch.zeros(8, 3, dtype=dtype)
-    ops.put_rows(output, rows, torch.tensor([1, 3]), positions)
+    ops.scatter_rows(output, rows, torch.tensor([1, 3]), positions)
     at = [1, 3] if positions is None else [0, 5]
     assert same_bits(output[at], rows[[1, 3]])
     assert not output[[row for row in range(8) if row not in at]].any()
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"leaves": torch.zeros(3)}, TypeError, "leaves are torch.float32; give bool"),
-    ({"leaves": torch.zeros(3, 1, dtype=torch.bool)}, ValueError, r"leaves have shape \(3, 1\); give \(B,\)"),
+    ({"exit_mask": torch.zeros(3)}, TypeError, "exit_mask is torch.float32; give bool"),
+    ({"exit_mask": torch.zeros(3, 1, dtype=torch.bool)}, ValueError, r"exit_mask has shape \(3, 1\); give \(B,\)"),
     ({"tensors": [torch.zeros(3), torch.zeros(4)]}, ValueError, r"tensors\[1\] has shape \(4,\), whose dimension 0"),
     ({"tensors": [torch.zeros(())]}, ValueError, r"tensors\[0\] has shape \(\)"),
     ({"dims": [1]}, ValueError, "whose dimension 1 does not hold 3 rows"),
     ({"dims": [-1]}, ValueError, "whose dimension -1"),
     ({"dims": []}, ValueError, "0 dims for 1 tensors"),
-    ({"tensors": [torch.zeros(3, device="meta")]}, ValueError, r"tensors\[0\] is on meta, the flags on cpu"),
+    ({"tensors": [torch.zeros(3, device="meta")]}, ValueError, r"tensors\[0\] is on meta, the exit mask on cpu"),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), BAD)
 def test_compact_refuses(backend: str, wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^compact: .*{message}"):
-        ops.compact(**{"leaves": torch.zeros(3, dtype=torch.bool), "tensors": [torch.zeros(3, 2)], **wrong})
+        ops.compact(**{"exit_mask": torch.zeros(3, dtype=torch.bool), "tensors": [torch.zeros(3, 2)], **wrong})
 
 
-def test_put_rows_refuses(backend: str) -> None:
+def test_scatter_rows_refuses(backend: str) -> None:
     output, index = torch.zeros(4, 2), torch.tensor([0])
-    with pytest.raises(ValueError, match=r"^put_rows: rows are \(3, 5\), output is \(4, 2\)"):
-        ops.put_rows(output, torch.zeros(3, 5), index)
-    with pytest.raises(TypeError, match=r"^put_rows: index is torch.int32; give int64"):
-        ops.put_rows(output, torch.zeros(3, 2), index.int())
-    with pytest.raises(ValueError, match=r"^put_rows: positions are \(1,\) for 3 rows"):
-        ops.put_rows(output, torch.zeros(3, 2), index, index)
+    with pytest.raises(ValueError, match=r"^scatter_rows: rows are \(3, 5\), output is \(4, 2\)"):
+        ops.scatter_rows(output, torch.zeros(3, 5), index)
+    with pytest.raises(TypeError, match=r"^scatter_rows: index is torch.int32; give int64"):
+        ops.scatter_rows(output, torch.zeros(3, 2), index.int())
+    with pytest.raises(ValueError, match=r"^scatter_rows: positions are \(1,\) for 3 rows"):
+        ops.scatter_rows(output, torch.zeros(3, 2), index, index)
 
 
 def test_the_custom_operators_keep_their_promises(backend: str) -> None:
-    leaves = torch.tensor([True, False, False, True])
+    exit_mask = torch.tensor([True, False, False, True])
     channels_last = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     tensors = [torch.randn(4, 3), torch.arange(8).view(2, 4), channels_last]
-    torch.library.opcheck(torch.ops.cet.compact.default, (leaves, tensors, [0, 1, 0]))
+    torch.library.opcheck(torch.ops.cet.compact.default, (exit_mask, tensors, [0, 1, 0]))
     rows = torch.randn(4, 3)
-    torch.library.opcheck(torch.ops.cet.put_rows.default, (torch.zeros(9, 3), rows, torch.tensor([0, 2]), None))
+    torch.library.opcheck(torch.ops.cet.scatter_rows.default, (torch.zeros(9, 3), rows, torch.tensor([0, 2]), None))
 
 
 def test_compiled_calls_give_the_same(backend: str) -> None:
-    def step(leaves: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        staying, leaving, (moved,) = ops.compact(leaves, [x])
-        ops.put_rows(output, x, leaving)
-        return staying, moved * 2
+    def step(exit_mask: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        kept, exited, (moved,) = ops.compact(exit_mask, [x])
+        ops.scatter_rows(output, x, exited)
+        return kept, moved * 2
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        for leaves in (torch.tensor([True, False, True, False, False]), torch.tensor([False, False, True])):
-            x, outputs = torch.randn(len(leaves), 3), [torch.zeros(len(leaves), 3) for _ in range(2)]
-            for got, expected in zip(compiled(leaves, x, outputs[0]), step(leaves, x, outputs[1]), strict=True):
+        for exit_mask in (torch.tensor([True, False, True, False, False]), torch.tensor([False, False, True])):
+            x, outputs = torch.randn(len(exit_mask), 3), [torch.zeros(len(exit_mask), 3) for _ in range(2)]
+            for got, expected in zip(compiled(exit_mask, x, outputs[0]), step(exit_mask, x, outputs[1]), strict=True):
                 assert torch.equal(got, expected)
             assert torch.equal(*outputs)
 
@@ -250,21 +252,21 @@ def test_flags_of_any_strides_and_bytes(backend: str) -> None:
 @pytest.mark.parametrize(
     ("index", "positions"), [([-1], None), ([4], None), ([1], [0, 9, 1, 2]), ([1], [0, -1, 1, 2]), ([4], [0, 1, 2, 3])]
 )
-def test_put_rows_never_writes_elsewhere(backend: str, index: list[int], positions: list[int] | None) -> None:
+def test_scatter_rows_never_writes_elsewhere(backend: str, index: list[int], positions: list[int] | None) -> None:
     where = None if positions is None else torch.tensor(positions)
     with pytest.raises(IndexError):
-        ops.put_rows(torch.zeros(4, 3), torch.randn(4, 3), torch.tensor(index), where)
+        ops.scatter_rows(torch.zeros(4, 3), torch.randn(4, 3), torch.tensor(index), where)
 
 
-def test_put_rows_is_seen_by_autograd(backend: str) -> None:
+def test_scatter_rows_is_seen_by_autograd(backend: str) -> None:
     exponential = torch.randn(8, 3, requires_grad=True).exp()
     with torch.no_grad():
-        ops.put_rows(exponential, torch.zeros(8, 3), torch.tensor([1]))
+        ops.scatter_rows(exponential, torch.zeros(8, 3), torch.tensor([1]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         exponential.sum().backward()
     with torch.inference_mode():
         inferred = torch.zeros(4, 3)
-        ops.put_rows(inferred, torch.ones(4, 3), torch.tensor([2]))
+        ops.scatter_rows(inferred, torch.ones(4, 3), torch.tensor([2]))
     assert inferred.sum() == 3
     with pytest.raises(RuntimeError, match="inference"):
-        ops.put_rows(inferred, torch.ones(4, 3), torch.tensor([2]))
+        ops.scatter_rows(inferred, torch.ones(4, 3), torch.tensor([2]))

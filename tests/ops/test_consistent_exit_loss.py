@@ -138,6 +138,41 @@ def test_a_class_that_the_teacher_rules_out_adds_nothing(backend: str, teacher: 
     assert closed_to_the_student.consistency.isposinf().all()
 
 
+def test_a_class_of_probability_zero_in_float32_adds_nothing(backend: str) -> None:
+    """The teacher's logit is finite, but its probability is not told from zero; the student rules the class out."""
+    clean, perturbed = torch.tensor([[200.0, 0.0, 199.0]]), torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
+    got = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]))
+    teacher, student = clean[:, [0, 2]].log_softmax(1), perturbed.detach()[:, [0, 2]].log_softmax(1)
+    torch.testing.assert_close(got.loss, (teacher.exp() * (teacher - student)).sum())
+    (gradient,) = torch.autograd.grad(got.loss, perturbed)
+    torch.testing.assert_close(gradient[:, [0, 2]], student.exp() - teacher.exp())
+    assert gradient[0, 1] == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["soft", "hard"])
+def test_half_precision_under_a_loss_scale(backend: str, compiled: bool, dtype: torch.dtype, target: Any) -> None:
+    """A scale beyond the range of float16, and gradients that are below it before they are scaled."""
+    torch.compiler.reset()
+    rows, weights, scale = 300, (2e-4, 1e-3), 2.0**20
+    labels = torch.randint(0, 5, (rows,))
+    labels[::3] = -100
+    logits = [(2 * torch.randn(rows, 5)).to(dtype).requires_grad_() for _ in range(4)]
+
+    def scaled(logits: list[Tensor]) -> Tensor:
+        losses = ops.consistent_exit_loss(logits[:2], logits[2:], labels, target=target, exit_weights=weights)
+        return scale * losses.loss
+
+    run = torch.compile(scaled, fullgraph=True, backend="aot_eager") if compiled else scaled
+    gradients = torch.autograd.grad(run(logits), logits)
+    doubles = [x.detach().double().requires_grad_() for x in logits]
+    truth = scale * true_losses(doubles[:2], doubles[2:], labels, target=target, exit_weights=weights).loss
+    for got, expected in zip(gradients, torch.autograd.grad(truth, doubles), strict=True):
+        error = (got.double() - expected).abs()
+        assert bool((error <= 2 * torch.finfo(dtype).eps * expected.abs() + 1e-6).all()), float(error.max())
+
+
 def test_the_only_memory_taken_is_for_the_gradients(backend: str) -> None:
     """Of the kernels; the reference holds a dozen tensors of the size of the logits."""
     logits = [torch.randn(64, 1000, requires_grad=True) for _ in range(8)]

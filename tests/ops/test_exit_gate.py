@@ -20,7 +20,7 @@ from torch import Tensor
 from cet import ops
 from cet.ops.backend import chosen_backend, kernels
 from cet.ops.definitions import SCORE_NAMES, ScoreName
-from cet.ops.exit_gate import score_reference
+from cet.ops.exit_gate.definition import score_definition
 from conftest import kernels_only
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,11 +73,11 @@ def test_scores_of_known_logits(
     backend: str, logits: list[float], entropy: float, confidence: float, margin: float, score: ScoreName
 ) -> None:
     expected = {"entropy": entropy, "confidence": confidence, "margin": margin}[score]
-    scores, leaves = ops.gate(
+    scores, exit_mask = ops.gate(
         torch.tensor([logits, logits]), score=score, threshold=inf if score == "entropy" else -inf
     )
     torch.testing.assert_close(scores, torch.tensor([expected] * 2), rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert leaves.tolist() == [not math.isnan(expected)] * 2
+    assert exit_mask.tolist() == [not math.isnan(expected)] * 2
 
 
 @pytest.mark.parametrize("score", SCORE_NAMES)
@@ -103,7 +103,7 @@ def test_gate_is_as_exact_as_the_reference(backend: str, dtype: torch.dtype, cla
     for score in SCORE_NAMES:
         for temperature in (1.0, 0.3, 20.0):
             got, _ = ops.gate(logits, score=score, threshold=0.0, temperature=temperature)
-            reference = score_reference(logits, score, temperature)
+            reference = score_definition(logits, score, temperature)
             assert_as_good_as_reference(got, reference, true_score(logits, score, temperature), 2e-6)
 
 
@@ -133,7 +133,7 @@ def assert_exit_gate_right(features: Tensor, classes: int, layout: Any, pool: An
     weight = torch.randn(classes, channels).to(features.dtype)
     offset = torch.randn(classes).to(features.dtype) if bias else None
     before = features.clone()
-    logits, scores, leaves = ops.exit_gate(features, weight, offset, layout=layout, pool=pool, threshold=0.9)
+    logits, scores, exit_mask = ops.exit_gate(features, weight, offset, layout=layout, pool=pool, threshold=0.9)
     assert torch.equal(features, before)
     assert logits.dtype == features.dtype
     assert logits.shape == (features.shape[0], classes)
@@ -143,8 +143,8 @@ def assert_exit_gate_right(features: Tensor, classes: int, layout: Any, pool: An
     # Half an ulp for the one rounding that every result in that dtype has.
     tolerance = max(5e-6, torch.finfo(features.dtype).eps * 0.5001)
     assert_as_good_as_reference(logits, reference, truth, tolerance * channels**0.5 / 4 + tolerance)
-    assert_as_good_as_reference(scores, score_reference(logits, "entropy", 1.0), true_score(logits, "entropy"), 2e-6)
-    assert torch.equal(leaves, scores <= 0.9)
+    assert_as_good_as_reference(scores, score_definition(logits, "entropy", 1.0), true_score(logits, "entropy"), 2e-6)
+    assert torch.equal(exit_mask, scores <= 0.9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,18 +190,18 @@ def test_a_poisoned_row_stays_and_touches_no_other(backend: str, poison: float) 
     features, weight = torch.randn(9, 20, 11), torch.randn(5, 20)
     clean = ops.exit_gate(features, weight, threshold=inf)
     features[4, 3, 2] = poison
-    logits, scores, leaves = ops.exit_gate(features, weight, threshold=inf)
+    logits, scores, exit_mask = ops.exit_gate(features, weight, threshold=inf)
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert scores[4].isnan()
-    assert leaves.tolist() == [True] * 4 + [False] + [True] * 4
+    assert exit_mask.tolist() == [True] * 4 + [False] + [True] * 4
     assert torch.equal(logits[others], clean[0][others])
     assert torch.equal(scores[others], clean[1][others])
 
 
 def test_no_rows(backend: str) -> None:
     for features in (torch.randn(0, 4, 8), torch.randn(0, 4)):
-        logits, scores, leaves = ops.exit_gate(features, torch.randn(3, 4), threshold=0.0)
-        assert (logits.shape, scores.shape, leaves.shape) == ((0, 3), (0,), (0,))
+        logits, scores, exit_mask = ops.exit_gate(features, torch.randn(3, 4), threshold=0.0)
+        assert (logits.shape, scores.shape, exit_mask.shape) == ((0, 3), (0,), (0,))
     assert ops.gate(torch.randn(0, 3), threshold=0.0)[0].shape == (0,)
 
 
@@ -209,12 +209,12 @@ def test_no_rows(backend: str) -> None:
 def test_only_the_outputs_are_written(backend: str) -> None:
     guard, logits = 7, torch.randn(5, 4)
     scores = torch.full((5 + guard,), -1.0)
-    leaves = torch.zeros(5 + guard, dtype=torch.bool)
+    exit_mask = torch.zeros(5 + guard, dtype=torch.bool)
     import_module("cet.ops.backend").kernels().gate(
-        logits.data_ptr(), 0, logits.shape, logits.stride(), 0, inf, 1.0, scores.data_ptr(), leaves.data_ptr(), 2
+        logits.data_ptr(), 0, logits.shape, logits.stride(), 0, inf, 1.0, scores.data_ptr(), exit_mask.data_ptr(), 2
     )
     assert scores[5:].tolist() == [-1.0] * guard
-    assert leaves.tolist() == [True] * 5 + [False] * guard
+    assert exit_mask.tolist() == [True] * 5 + [False] * guard
 
 
 def test_gradients_flow_through_the_logits_alone(backend: str) -> None:
@@ -236,13 +236,13 @@ def test_exit_step_is_gate_then_compaction(backend: str, rows: int, memory_forma
     weight, mask = torch.randn(3, 8), torch.randn(5, rows)
     _, scores, _ = ops.exit_gate(features, weight, threshold=0.0)
     for threshold in (-1.0, float(scores.median()), 9.0):
-        logits, scores, leaves = ops.exit_gate(features, weight, threshold=threshold)
+        logits, scores, exit_mask = ops.exit_gate(features, weight, threshold=threshold)
         got = ops.exit_step(features, weight, None, [mask, features], [1, 0], threshold=threshold)
-        expected = ops.compact(leaves, [mask, features], [1, 0])
+        expected = ops.compact(exit_mask, [mask, features], [1, 0])
         assert torch.equal(got[0], logits)
         assert torch.equal(got[1], scores)
-        assert torch.equal(got[2].staying, expected.staying)
-        assert torch.equal(got[2].leaving, expected.leaving)
+        assert torch.equal(got[2].kept_indices, expected.kept_indices)
+        assert torch.equal(got[2].exited_indices, expected.exited_indices)
         for a, b in zip(got[2].tensors, expected.tensors, strict=True):
             assert torch.equal(a, b)
             assert a.stride() == b.stride()
@@ -300,8 +300,8 @@ def test_compiled_calls_give_the_same(backend: str) -> None:
     weight, bias = torch.randn(4, 6), torch.randn(4)
 
     def both(x: Tensor) -> tuple[Tensor, ...]:
-        logits, scores, leaves = ops.exit_gate(x, weight, bias, threshold=1.0)
-        return logits, scores, leaves, *ops.gate(logits, score="margin", threshold=0.5)
+        logits, scores, exit_mask = ops.exit_gate(x, weight, bias, threshold=1.0)
+        return logits, scores, exit_mask, *ops.gate(logits, score="margin", threshold=0.5)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for rows in (3, 8):
@@ -344,11 +344,11 @@ def test_triton_cannot_be_told_to_interpret_once_it_is_imported() -> None:
 def test_logits_that_overflow_when_divided_by_the_temperature(backend: str, score: ScoreName) -> None:
     logits = torch.tensor([[3e38, -3e38, 0.0], [-3e38, 3e38, 3e38], [2.0, 1.0, 0.0], [2.0, math.inf, 0.0]])
     expected = {"entropy": [0.0, math.log(2), 0.0, math.nan], "margin": [1.0, 0.0, 1.0, math.nan]}
-    scores, leaves = ops.gate(logits, score=score, threshold=0.75, temperature=1e-3)
+    scores, exit_mask = ops.gate(logits, score=score, threshold=0.75, temperature=1e-3)
     torch.testing.assert_close(
         scores, torch.tensor(expected.get(score, [1.0, 0.5, 1.0, math.nan])), equal_nan=True, atol=1e-6, rtol=1e-6
     )
-    assert leaves.tolist() == ([True, True, True, False] if score == "entropy" else [True, False, True, False])
+    assert exit_mask.tolist() == ([True, True, True, False] if score == "entropy" else [True, False, True, False])
 
 
 def test_what_is_no_tensor_is_refused_by_name() -> None:
@@ -358,9 +358,9 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
         (lambda: ops.exit_gate(x.numpy(), x, threshold=1.0), "exit_gate: features is a ndarray; give a tensor"),
         (lambda: ops.exit_gate(x, x, [0.0, 0.0], threshold=1.0), "exit_gate: bias is a list; give a tensor"),
         (lambda: ops.exit_step(x, None, None, [x], threshold=1.0), "exit_gate: weight is a NoneType; give a tensor"),
-        (lambda: ops.compact([True, False], [x]), "compact: leaves is a list; give a tensor"),
+        (lambda: ops.compact([True, False], [x]), "compact: exit_mask is a list; give a tensor"),
         (lambda: ops.compact(flags, [x, [1, 2]]), r"compact: tensors\[1\] is a list; give a tensor"),
-        (lambda: ops.put_rows(x, x, [0, 1]), "put_rows: index is a list; give a tensor"),
+        (lambda: ops.scatter_rows(x, x, [0, 1]), "scatter_rows: index is a list; give a tensor"),
         (
             lambda: ops.consistent_exit_loss([x], [x], [0, 1], consistency_weight=1.0),
             "consistent_exit_loss: labels is a list; give a tensor",

@@ -70,7 +70,7 @@ def test_scores_match_double_precision(rows, classes, spread, temperature, dtype
 
 
 @pytest.mark.parametrize(
-    ("score", "threshold", "leaves"),
+    ("score", "threshold", "expected"),
     [
         # Rows of TABLE: uniform, 3:1, certain, NaN.
         ("entropy", 0.6, [False, True, True, False]),
@@ -86,11 +86,11 @@ def test_scores_match_double_precision(rows, classes, spread, temperature, dtype
         ("margin", 0.6, [False, False, True, False]),
     ],
 )
-def test_who_leaves(score, threshold, leaves):
+def test_who_leaves(score, threshold, expected):
     logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [0.0, -INF], [NAN, 1.0]])
-    scores, flags = gate(logits, score=score, threshold=threshold)
-    assert flags.dtype == torch.bool
-    assert flags.tolist() == leaves
+    scores, exit_mask = gate(logits, score=score, threshold=threshold)
+    assert exit_mask.dtype == torch.bool
+    assert exit_mask.tolist() == expected
     torch.testing.assert_close(scores, exit_score(logits, score), rtol=0, atol=0, equal_nan=True)
 
 

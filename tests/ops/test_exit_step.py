@@ -28,7 +28,7 @@ FORMS: dict[str, tuple[Layout, Pool, tuple[int, ...]]] = {
 def assert_step_right(
     features: Tensor, head: tuple[Tensor, Tensor], others: list[Tensor], dims: list[int], at: int, **options: Any
 ) -> None:
-    """With ``features`` at position ``at`` among the tensors, and half of the rows leaving."""
+    """With ``features`` at position ``at`` among the tensors, and half of the rows exited."""
     with ops.use_backend("reference"):
         logits, scores, _ = ops.exit_gate(features, *head, threshold=0.0, **options)
     tensors, dims = [*others[:at], features, *others[at:]], [*dims[:at], 0, *dims[at:]]
@@ -38,17 +38,17 @@ def assert_step_right(
     gap = int(ordered.diff().argmax()) if len(ordered) > 1 else 0
     threshold = float(ordered[gap : gap + 2].mean()) if len(ordered) > 1 else float(ordered.sum()) + 1.0
     for limit in (threshold, float("inf"), -1.0):
-        got_logits, got_scores, (staying, leaving, moved) = ops.exit_step(
+        got_logits, got_scores, (kept, exited, moved) = ops.exit_step(
             features, *head, tensors, dims, threshold=limit, **options
         )
         tolerance = 1e-4 if features.dtype is torch.float32 else 3e-2
         torch.testing.assert_close(got_logits, logits, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got_scores, scores, rtol=10 * tolerance, atol=10 * tolerance)
-        assert staying.tolist() == [row for row, score in enumerate(got_scores.tolist()) if not score <= limit]
-        assert leaving.tolist() == [row for row, score in enumerate(got_scores.tolist()) if score <= limit]
+        assert kept.tolist() == [row for row, score in enumerate(got_scores.tolist()) if not score <= limit]
+        assert exited.tolist() == [row for row, score in enumerate(got_scores.tolist()) if score <= limit]
         for tensor, original, kept, dim in zip(tensors, before, moved, dims, strict=True):
             assert torch.equal(tensor, original)
-            assert torch.equal(kept, original.index_select(dim, staying))
+            assert torch.equal(kept, original.index_select(dim, kept))
 
 
 def head_for(features: Tensor, layout: Layout, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def test_few_survivors_hold_no_memory_of_many(backend: str) -> None:
     features = torch.randn(400, 30, 20)
     head = head_for(features, "channels_first")
     scores = ops.exit_gate(features, *head, threshold=0.0)[1].sort().values
-    for staying in (0, 1, 50, 300):
-        threshold = float(scores[-1 - staying : len(scores) + 1 - staying].mean()) if staying else 9.0
+    for kept in (0, 1, 50, 300):
+        threshold = float(scores[-1 - kept : len(scores) + 1 - kept].mean()) if kept else 9.0
         moved = ops.exit_step(features, *head, [features], threshold=threshold)[2].tensors[0]
         assert moved.untyped_storage().nbytes() <= max(8 * moved.nbytes, 64)

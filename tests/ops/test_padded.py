@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cet import ops
-from cet.ops.definitions import SCORE_NAMES, ScoreName
-from cet.ops.padded import move_rows, padded_exit_gate, padded_gate
+from cet.ops.definitions import SCORE_NAMES, ScoreName, pool_features
+from cet.ops.padded import gather_and_scatter_rows, padded_exit_gate, padded_gate
 
 NAN, INF = float("nan"), float("inf")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -25,12 +29,12 @@ def int32(values: object, device: str) -> Tensor:
 def test_order_by_example(device: str) -> None:
     sure, unsure, lost = [9.0, 0.0], [0.1, 0.0], [NAN, 0.0]
     logits = torch.tensor([unsure, sure, lost, sure, unsure, sure], device=device)
-    staying = int32(-1, device)
+    num_kept = int32(-1, device)
     decision = torch.tensor([0.9, 1.0], device=device)
-    scores, order = padded_gate(logits, decision, int32(5, device), staying, score="confidence")
+    scores, order = padded_gate(logits, decision, int32(5, device), num_kept, score="confidence")
     assert order.tolist() == [0, 2, 4, 1, 3, 5]
     assert order.dtype is torch.int32
-    assert staying.item() == 3
+    assert num_kept.item() == 3
     assert scores.dtype is torch.float32
 
 
@@ -67,8 +71,8 @@ def test_any_padded_batch_is_gated_as_its_real_rows_are(
         ascending = scores.nan_to_num(0).sort().values
         place = round(quantile * (rows - 1))
         threshold = float(ascending[place : place + 2].mean())  # between two rows, where rounding decides nothing
-        leaves = ops.exit_gate(features, weight, bias, threshold=threshold, score=score, temperature=temperature)[2]
-    staying = int32(-1, device)
+        exit_mask = ops.exit_gate(features, weight, bias, threshold=threshold, score=score, temperature=temperature)[2]
+    num_kept = int32(-1, device)
     decision = torch.tensor([threshold, temperature], device=device)
     logits, got, order = padded_exit_gate(
         features,
@@ -76,7 +80,7 @@ def test_any_padded_batch_is_gated_as_its_real_rows_are(
         bias,
         decision,
         int32(count, device),
-        staying,
+        num_kept,
         layout="channels_first",
         pool="mean",
         score=score,
@@ -84,13 +88,58 @@ def test_any_padded_batch_is_gated_as_its_real_rows_are(
     on_the_edge = (scores - threshold).abs() < 1e-5
     if on_the_edge[:count].any():
         return
-    flags = leaves[:count].tolist()
+    flags = exit_mask[:count].tolist()
     stay, leave = ([row for row in range(count) if flags[row] is flag] for flag in (False, True))
     assert order.tolist() == [*stay, *leave, *range(count, rows)]
-    assert staying.item() == len(stay)
+    assert num_kept.item() == len(stay)
     torch.testing.assert_close(got[:count], scores[:count], rtol=1e-3, atol=1e-4, equal_nan=True)
     assert logits.dtype is dtype
     assert logits.shape == (rows, classes)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses the operations that would wait for a device, or copy from the host: a CUDA graph cannot hold them."""
+
+    WAIT = frozenset(
+        [
+            "_local_scalar_dense",
+            "item",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "_unique2",
+            "lift_fresh",
+            "lift_fresh_copy",
+        ]
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.WAIT, func
+        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype is not torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@on_devices
+@pytest.mark.parametrize("score", SCORE_NAMES)
+def test_nothing_waits_for_the_device(device: str, score: ScoreName) -> None:
+    features, weight = torch.randn(6, 4, 5, device=device), torch.randn(3, 4, device=device)
+    mask = torch.rand(6, 5, device=device) < 0.5
+    decision, count, num_kept = torch.tensor([0.5, 0.7], device=device), int32(5, device), int32(0, device)
+    options: dict[str, Any] = {"layout": "channels_first", "pool": "mean", "score": score}
+    with ops.use_backend("reference"), NoWaiting():
+        logits, _, order = padded_exit_gate(features, weight, None, decision, count, num_kept, **options)
+        padded_gate(logits, decision, count, num_kept, score=score)
+        padded_gate(
+            F.linear(pool_features(features, "channels_first", "mean", mask), weight),
+            decision,
+            count,
+            num_kept,
+            score=score,
+        )
+        pair = features, torch.empty_like(features)
+        gather_and_scatter_rows(order, order, num_kept, count, [pair], [(logits, torch.empty_like(logits))])
 
 
 LAYOUTS = {
@@ -130,7 +179,7 @@ def test_rows_move_where_they_belong_and_nothing_else_is_written(
 ) -> None:
     torch.manual_seed(seed)
     count = round(real * rows)
-    staying = round(going_on * count)
+    num_kept = round(going_on * count)
     order = torch.cat([torch.randperm(count), torch.arange(count, rows)])
     capacity = rows + batch
     positions = torch.cat([torch.randperm(capacity)[:count], torch.randint(0, capacity, (rows - count,))])
@@ -141,13 +190,13 @@ def test_rows_move_where_they_belong_and_nothing_else_is_written(
     before = [source.clone() for source in sources]
     for index, source in enumerate(sources):
         for j in range(count):
-            if j < staying:
+            if j < num_kept:
                 expected_stay[index][j] = source[order[j]]
             else:
                 expected_leave[index][positions[order[j]]] = source[order[j]]
 
-    on_device = [tensor.int().to(device) for tensor in (order, positions, torch.tensor(staying), torch.tensor(count))]
-    move_rows(*on_device, stay, leave)
+    on_device = [tensor.int().to(device) for tensor in (order, positions, torch.tensor(num_kept), torch.tensor(count))]
+    gather_and_scatter_rows(*on_device, stay, leave)
 
     for (_, target), expected in zip([*stay, *leave], [*expected_stay, *expected_leave], strict=True):
         assert torch.equal(target, expected)

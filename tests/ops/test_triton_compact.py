@@ -15,6 +15,7 @@ from test_compact import (  # noqa: F401
     test_any_shape_and_strides,
     test_compiled_calls_give_the_same,
     test_gradients_flow_through_the_rows_that_stay,
+    test_scatter_rows_is_seen_by_autograd,
     test_the_custom_operators_keep_their_promises,
     test_the_same_tensor_twice_and_views_of_one,
     test_what_could_be_viewed_can_still_be_viewed,
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from cet import ops
 from cet.kernels import compact
-from cet.ops.padded import move_rows
+from cet.ops.padded import gather_and_scatter_rows
 from conftest import triton_backend as backend  # noqa: F401
 
 
@@ -44,11 +45,11 @@ def on_default_device(tensor: Tensor) -> Tensor:
 def test_any_layout_stays_what_it_is(backend: str, name: str) -> None:  # noqa: F811
     tensor, dim = LAYOUTS[name]
     tensor = on_default_device(tensor)
-    leaves = torch.rand(30) < 0.5
-    assert_compacted(leaves, [tensor], [dim])
-    moved = ops.compact(leaves, [tensor], [dim]).tensors[0]
+    exit_mask = torch.rand(30) < 0.5
+    assert_compacted(exit_mask, [tensor], [dim])
+    moved = ops.compact(exit_mask, [tensor], [dim]).tensors[0]
     with ops.use_backend("reference"):
-        assert moved.stride() == ops.compact(leaves, [tensor], [dim]).tensors[0].stride()
+        assert moved.stride() == ops.compact(exit_mask, [tensor], [dim]).tensors[0].stride()
 
 
 def test_more_tensors_than_a_launch_takes(backend: str) -> None:  # noqa: F811
@@ -61,28 +62,28 @@ def test_rows_longer_than_a_tile(backend: str) -> None:  # noqa: F811
 
 
 def test_nothing_is_written_behind_the_rows_that_stay(backend: str) -> None:  # noqa: F811
-    leaves = torch.tensor([False, True, False, True, True])
-    order, staying = torch.full((7,), -7), torch.tensor(-7)
-    compact.partition_into(leaves, order, staying)
+    exit_mask = torch.tensor([False, True, False, True, True])
+    order, num_kept = torch.full((7,), -7), torch.tensor(-7)
+    compact.order_rows_into(exit_mask, order, num_kept)
     assert order.tolist() == [0, 2, 1, 3, 4, -7, -7]
-    assert staying.item() == 2
+    assert num_kept.item() == 2
     for columns in (1, 3, 16, 257):
         source, target = torch.randn(5, columns), torch.full((5, columns), -1.0)
-        compact.move_rows(order[:5], order[:5], staying, staying, [(source, target)], [])
+        compact.gather_and_scatter_rows(order[:5], order[:5], num_kept, num_kept, [(source, target)], [])
         assert torch.equal(target[:2], source[[0, 2]])
         assert (target[2:] == -1).all()
 
 
 @pytest.mark.parametrize("with_positions", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put_rows_writes_where_they_belong(
+def test_scatter_rows_writes_where_they_belong(
     backend: str,  # noqa: F811
     with_positions: bool,
     dtype: torch.dtype,
 ) -> None:
     positions = torch.tensor([7, 0, 3, 5]) if with_positions else None
     rows, output = numbered(4, 3, dtype=dtype), torch.zeros(8, 3, dtype=dtype)
-    ops.put_rows(output, rows, torch.tensor([1, 3]), positions)
+    ops.scatter_rows(output, rows, torch.tensor([1, 3]), positions)
     at = [0, 5] if with_positions else [1, 3]
     assert same_bits(output[at], rows[[1, 3]])
     assert same_bits(output[[row for row in range(8) if row not in at]], torch.zeros(6, 3, dtype=dtype))
@@ -94,8 +95,8 @@ def ones_for(rows: int, source: Tensor) -> Tensor:
     return target.to(memory_format=torch.channels_last) if source.ndim == 4 else target
 
 
-@pytest.mark.parametrize(("staying", "count"), [(0, 0), (0, 30), (30, 30), (9, 30), (9, 21), (0, 7), (7, 7)])
-def test_padded_rows_go_on_or_home(backend: str, staying: int, count: int) -> None:  # noqa: F811
+@pytest.mark.parametrize(("num_kept", "count"), [(0, 0), (0, 30), (30, 30), (9, 30), (9, 21), (0, 7), (7, 7)])
+def test_padded_rows_go_on_or_home(backend: str, num_kept: int, count: int) -> None:  # noqa: F811
     order = torch.cat([torch.randperm(count), torch.arange(count, 30)]).int()
     positions = torch.randperm(50)[:30].int()
     sources = [
@@ -111,9 +112,9 @@ def test_padded_rows_go_on_or_home(backend: str, staying: int, count: int) -> No
     stay, leave = ([(x, ones_for(50, x)) for x in sources] for _ in range(2))
     wanted = [[target.clone() for _, target in pairs] for pairs in (stay, leave)]
     for x, kept, put in zip(sources, *wanted, strict=True):
-        kept[:staying] = x[order[:staying]]
-        put[positions[order[staying:count]]] = x[order[staying:count]]
-    move_rows(order, positions, torch.tensor(staying).int(), torch.tensor(count).int(), stay, leave)
+        kept[:num_kept] = x[order[:num_kept]]
+        put[positions[order[num_kept:count]]] = x[order[num_kept:count]]
+    gather_and_scatter_rows(order, positions, torch.tensor(num_kept).int(), torch.tensor(count).int(), stay, leave)
     for pairs, targets in zip((stay, leave), wanted, strict=True):
         for (_, target), expected in zip(pairs, targets, strict=True):
             assert same_bits(target, expected)

@@ -49,7 +49,7 @@ def wide(kernel: dict[str, Any]) -> dict[str, int]:
 
 
 def test_rows_are_copied_16_bytes_at_a_time(kernels: list[dict[str, Any]]) -> None:
-    copies = {kernel["case"]: kernel for kernel in kernels if kernel["kernel"] == "move_rows_kernel"}
+    copies = {kernel["case"]: kernel for kernel in kernels if kernel["kernel"] == "gather_and_scatter_rows_kernel"}
     for case in ROW_COPIES:
         moves = 2 if case == "row copy, padded" else 1
         assert wide(copies[case]) == {"LDG": 8 * moves, "STG": 8 * moves}, "eight independent loads in flight"

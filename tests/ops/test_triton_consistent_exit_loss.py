@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from test_consistent_exit_loss import (  # noqa: F401
     SWITCHES,
     assert_loss_right,
+    test_a_class_of_probability_zero_in_float32_adds_nothing,
     test_a_class_that_the_teacher_rules_out_adds_nothing,
     test_a_compiled_call_gives_the_same_loss_and_gradients,
+    test_half_precision_under_a_loss_scale,
     test_known_values,
     test_large_logits_do_not_overflow,
     test_loss_and_gradients,
@@ -91,3 +93,9 @@ def test_the_custom_operator_keeps_its_promises(backend: str) -> None:  # noqa: 
     arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(torch.ops.cet.consistent_exit_loss.default, arguments, test_utils=tests)
+
+
+def test_transforms_are_refused(backend: str) -> None:  # noqa: F811
+    perturbed, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"^consistent_exit_loss: backend 'triton' knows no torch\.func"):
+        torch.func.grad(lambda x: ops.consistent_exit_loss([x], [perturbed], labels).loss)(torch.randn(4, 3))

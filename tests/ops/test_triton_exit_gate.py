@@ -98,24 +98,24 @@ def test_rows_are_ordered_in_the_same_launch(backend: str, launches: list[str], 
     weight = torch.randn(classes, shape[-1 if layout == "channels_last" else 1])
     scores = ops.exit_gate(features, weight, layout=layout, pool=pool, threshold=0.0)[1]
     for threshold in (-1.0, float(scores.median()), 9.0):
-        logits, scores, leaves = ops.exit_gate(features, weight, layout=layout, pool=pool, threshold=threshold)
+        logits, scores, exit_mask = ops.exit_gate(features, weight, layout=layout, pool=pool, threshold=threshold)
         launches.clear()
         got = exit_step(features, weight, None, [features], layout=layout, pool=pool, threshold=threshold)
         assert launches == expected
         assert torch.equal(got[0], logits)
         assert torch.equal(got[1], scores)
-        assert torch.equal(got[2].staying, (~leaves).nonzero()[:, 0])
-        assert torch.equal(got[2].leaving, leaves.nonzero()[:, 0])
-        assert torch.equal(got[2].tensors[0], features[~leaves])
+        assert torch.equal(got[2].kept_indices, (~exit_mask).nonzero()[:, 0])
+        assert torch.equal(got[2].exited_indices, exit_mask.nonzero()[:, 0])
+        assert torch.equal(got[2].tensors[0], features[~exit_mask])
 
 
 def test_more_rows_than_a_block_of_the_scan(backend: str) -> None:  # noqa: F811
     features, weight = torch.randn(1500, 4), torch.randn(3, 4)
-    leaves = ops.exit_gate(features, weight, threshold=0.5)[2]
-    staying, leaving, (moved,) = exit_step(features, weight, None, [features], threshold=0.5)[2]
-    assert 0 < len(staying) < 1500
-    assert torch.equal(torch.cat([staying, leaving]), leaves.long().argsort(stable=True))
-    assert torch.equal(moved, features[~leaves])
+    exit_mask = ops.exit_gate(features, weight, threshold=0.5)[2]
+    kept, exited, (moved,) = exit_step(features, weight, None, [features], threshold=0.5)[2]
+    assert 0 < len(kept) < 1500
+    assert torch.equal(torch.cat([kept, exited]), exit_mask.long().argsort(stable=True))
+    assert torch.equal(moved, features[~exit_mask])
 
 
 def test_positions_that_are_three_dimensions_in_memory(backend: str) -> None:  # noqa: F811
@@ -125,19 +125,19 @@ def test_positions_that_are_three_dimensions_in_memory(backend: str) -> None:  #
 def test_a_launch_leaves_its_ticket_for_the_next(backend: str) -> None:  # noqa: F811
     order, counts = torch.empty(70, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     decision = kernels._new_decision(order, threshold=0.6)
-    decision = decision._replace(order_ptr=order, staying_ptr=counts[0], ticket_ptr=counts[1])
+    decision = decision._replace(order_ptr=order, num_kept_ptr=counts[0], ticket_ptr=counts[1])
     for _ in range(3):
         logits = 3 * torch.randn(70, 2000)
         kernels.gate_into(logits, "confidence", decision)
-        leaves = ops.gate(logits, score="confidence", threshold=0.6)[1]
-        assert torch.equal(order, leaves.long().argsort(stable=True))
-        assert counts.tolist() == [int((~leaves).sum()), 0]
+        exit_mask = ops.gate(logits, score="confidence", threshold=0.6)[1]
+        assert torch.equal(order, exit_mask.long().argsort(stable=True))
+        assert counts.tolist() == [int((~exit_mask).sum()), 0]
 
 
-def true_order(leaves: Tensor, count: int) -> list[int]:
-    flags = leaves[:count].tolist()
+def true_order(exit_mask: Tensor, count: int) -> list[int]:
+    flags = exit_mask[:count].tolist()
     rows = range(count)
-    return [*(i for i in rows if not flags[i]), *(i for i in rows if flags[i]), *range(count, len(leaves))]
+    return [*(i for i in rows if not flags[i]), *(i for i in rows if flags[i]), *range(count, len(exit_mask))]
 
 
 @pytest.mark.parametrize("count", [0, 3, 40])
@@ -148,24 +148,24 @@ def test_padding_is_not_decided(backend: str, way: str, count: int) -> None:  # 
     features = torch.randn(shape)
     weight = torch.randn(classes, shape[-1 if layout == "channels_last" else 1])
     options: dict[str, Any] = {"layout": layout, "pool": pool, "score": "margin"}
-    logits, scores, leaves = ops.exit_gate(features, weight, threshold=0.4, temperature=2.0, **options)
-    switches, real, staying = torch.tensor([0.4, 2.0]), torch.tensor(count).int(), torch.tensor(-1).int()
-    got_logits, got_scores, order = padded_exit_gate(features, weight, None, switches, real, staying, **options)
+    logits, scores, exit_mask = ops.exit_gate(features, weight, threshold=0.4, temperature=2.0, **options)
+    rule, real, num_kept = torch.tensor([0.4, 2.0]), torch.tensor(count).int(), torch.tensor(-1).int()
+    got_logits, got_scores, order = padded_exit_gate(features, weight, None, rule, real, num_kept, **options)
     assert torch.equal(got_logits[:count], logits[:count])
-    for got, got_order in [(got_scores, order), padded_gate(logits, switches, real, staying, score="margin")]:
+    for got, got_order in [(got_scores, order), padded_gate(logits, rule, real, num_kept, score="margin")]:
         assert torch.equal(got[:count], scores[:count])
         assert got_order.dtype is torch.int32
-        assert got_order.tolist() == true_order(leaves, count)
-        assert staying.item() == int((~leaves[:count]).sum())
+        assert got_order.tolist() == true_order(exit_mask, count)
+        assert num_kept.item() == int((~exit_mask[:count]).sum())
 
 
 def test_a_chosen_backend_that_cannot_run_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=r"^gate: backend 'triton' cannot take a torch\.float64 Tensor on"):
         ops.gate(torch.zeros(2, 2, dtype=torch.float64), threshold=0.0)
-    monkeypatch.setattr("cet.kernels.is_interpreted", lambda: False)
+    monkeypatch.setattr("cet.kernels.launch.is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"^gate: backend 'triton' cannot take a torch\.float64 Tensor on"):
         ops.gate(torch.zeros(2, 2, dtype=torch.float64), threshold=0.0)
-    monkeypatch.setattr("cet.kernels.is_interpreted", lambda: False)
+    monkeypatch.setattr("cet.kernels.launch.is_interpreted", lambda: False)
     with pytest.raises(ValueError, match=r"^exit_gate: backend 'triton' cannot take a torch\.float32 Tensor on cpu"):
         ops.exit_gate(torch.zeros(2, 3, device="cpu"), torch.zeros(2, 3, device="cpu"), threshold=0.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -140,7 +140,16 @@ def test_a_wrapped_model_is_run_once_and_its_labels_are_checked(model):
         cet.ConsistentExitLoss(shift)(wrapped, X, torch.full((5,), 9))
 
 
-BAD_SWITCHES = [
+def test_a_compiled_model_is_the_model(model):
+    compiled = torch.compile(model, backend="eager")
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    loss, _ = cet.ConsistentExitLoss(shift)(compiled, X, Y)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="label 9 for 3 classes"):
+        cet.ConsistentExitLoss(shift)(compiled, X, torch.full((5,), 9))
+
+
+BAD_ARGUMENTS = [
     ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number >= 0"),
     ({"consistency_weight": math.nan}, ValueError, "consistency_weight is nan"),
     ({"consistency_weight": math.inf}, ValueError, "consistency_weight is inf"),
@@ -154,10 +163,10 @@ BAD_SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize(("switches", "error", "message"), BAD_SWITCHES)
-def test_bad_switches_are_refused(switches, error, message):
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        cet.ConsistentExitLoss(**{"perturb": shift, **switches})
+        cet.ConsistentExitLoss(**{"perturb": shift, **arguments})
 
 
 BAD_LABELS = [
@@ -194,6 +203,32 @@ def test_any_batch_of_a_loader_can_be_given(model):
     expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
     loss, _ = cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, *split_batch({"x": X, "labels": Y}))
     assert torch.equal(loss, expected)
+
+
+def test_keys_that_the_backbone_does_not_take_change_nothing(model):
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    x = {"x": X, "row": torch.arange(5), "name": ["a", "b", "c", "d", "e"]}
+    with pytest.warns(UserWarning, match="forward takes no 'row', 'name', which is ignored"):
+        loss, _ = cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, x, Y)
+    assert torch.equal(loss, expected)
+
+
+def test_optional_inputs_that_the_example_had_may_be_left_out():
+    torch.manual_seed(0)
+    model = cet.EarlyExit(Net(), ["body"], {"x": torch.randn(3, 4), "offset": torch.randn(3, 6)})
+    assert cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, {"x": X}, Y)[0].isfinite()
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_a_single_logit_learns_from_the_labels_of_binary_cross_entropy(shape):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    model = cet.EarlyExit(net, ["1"], (X[:3],)).train()
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    loss, parts = cet.ConsistentExitLoss(None, 0.0)(model, X, y.view(shape))
+    expected = nn.functional.binary_cross_entropy_with_logits(net(X).squeeze(1), y)
+    torch.testing.assert_close(parts.supervised[-1], expected.detach())
+    loss.backward()
+    assert net[2].weight.grad.abs().sum() > 0
 
 
 class Shift(cet.perturb.Perturbation):

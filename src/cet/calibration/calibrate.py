@@ -21,7 +21,6 @@ from cet.calibration.report import CalibrationReport, ClassReport, ExitReport, d
 from cet.calibration.temperatures import fit_temperature
 from cet.calibration.thresholds import search_thresholds, simulate
 from cet.data.batches import BatchFn, Inputs, as_call, read_batches
-from cet.model.check import compare_answers, runtime_logits
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
 from cet.ops.consistent_exit_loss import UNLABELLED
@@ -61,7 +60,7 @@ def calibrate(
     class: the report gives the recall of each, and a warning is issued when one loses more than ``max_accuracy_drop``.
 
     Logits and scores are those that :meth:`EarlyExit.predict` computes, to the bit when its batches take the same
-    kernels; on the first batch they are compared with :meth:`EarlyExit.exit_logits`. The logits of all exits are held
+    kernels; the first batch is checked by :meth:`EarlyExit.check`. The logits of all exits are held
     in memory, ``E * n * K`` numbers for ``n`` samples and ``K`` classes.
 
     Args:
@@ -86,7 +85,7 @@ def calibrate(
             FLOPs cannot be counted when ``costs`` is not given.
         TypeError: for a model that is no :class:`cet.EarlyExit`, arguments of a wrong type, a loader that does not
             yield labelled batches and labels that name no class.
-        RuntimeError: when ``predict`` and ``exit_logits`` differ on the first batch.
+        AnswerMismatchError: when the stages that ``predict`` runs differ from the backbone on the first batch.
     """
     model = _early_exit(model)
     _check_fraction("max_accuracy_drop", max_accuracy_drop)
@@ -183,22 +182,14 @@ def _collect(model: EarlyExit, batches_read: Iterable[tuple[Inputs, Tensor]]) ->
             if not is_labelled.any():
                 continue
             args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), as_call(x))
-            exit_logits = _answers_of(model, args, kwargs, compare=not batches)
-            batches.append([logits.cpu()[is_labelled] for logits in exit_logits])
+            if not batches:
+                model.check(*args, **kwargs)
+            answers = model.exit_answers(*args, **kwargs)
+            batches.append([logits.cpu()[is_labelled] for logits, _ in answers])
             labels.append(y[is_labelled])
     if not labels:
         raise ValueError("loader yields no labelled rows; give it held-out samples with class indices as labels")
     return [torch.cat(parts) for parts in zip(*batches, strict=True)], torch.cat(labels)
-
-
-def _answers_of(
-    model: EarlyExit, args: tuple[Any, ...], kwargs: dict[str, Any], *, compare: bool
-) -> tuple[Tensor, ...]:
-    """The logits of every exit, ``(B, K)``, as `predict` computes them; compared with `exit_logits` if asked for."""
-    logits = runtime_logits(model, args, kwargs)
-    if compare:
-        compare_answers(model, logits, args, kwargs)
-    return logits
 
 
 def _scores(

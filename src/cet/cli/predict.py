@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from cet.cli.runs import Run
     from cet.demo.figures import Step
-    from cet.model.early_exit import ExitOutput
+    from cet.model.output import ExitOutput
 
 
 @click.command("predict")

@@ -91,18 +91,18 @@ def class_indices(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -
     if not isinstance(y, Tensor) or y.is_complex():
         got = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"{whose}y is {got}; give class indices as an int64 tensor")
-    rows = y.shape[0] if y.ndim and y.shape[0] in lengths else lengths[0]  # the first tensor may be a shared one
-    if y.ndim == 2 and y.shape[0] == rows and y.shape[1] > 1 and num_classes in (None, y.shape[1]):
+    num_rows = y.shape[0] if y.ndim and y.shape[0] in lengths else lengths[0]  # the first tensor may be a shared one
+    if y.ndim == 2 and y.shape[0] == num_rows and y.shape[1] > 1 and num_classes in (None, y.shape[1]):
         return _from_one_hot(y, whose)
-    if y.shape == (rows, 1) and num_classes == 2:
+    if y.shape == (num_rows, 1) and num_classes == 2:
         y = y.squeeze(1)
-    if y.shape != (rows,):
-        fix = f"give shape ({rows},)"
-        if y.shape == (rows, 1):
+    if y.shape != (num_rows,):
+        fix = f"give shape ({num_rows},)"
+        if y.shape == (num_rows, 1):
             fix += ", y.squeeze(1)"
         elif y.ndim > 1:
             fix += ", one class per sample: cet does no segmentation and no tagging"
-        raise ValueError(f"{whose}y has shape {tuple(y.shape)} for {rows} rows of x; {fix}")
+        raise ValueError(f"{whose}y has shape {tuple(y.shape)} for {num_rows} rows of x; {fix}")
     if y.is_floating_point():
         _check_whole(y, num_classes, whose)
     indices: Tensor = y.long()

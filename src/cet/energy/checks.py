@@ -7,7 +7,7 @@ from statistics import fmean
 
 from cet.energy.clock import Clock
 from cet.energy.domains import DeviceFacts, DeviceState, EnergyReading, Flag, unique
-from cet.energy.measurement import IDLE, Block
+from cet.energy.measurement import IDLE, WindowRecord
 
 MIN_WINDOW, MIN_TICKS = 5.0, 50
 """Windows shorter than so many seconds, or update periods of the counter, are flagged."""
@@ -73,7 +73,7 @@ def window_flags(reading: EnergyReading, before: States, after: States) -> Itera
 
 
 def measurement_flags(
-    windows: Sequence[Block], num_rounds: int, preflight: Mapping[str, DeviceFacts]
+    windows: Sequence[WindowRecord], num_rounds: int, preflight: Mapping[str, DeviceFacts]
 ) -> tuple[Flag, ...]:
     """Those of all windows, and what only all of them together show.
 
@@ -93,7 +93,7 @@ def measurement_flags(
         times = [window.seconds / window.calls for window in working if window.workload == name]
         if abs(_drift(times)) > MAX_TIME_DRIFT * fmean(times):
             flags.append(Flag.TIME_DRIFT)
-    ends = [window.watts for window in windows if window.round in (-1, num_rounds)]
+    ends = [window.watts for window in windows if window.round_index in (-1, num_rounds)]
     if len(ends) == 2 and idle_drifts(*ends):
         flags.append(Flag.IDLE_DRIFT)
     if num_rounds < MIN_ROUNDS:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from cet.calibration.cost import exit_costs
 from cet.data.batches import call, check_batch
-from cet.energy.measurement import Block, Measurement, Quantity, Settings
+from cet.energy.measurement import Measurement, Quantity, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
-from cet.model.early_exit import EarlyExit
+from cet.model.early_exit import EarlyExit, StagedBatch
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.partition.inputs import copies
-from cet.partition.stages import StagedProgram, evaluating
+from cet.partition.stages import evaluating
+from cet.runtime.eager import run_prefix
 from cet.runtime.policy import ExitPolicy
 
 MIXED = "mixed"
@@ -120,7 +120,7 @@ def profile(
     *,
     exits: Sequence[str] | None = None,
     progress: Progress | None = None,
-    on_block: Callable[[Block], object] | None = None,
+    on_window: Callable[[WindowRecord], object] | None = None,
 ) -> BatchProfile:
     """Measure a model exit by exit, in windows that each pass over all batches again and again.
 
@@ -139,7 +139,7 @@ def profile(
         exits: the early exits to profile; those that the policy opens if not given, or all if it opens none. The final
             exit is always profiled. Heads and gates run at these and at those that the policy opens.
         progress: is called with how far the measurement is.
-        on_block: gets each window as it ends.
+        on_window: gets each window as it ends.
 
     Raises:
         ValueError: for an exit that the model has not, for no batches, and for batches of different sizes.
@@ -151,7 +151,7 @@ def profile(
     with torch.no_grad(), evaluating(model):
         counts = _count(model, batches)
         workloads = _workloads(model, batches, plan.profiled, plan.opened)
-        measurement = measure(workloads, meter, settings, progress=progress, on_block=on_block)
+        measurement = measure(workloads, meter, settings, progress=progress, on_window=on_window)
     predict = partial(_prediction, measurement, plan, counts)
     return BatchProfile(
         batch_size=rows.pop(),
@@ -240,8 +240,8 @@ def _count(model: EarlyExit, batches: Batches) -> _Counts:
 
 def _workloads(model: EarlyExit, batches: Batches, profiled: Sequence[str], opened: Sequence[str]) -> list[Workload]:
     """Three per profiled exit, and the mixed one; a call of each passes over all batches once."""
-    staged = [_Staged.of(model, x) for x, _ in batches]
-    samples = sum(batch.rows for batch in staged)
+    staged = [call(model.staged, x) for x, _ in batches]
+    samples = sum(batch.num_rows for batch in staged)
     workloads = [Workload(MIXED, partial(_run, model, model.policy, batches), samples)]
     for name in profiled:
         last = model.exit_names.index(name)
@@ -273,35 +273,10 @@ def _run(model: EarlyExit, policy: ExitPolicy, batches: Batches) -> None:
         model.policy = own
 
 
-@dataclass(frozen=True)
-class _Staged:
-    """A batch with the stages that run it."""
-
-    program: StagedProgram
-    leaves: Sequence[Any]
-    rows: int
-    changed: bool
-    """Whether the backbone writes to its inputs."""
-
-    @classmethod
-    def of(cls, model: EarlyExit, x: Any) -> _Staged:
-        leaves = call(lambda *args, **kwargs: model._inputs.flatten(args, kwargs), x)
-        return cls(call(model.stages_for, x), leaves, model._inputs.num_rows(leaves), model._changes_inputs)
-
-
-def _run_stages(batches: Sequence[_Staged], last: int, heads: Mapping[int, nn.Module]) -> None:
+def _run_stages(batches: Sequence[StagedBatch], last: int, heads: Mapping[int, nn.Module]) -> None:
     """The stages up to exit ``last``, and some heads, without any decision."""
     for batch in batches:
-        leaves = copies(batch.leaves) if batch.changed else batch.leaves
-        sizes = batch.program.input_sizes(leaves)
-        values = [leaves[index] for index in batch.program.entry]
-        for k, stage in enumerate(batch.program.stages[: last + 1]):
-            output = stage.run(batch.rows, *sizes, *values)
-            if k == len(batch.program.stages) - 1:
-                break  # logits
-            feature, *values = output
-            if k in heads:
-                heads[k](feature)
+        run_prefix(batch.program, batch.inputs, batch.num_rows, last, heads)
 
 
 def _exit_profiles(model: EarlyExit, plan: _Plan, counts: _Counts, measurement: Measurement) -> tuple[ExitProfile, ...]:

@@ -19,7 +19,7 @@ from cet.energy.domains import (
     unique,
     with_domain,
 )
-from cet.energy.measurement import IDLE, Block, Measurement, Settings
+from cet.energy.measurement import IDLE, Measurement, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.pace import Pace, WorkloadError
 from cet.measure.rounds import rounds
@@ -71,7 +71,7 @@ def measure(
     settings: Settings | None = None,
     *,
     progress: Progress | None = None,
-    on_block: Callable[[Block], object] | None = None,
+    on_window: Callable[[WindowRecord], object] | None = None,
 ) -> Measurement:
     """Measure time and energy of some workloads against each other and against idle.
 
@@ -91,7 +91,7 @@ def measure(
         meter: opened here, if it is not open yet. Where it can measure no energy, time is still measured.
         settings: the defaults if not given.
         progress: is called with how far the measurement is.
-        on_block: gets each window as it ends, so that it can be saved.
+        on_window: gets each window as it ends, so that it can be saved.
 
     Raises:
         ValueError: for no workloads, for one without a name of its own, and for ``assume_watts`` where energy can be
@@ -110,7 +110,7 @@ def measure(
         if settings.assume_watts is not None and meter.domains:
             measured = ", ".join(domain.name for domain in meter.domains)
             raise ValueError(f"assume_watts is given although {measured} can be measured; leave it out")
-        return _Run(_Bench(workloads, meter, settings), progress, on_block).measurement()
+        return _Run(_Bench(workloads, meter, settings), progress, on_window).measurement()
 
 
 def estimated(reading: EnergyReading, watts: float) -> EnergyReading:
@@ -154,7 +154,7 @@ class _Bench:
         """
         until_level(self._turns, self.clock, seconds=0.0, limit=_HEATING, earlier=self.states())
 
-    def window(self, name: str, round_index: int, length: float, *, integral: bool) -> Block:
+    def window(self, name: str, round_index: int, length: float, *, integral: bool) -> WindowRecord:
         """Warm one workload up, and take a window of at least ``length`` s; power is integrated where asked for."""
         self.clock.sleep(self.rng.uniform(0, self.longest_period))  # where in its period the counter will be
         before, is_level = self._warm_up(name)
@@ -171,9 +171,9 @@ class _Bench:
             reading = estimated(reading, self.settings.assume_watts)
         void = "; ".join(with_domain(part.domain, part.reason) for part in _missing(reading))
         flags = () if is_level else (Flag.NOT_LEVEL,)
-        return Block(
+        return WindowRecord(
             workload=name,
-            round=round_index,
+            round_index=round_index,
             calls=calls,
             items=0 if name == IDLE else calls * self.workloads[name].items,
             reading=reading,
@@ -203,14 +203,16 @@ class _Bench:
 class _Run:
     """One measurement under way: its plan, and the windows so far."""
 
-    def __init__(self, bench: _Bench, progress: Progress | None, on_block: Callable[[Block], object] | None) -> None:
+    def __init__(
+        self, bench: _Bench, progress: Progress | None, on_window: Callable[[WindowRecord], object] | None
+    ) -> None:
         self.bench, self.settings, self.clock = bench, bench.settings, bench.clock
-        self.progress, self.on_block = progress, on_block
+        self.progress, self.on_window = progress, on_window
         self.num_windows = 2 + self.settings.rounds * len(bench.names)
         self.num_done = 0
         self.began = 0.0  # when the first window did
         self.integral = False  # whether a frozen counter has power integrated in its place
-        self.blocks: list[Block] = []
+        self.windows: list[WindowRecord] = []
 
     def measurement(self) -> Measurement:
         stopped, exit_code = None, 0
@@ -221,7 +223,7 @@ class _Run:
         except KeyboardInterrupt as error:
             stopped, exit_code = str(error) or "interrupted", getattr(error, "exit_code", _INTERRUPTED)
         bench = self.bench
-        counted = [block for block in self.blocks if block.void is None]
+        counted = [window for window in self.windows if window.void is None]
         return Measurement(
             settings=self.settings,
             workloads=tuple(bench.workloads),
@@ -230,7 +232,7 @@ class _Run:
             unavailable=bench.meter.unavailable,
             update_periods=bench.update_periods,
             preflight=bench.preflight,
-            blocks=tuple(self.blocks),
+            windows=tuple(self.windows),
             status="complete" if stopped is None else "partial",
             stopped=stopped,
             exit_code=exit_code,
@@ -266,19 +268,19 @@ class _Run:
         """
         length, repeats = self.bench.length, 0
         while True:
-            block = self.bench.window(name, round_index, length, integral=self.integral)
-            self.blocks.append(block)
-            if self.on_block:
-                self.on_block(block)
-            if block.void is None:
+            window = self.bench.window(name, round_index, length, integral=self.integral)
+            self.windows.append(window)
+            if self.on_window:
+                self.on_window(window)
+            if window.void is None:
                 break
-            if any(Flag.COUNTER_FROZEN in part.flags for part in _missing(block.reading)):
+            if any(Flag.COUNTER_FROZEN in part.flags for part in _missing(window.reading)):
                 if self.integral:
-                    raise CounterFrozenError(block.void)
+                    raise CounterFrozenError(window.void)
                 self.integral = length > self.bench.length
                 length = 2 * self.bench.length
             elif repeats == MAX_REPEATS:
-                raise CounterUnstableError(f"{block.void}, in {1 + repeats} windows one after another")
+                raise CounterUnstableError(f"{window.void}, in {1 + repeats} windows one after another")
             else:
                 repeats += 1
         self.num_done += 1

@@ -15,7 +15,7 @@ from cet.energy.meter import EnergyMeter
 from cet.files import OutputError, check_file, check_folder, make_folder, write_atomically
 
 if TYPE_CHECKING:
-    from cet.energy.measurement import Block, Measurement, Settings
+    from cet.energy.measurement import Measurement, Settings, WindowRecord
     from cet.energy.profile import Batches
     from cet.energy.protocol import Progress, Workload
     from cet.model.early_exit import EarlyExit
@@ -125,7 +125,7 @@ class Recorder:
         self._meter = meter
         self._about = about
         self._labels: Mapping[str, Any] = {}
-        self._blocks: list[dict[str, Any]] = []
+        self._windows: list[dict[str, Any]] = []
         self._figures: list[Figure] = []
         self._measurements: list[dict[str, Any]] = []
         self._flags: list[Flag] = []
@@ -153,7 +153,7 @@ class Recorder:
         for size, batches in by_size.items():
             with self._measurement(batch_size=size), progress(f"batch {size}") as shown:
                 profiled = profile(
-                    model, batches, self._meter, settings, exits=exits, progress=shown, on_block=self._add_block
+                    model, batches, self._meter, settings, exits=exits, progress=shown, on_window=self._add_window
                 )
             recorded = self._finish(profiled.measurement, profile_figures(profiled))
             if profiled.measurement.stopped:
@@ -172,13 +172,13 @@ class Recorder:
         from cet.energy.comparison import compare
 
         with self._measurement(), progress(f"{a.name} against {b.name}") as shown:
-            compared = compare(a, b, self._meter, settings, progress=shown, on_block=self._add_block)
+            compared = compare(a, b, self._meter, settings, progress=shown, on_window=self._add_window)
         return self._finish(compared.measurement, comparison_figures(compared))
 
     @contextmanager
     def _measurement(self, **labels: Any) -> Iterator[None]:
         """One measurement begins; if it fails, the windows until then are written with the reason."""
-        self._labels, self._blocks = labels, []
+        self._labels, self._windows = labels, []
         try:
             yield
         except BaseException as error:
@@ -186,9 +186,9 @@ class Recorder:
             self._outputs.save(self._partial(reason))
             raise
 
-    def _add_block(self, block: Block) -> None:
+    def _add_window(self, window: WindowRecord) -> None:
         """A window ended."""
-        self._blocks.append(report.plain_block(block))
+        self._windows.append(report.plain_window(window))
         self._outputs.save(self._partial(UNFINISHED))
 
     def _finish(self, measurement: Measurement, figures: Iterable[Figure]) -> Recorded:
@@ -196,7 +196,7 @@ class Recorder:
         self._figures += figures
         self._flags += measurement.flags
         self._measurements.append(report.plain_measurement(measurement, **self._labels))
-        self._blocks = []
+        self._windows = []
         document = self._document(self._measurements, measurement.stopped)
         self._outputs.save(document)
         return Recorded(document, measurement.exit_code)
@@ -207,7 +207,7 @@ class Recorder:
             **self._labels,
             "domains": [report.plain(domain) for domain in self._meter.domains],
             "unavailable": [report.plain(missing) for missing in self._meter.unavailable],
-            "blocks": self._blocks,
+            "blocks": self._windows,
         }
         return self._document([*self._measurements, under_way], reason)
 

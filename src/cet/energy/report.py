@@ -19,7 +19,7 @@ from cet.energy.domains import EnergyReading, Flag
 from cet.energy.figures import Figure
 
 if TYPE_CHECKING:
-    from cet.energy.measurement import Block, Measurement
+    from cet.energy.measurement import Measurement, WindowRecord
 
 SCHEMA = "cet-energy"
 SCHEMA_VERSION = 1
@@ -67,6 +67,8 @@ def document(
 
 _SCHEMA_NAMES = {
     "rounds": "blocks",
+    "windows": "blocks",
+    "round_index": "round",
     "update_period": "tick",
     "update_periods": "ticks",
     "assume_watts": "estimate_watts",
@@ -86,9 +88,9 @@ def plain_reading(reading: EnergyReading) -> dict[str, Any]:
     return {"start": reading.start, "seconds": reading.seconds, "joules": reading.joules, "domains": domains}
 
 
-def plain_block(block: Block) -> dict[str, Any]:
+def plain_window(window: WindowRecord) -> dict[str, Any]:
     """A window of the protocol."""
-    return {**asdict(block), "reading": plain_reading(block.reading), "seconds": block.seconds, "watts": block.watts}
+    return {**plain(window), "reading": plain_reading(window.reading), "seconds": window.seconds, "watts": window.watts}
 
 
 def plain_measurement(measurement: Measurement, **labels: Any) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def plain_measurement(measurement: Measurement, **labels: Any) -> dict[str, Any]
         "domains": [plain(domain) for domain in measurement.domains],
         "unavailable": [plain(missing) for missing in measurement.unavailable],
         "preflight": {name: plain(facts) for name, facts in measurement.preflight.items()},
-        "blocks": [plain_block(block) for block in measurement.blocks],
+        "blocks": [plain_window(window) for window in measurement.windows],
     }
 
 

@@ -1,4 +1,4 @@
-"""Which code runs an operation: the reference in plain PyTorch, or kernels.
+"""Backends: what a user chose to run the operations, what is installed, and what is asked of tensors everywhere.
 
 Left to itself an operation on CPU tensors runs on the compiled kernels, where these are installed and can take them,
 and every other on the reference. The Triton kernels serve where they are chosen: they have not run on a GPU yet.
@@ -6,18 +6,20 @@ and every other on the reference. The Triton kernels serve where they are chosen
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from cet._C import Kernels
 
 Backend = Literal["reference", "cpp", "triton"]
 
@@ -52,7 +54,7 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
             )
         if name == "triton" and not has_triton():
             raise RuntimeError("backend 'triton' cannot run: the package triton is not installed; install it")
-        if name == "triton" and not (torch.cuda.is_available() or triton_kernels().is_interpreted()):
+        if name == "triton" and not (torch.cuda.is_available() or interprets_triton()):
             raise RuntimeError(
                 "backend 'triton' cannot run: there is no CUDA device; to interpret the kernels on CPU tensors, start "
                 "Python with TRITON_INTERPRET=1 in the environment"
@@ -70,7 +72,13 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
 
 
 @cache
-def kernels() -> Any:
+def has_cpp() -> bool:
+    """Whether the compiled kernels are installed."""
+    return importlib.util.find_spec("cet._C") is not None
+
+
+@cache
+def kernels() -> Kernels | None:
     """The kernels for this processor, ``None`` where cet was installed without them.
 
     The variable ``CET_CPU_CAPABILITY``, read once, names a set of instructions to use instead of the best.
@@ -78,20 +86,40 @@ def kernels() -> Any:
     Raises:
         ValueError: when the variable names one that this build or processor lacks.
     """
-    if importlib.util.find_spec("cet._C") is None:
+    if not has_cpp():
         return None
-    extension = importlib.import_module("cet._C")
-    available = extension.capabilities()
+    from cet._C import capabilities
+    from cet._C import kernels as kernels_of
+
+    available = capabilities()
     capability = os.environ.get(CAPABILITY_VARIABLE) or available[-1]
     if capability not in available:
         raise ValueError(f"{CAPABILITY_VARIABLE} is {capability!r}; choose one of {', '.join(available)}")
-    return extension.kernels(capability)
+    return kernels_of(capability)
 
 
 @cache
 def cuda_extension() -> Any:
     """The CUDA part of cet, ``None`` where it was installed without it."""
-    return importlib.import_module("cet._cuda") if importlib.util.find_spec("cet._cuda") else None
+    if importlib.util.find_spec("cet._cuda") is None:
+        return None
+    import cet._cuda as extension
+
+    return extension
+
+
+@cache
+def why_no_cuda_kernels(device: torch.device) -> str | None:
+    """Why the CUDA part cannot run kernels on a device, as the end of a sentence; ``None`` where it can."""
+    extension = cuda_extension()
+    if extension is None:
+        return "is not installed; install cet where nvcc is, with CET_BUILD_CUDA=1"
+    needed = extension.runtime_version // 1000
+    if extension.driver_version() // 1000 < needed:
+        return f"is built with CUDA {needed}, which the driver does not support; install a newer driver"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"is compiled for compute capability 8.0 and newer, which {device} has not; use use_backend('triton')"
+    return None
 
 
 def has_triton() -> bool:
@@ -99,9 +127,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_kernels(op: str | None = None) -> Any:
-    """The module of an operation's Triton kernels, or of what they share."""
-    return importlib.import_module("cet.kernels" if op is None else f"cet.kernels.{op}")
+def interprets_triton() -> bool:
+    """Whether Triton, which must be installed, interprets its kernels, on CPU tensors."""
+    from cet.kernels import launch
+
+    return bool(launch.is_interpreted())
 
 
 def chosen_backend() -> Backend | None:
@@ -130,67 +160,6 @@ def is_tracing() -> bool:
 def is_transforming() -> bool:
     """Whether calls go through ``torch.func`` or carry tangents: both are plain PyTorch's business."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def kernels_for(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype] | None = None) -> Any:
-    """The kernels if a call with these tensors runs on them, ``None`` if it runs on the reference.
-
-    Raises:
-        ValueError: when ``"cpp"`` was chosen and cannot take the tensors.
-    """
-    chosen = _chosen.get()
-    if chosen is not None and chosen != "cpp":
-        return None
-    available = kernels()
-    if available is None:
-        return None
-    if is_transforming():
-        if chosen == "cpp":
-            raise ValueError(f"{op}: backend 'cpp' knows no torch.func and no tangents; use use_backend('reference')")
-        return None
-    for tensor in tensors:
-        if not (tensor.is_cpu and _is_plain(tensor, dtypes)):
-            if chosen == "cpp":
-                raise _cannot_take(op, "cpp", "CPU", tensor, dtypes)
-            return None
-    return available
-
-
-def runs_on_triton(op: str, tensors: Sequence[Tensor], dtypes: Collection[torch.dtype] | None = None) -> bool:
-    """Whether a call with these tensors runs on the Triton kernels.
-
-    Raises:
-        ValueError: when ``"triton"`` was chosen and cannot take the tensors.
-    """
-    if _chosen.get() != "triton":
-        return False
-    device = tensors[0].device
-    for tensor in tensors:
-        reachable = tensor.is_cuda or (tensor.is_cpu and triton_kernels().is_interpreted())
-        if not (reachable and tensor.device == device and _is_plain(tensor, dtypes)):
-            raise _cannot_take(op, "triton", "CUDA", tensor, dtypes)
-    return True
-
-
-def _is_plain(tensor: Tensor, dtypes: Collection[torch.dtype] | None) -> bool:
-    """Whether it can be read at its address as its shape and strides say."""
-    return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and (tensor.dtype in dtypes if dtypes is not None else not tensor.is_conj())
-    )
-
-
-def _cannot_take(
-    op: str, backend: Backend, devices: str, tensor: Tensor, dtypes: Collection[torch.dtype] | None
-) -> ValueError:
-    wanted = f" of {', '.join(map(str, dtypes))}" if dtypes else ""
-    return ValueError(
-        f"{op}: backend {backend!r} cannot take a {tensor.dtype} {type(tensor).__name__} on {tensor.device} with "
-        f"layout {tensor.layout}; give strided {devices} tensors{wanted}, all on one device, or "
-        "use_backend('reference')"
-    )
 
 
 def no_tensor(op: str, name: str, value: object) -> TypeError:

@@ -1,8 +1,14 @@
-"""Words that the operations share: where features hold their channels, how positions are pooled, what is scored."""
+"""What the operations share: where features hold their channels, how positions are pooled, and the scores.
+
+A score stands in three places: here by its definition, for the CPU and CUDA in ``csrc/softmax_stats.h``, for Triton in
+``kernels/scores.py``. Where one has no kernel yet, its definition runs.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +20,39 @@ Pool = Literal["mean", "first"]
 ScoreName = Literal["entropy", "confidence", "margin"]
 
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
+
+
+class Score(NamedTuple):
+    """A score.
+
+    Attributes:
+        definition: log-probabilities ``(B, K)`` to scores ``(B,)``, differentiable.
+        is_low_when_sure: whether a sample leaves at or below the threshold; else at or above it.
+    """
+
+    definition: Callable[[Tensor], Tensor]
+    is_low_when_sure: bool
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    # A class ruled out by a logit of -Inf adds nothing, to the gradient neither.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=1)
+
+
+def _confidence(log_p: Tensor) -> Tensor:
+    return log_p.exp().amax(dim=1)
+
+
+def _margin(log_p: Tensor) -> Tensor:
+    top = log_p.exp().topk(2, dim=1).values
+    return top[:, 0] - top[:, 1]
+
+
+SCORES: dict[ScoreName, Score] = {
+    "entropy": Score(_entropy, is_low_when_sure=True),
+    "confidence": Score(_confidence, is_low_when_sure=False),
+    "margin": Score(_margin, is_low_when_sure=False),
+}
 
 
 def pool_features(feature: Tensor, layout: Layout, pool: Pool, mask: Tensor | None = None) -> Tensor:

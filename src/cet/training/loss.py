@@ -1,7 +1,7 @@
 """The training objective: the same prediction on clean and perturbed input, at every exit.
 
 An implementation of the objective of "Consistency Training of Multi-exit Architectures for Sensor Data" (arXiv
-2109.13192) as far as its abstract states it, with switches for what it leaves open.
+2109.13192) as far as its abstract states it, with arguments for what it leaves open.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cet.data.batches import Inputs, as_call, call, class_indices
-from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_switches, consistent_exit_loss
-from cet.partition.inputs import Call, InputFormat
+from cet.model.early_exit import EarlyExit
+from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_loss_config, consistent_exit_loss
+from cet.partition.inputs import Call
 
 
 class ConsistentExitLoss:
@@ -38,8 +39,8 @@ class ConsistentExitLoss:
     A call ``loss(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
     then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass. Inputs that all
     rows share, such as an adjacency matrix, are given once; :class:`cet.EarlyExit` knows them from its example, and of
-    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional inputs or a
-    dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
+    other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional
+    inputs or a dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
     :func:`cet.data.batches.split_batch` takes other batches apart, and :func:`cet.data.batches.class_indices` tells
     which other labels are taken. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
 
@@ -60,7 +61,7 @@ class ConsistentExitLoss:
         exit_weights: Sequence[float] | None = None,
         allow_eval: bool = False,
     ) -> None:
-        check_switches(consistency_weight, target, teacher, min_confidence, exit_weights)
+        check_loss_config(consistency_weight, target, teacher, min_confidence, exit_weights)
         if consistency_weight > 0 and not callable(perturb):
             raise TypeError(f"perturb is {perturb!r}; give a callable, or consistency_weight=0 for none")
         self.perturb = perturb
@@ -74,6 +75,7 @@ class ConsistentExitLoss:
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
         x = dict(x) if isinstance(x, Mapping) else x
         multi_exit = getattr(model, "module", model)  # inside DistributedDataParallel
+        multi_exit = getattr(multi_exit, "_orig_mod", multi_exit)  # compiled
         y = class_indices(x, y, getattr(multi_exit, "num_classes", None))
         self._check_exit_weights(getattr(multi_exit, "num_exits", None))
         if not model.training:
@@ -89,7 +91,7 @@ class ConsistentExitLoss:
             if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
                 raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
             _check_same_kind(x, perturbed_x)
-            args, kwargs = _stack(x, perturbed_x, len(y), getattr(multi_exit, "_inputs", None))
+            args, kwargs = _stack(x, perturbed_x, len(y), multi_exit)
             outputs = _check_outputs(model(*args, **kwargs), 2 * len(y))
             clean = tuple(logits[: len(y)] for logits in outputs)
             perturbed = tuple(logits[len(y) :] for logits in outputs)
@@ -114,12 +116,14 @@ class ConsistentExitLoss:
             )
 
 
-def _check_outputs(outputs: Any, rows: int) -> tuple[Tensor, ...]:
+def _check_outputs(outputs: Any, num_rows: int) -> tuple[Tensor, ...]:
     if not isinstance(outputs, tuple) or not all(isinstance(o, Tensor) and o.ndim == 2 for o in outputs):
         raise TypeError("model gives no tuple of (B, K) logits in train mode; wrap it in cet.EarlyExit")
     for logits in outputs:
-        if len(logits) != rows:
-            raise ValueError(f"model gives logits for {len(logits)} rows of {rows}; give one row of logits per sample")
+        if len(logits) != num_rows:
+            raise ValueError(
+                f"model gives logits for {len(logits)} rows of {num_rows}; give one row of logits per sample"
+            )
     return outputs
 
 
@@ -134,21 +138,22 @@ def _check_same_kind(clean: Inputs, perturbed: Inputs) -> None:
             raise ValueError(f"perturb turns {tuple(a.shape)} {a.dtype} into {got}; keep shape and dtype")
 
 
-def _stack(clean: Inputs, perturbed: Inputs, rows: int, inputs: InputFormat | None) -> Call:
+def _stack(clean: Inputs, perturbed: Inputs, num_rows: int, model: nn.Module) -> Call:
     """One call on the clean rows, then the perturbed rows; what is not batched is given once."""
-    if inputs is None:
-        clean_leaves, structure = pytree.tree_flatten(as_call(clean))
-        perturbed_leaves: Sequence[Any] = pytree.tree_leaves(as_call(perturbed))
-        is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows for leaf in clean_leaves]
-        names = [f"input {index}" for index in range(len(clean_leaves))]
-        stacked = _stacked(clean_leaves, perturbed_leaves, is_batched, names)
-        args, kwargs = pytree.tree_unflatten(stacked, structure)
-        return args, kwargs
-    ordered = inputs.flatten(*as_call(clean))
-    if inputs.num_rows(ordered) != rows:
-        raise ValueError(f"y has {rows} rows for {inputs.num_rows(ordered)} rows of x; give shape (B,)")
-    perturbed_leaves = inputs.flatten(*as_call(perturbed))
-    return inputs.unflatten(_stacked(ordered, perturbed_leaves, inputs.is_batched, inputs.names))
+    if isinstance(model, EarlyExit):
+        (inputs, _), clean_values = model._bind(*as_call(clean))
+        _, perturbed_values = model._bind(*as_call(perturbed))
+        if inputs.num_rows(clean_values) != num_rows:
+            raise ValueError(
+                f"y has {num_rows} rows for {inputs.num_rows(clean_values)} rows of x; give one label per row"
+            )
+        return inputs.unflatten(_stacked(clean_values, perturbed_values, inputs.is_batched, inputs.names))
+    leaves, structure = pytree.tree_flatten(as_call(clean))
+    is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == num_rows for leaf in leaves]
+    names = [f"input {index}" for index in range(len(leaves))]
+    stacked = _stacked(leaves, pytree.tree_leaves(as_call(perturbed)), is_batched, names)
+    args, kwargs = pytree.tree_unflatten(stacked, structure)
+    return args, kwargs
 
 
 def _stacked(

@@ -11,7 +11,7 @@ from torch import nn
 import cet
 from cet.cli.doctor.finding import Finding
 from cet.measure.host import installed_version
-from cet.ops.backend import cuda_extension, kernels, triton_kernels
+from cet.ops.backend import cuda_extension, interprets_triton, kernels
 from cet.runtime.cuda_graphs import why_no_switch
 
 GPU_FIX = "install a PyTorch that is built for CUDA, on a machine with an NVIDIA GPU and its driver"
@@ -81,7 +81,7 @@ def _triton() -> Finding:
     version = installed_version("triton")
     if version is None:
         return Finding("triton", False, "the package triton is not installed", "pip install triton")
-    if triton_kernels().is_interpreted():
+    if interprets_triton():
         return Finding("triton", True, f"triton {version} interprets its kernels (TRITON_INTERPRET): right, but slow")
     no_device = _no_cuda_device()
     if no_device:
