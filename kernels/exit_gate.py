@@ -39,10 +39,10 @@ def multiple_of(extent, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def decide(stats, decision, o_row, m_row, SCORE: tl.constexpr):
+def decide(stats, decision, o_row, m_row, CLASSES: tl.constexpr, SCORE: tl.constexpr):
     """Writes scores and exit mask of some rows; how many of them are kept."""
     threshold, temperature = threshold_and_temperature(decision)
-    b_score = score_of(stats, temperature, SCORE)
+    b_score = score_of(stats, temperature, CLASSES, SCORE)
     b_exits = exits(b_score, threshold, SCORE)
     tl.store(decision.scores_ptr + o_row, b_score, mask=m_row)
     tl.store(decision.exit_mask_ptr + o_row, b_exits, mask=m_row)
@@ -115,7 +115,7 @@ def gate_kernel(
         mask = m_row[:, None] & (o_class < CLASSES)[None, :]
         b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf")).to(tl.float32)
         stats = merge_stats(stats, softmax_stats(b_logits, temperature, SCORE), temperature)
-    num_kept = decide(stats, decision, o_row, m_row, SCORE)
+    num_kept = decide(stats, decision, o_row, m_row, CLASSES, SCORE)
     finish(decision, rows, num_kept, BLOCK_SCAN)
 
 
@@ -199,7 +199,7 @@ def exit_gate_kernel(
         m_row = o_row < rows
         b_written = write_logits(b_logits[None, :], bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
         _, temperature = threshold_and_temperature(decision)
-        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
+        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, CLASSES, SCORE)
     finish(decision, rows, num_kept, BLOCK_SCAN)
 
 
@@ -260,7 +260,7 @@ def head_kernel(
     b_written = write_logits(b_logits, bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
     if CLASSES <= BLOCK_K:
         _, temperature = threshold_and_temperature(decision)
-        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, SCORE)
+        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, CLASSES, SCORE)
         finish(decision, rows, num_kept, BLOCK_SCAN)
 
 

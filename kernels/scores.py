@@ -50,8 +50,8 @@ def merge_stats(one, other, temperature):
 
 
 @triton.jit
-def score_of(stats, temperature, SCORE: tl.constexpr):
-    """Scores of some rows."""
+def score_of(stats, temperature, CLASSES: tl.constexpr, SCORE: tl.constexpr):
+    """Scores of some rows; these may depend on the statistics, the temperature and the number of classes."""
     b_max, b_second, b_sum, b_weighted = stats
     if SCORE == "entropy":
         b_score = tl.log(b_sum) - b_weighted / b_sum

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import io
 import os
 import random
+import signal
+import sys
 import threading
 import time
 import traceback
@@ -321,7 +324,8 @@ def guarded(call: Callable[[], None], errors: list[BaseException]) -> None:
 
 
 def forked(calls: list[Callable[[], None]]) -> None:
-    """The calls in a forked child, which may neither fail nor hang."""
+    """The calls in a forked child, which may neither fail nor hang; where it hangs is written to standard error."""
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -341,7 +345,9 @@ def forked(calls: list[Callable[[], None]]) -> None:
         done, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0.005)
     if not done:
-        os.kill(child, 9)
+        os.kill(child, signal.SIGUSR1)
+        time.sleep(1)
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(reader)
         raise SoakError("a forked child hangs")

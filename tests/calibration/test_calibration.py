@@ -212,6 +212,7 @@ def test_a_class_that_loses_more_than_the_bound_is_warned_about(model: cet.Early
         report = calibrate(model, held_out, 0.05).report
     assert [str(warning.message) for warning in w] == [report.warning]
     assert str(report).splitlines()[-1] == f"warning: {report.warning}"
+    assert report.to_dict()["warning"] == report.warning
     assert w[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")

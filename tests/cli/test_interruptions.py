@@ -197,5 +197,5 @@ class TestCtrlC:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert err == "Stopped by SIGINT.\n"
+        assert err.strip() == "Stopped by SIGINT."
         assert not output.exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -483,3 +485,22 @@ class TestInterruptions:
         assert process.returncode == 130
         assert err == "Interrupted; nothing was kept\n"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_page_tells_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of docs/howto/own-data.md, in their order; the measurements are cut short."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "own-data.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "sh", "python"]
+    monkeypatch.chdir(tmp_path)
+    exec(blocks[0][1], {})
+    commands = blocks[1][1].splitlines()
+    for line in commands:
+        _, *args = shlex.split(line)
+        code, _, err = run(*args, *(["--quick"] if args[0] == "calibrate" else []))
+        assert (code, err) == (0, "")
+    assert len(rows_of(tmp_path / "answers.csv")) == 600
+    (tmp_path / "mynet.py").write_text(blocks[2][1])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "cet train --data mynet:build --output runs/mynet`" in page
+    assert run("train", "--data", "mynet:build", "--output", "runs/mynet", "--epochs", 1)[0] == 0

@@ -28,7 +28,7 @@ FORMS: dict[str, tuple[Layout, Pool, tuple[int, ...]]] = {
 def assert_step_right(
     features: Tensor, head: tuple[Tensor, Tensor], others: list[Tensor], dims: list[int], at: int, **options: Any
 ) -> None:
-    """With ``features`` at position ``at`` among the tensors, and half of the rows exited."""
+    """With ``features`` at position ``at`` among the tensors, and half of the rows leaving."""
     with ops.use_backend("reference"):
         logits, scores, _ = ops.exit_gate(features, *head, threshold=0.0, **options)
     tensors, dims = [*others[:at], features, *others[at:]], [*dims[:at], 0, *dims[at:]]
@@ -46,9 +46,9 @@ def assert_step_right(
         torch.testing.assert_close(got_scores, scores, rtol=10 * tolerance, atol=10 * tolerance)
         assert kept.tolist() == [row for row, score in enumerate(got_scores.tolist()) if not score <= limit]
         assert exited.tolist() == [row for row, score in enumerate(got_scores.tolist()) if score <= limit]
-        for tensor, original, kept, dim in zip(tensors, before, moved, dims, strict=True):
+        for tensor, original, result, dim in zip(tensors, before, moved, dims, strict=True):
             assert torch.equal(tensor, original)
-            assert torch.equal(kept, original.index_select(dim, kept))
+            assert torch.equal(result, original.index_select(dim, kept))
 
 
 def head_for(features: Tensor, layout: Layout, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ def test_few_survivors_hold_no_memory_of_many(backend: str) -> None:
     features = torch.randn(400, 30, 20)
     head = head_for(features, "channels_first")
     scores = ops.exit_gate(features, *head, threshold=0.0)[1].sort().values
-    for kept in (0, 1, 50, 300):
-        threshold = float(scores[-1 - kept : len(scores) + 1 - kept].mean()) if kept else 9.0
+    for num_kept in (0, 1, 50, 300):
+        threshold = float(scores[-1 - num_kept : len(scores) + 1 - num_kept].mean()) if num_kept else 9.0
         moved = ops.exit_step(features, *head, [features], threshold=threshold)[2].tensors[0]
         assert moved.untyped_storage().nbytes() <= max(8 * moved.nbytes, 64)

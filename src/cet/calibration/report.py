@@ -117,8 +117,8 @@ class CalibrationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A form that JSON can hold."""
-        return asdict(self)
+        """A form that JSON can hold, the warning included."""
+        return {**asdict(self), "warning": self.warning}
 
     def __str__(self) -> str:
         low, high = self.interval

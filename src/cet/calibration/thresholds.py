@@ -63,8 +63,8 @@ def simulate(thresholds: ArrayLike, scores: ArrayLike) -> Ints:
         scores: ``(n, E - 1)``; compared in float32, as at run time. A NaN never leaves.
     """
     limits = np.asarray(thresholds, dtype=np.float32)
-    leaves = (np.asarray(scores, dtype=np.float32) <= limits) & (limits > -np.inf)
-    exit_index: Ints = np.column_stack([leaves, np.ones(len(leaves), dtype=bool)]).argmax(axis=1)
+    exit_mask = (np.asarray(scores, dtype=np.float32) <= limits) & (limits > -np.inf)
+    exit_index: Ints = np.column_stack([exit_mask, np.ones(len(exit_mask), dtype=bool)]).argmax(axis=1)
     return exit_index
 
 
@@ -153,8 +153,8 @@ class _Problem:
         self.known_values: dict[bytes, float] = {}
 
     def leaving_exit(self, levels: Ints) -> Ints:
-        leaves = self.ranks <= levels[:, None]
-        exit_index: Ints = np.vstack([leaves, np.ones_like(self.samples, dtype=bool)]).argmax(axis=0)
+        exit_mask = self.ranks <= levels[:, None]
+        exit_index: Ints = np.vstack([exit_mask, np.ones_like(self.samples, dtype=bool)]).argmax(axis=0)
         return exit_index
 
     def path_cost(self, levels: Ints) -> Floats:

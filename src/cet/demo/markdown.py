@@ -26,6 +26,7 @@ def to_markdown(report: Report) -> str:
         f"![Accuracy against compute]({ACCURACY_PLOT})",
         "## With early exit",
         calibration_verdict(report),
+        *class_warnings(report),
         _early_table(report),
         f"![Where samples leave]({EXITS_PLOT})",
         "## Time",
@@ -60,6 +61,12 @@ def calibration_verdict(report: Report) -> str:
     if min(changes.values()) < -max_drop and persons["calibration"]:
         text += " What holds for so few persons need not hold for others."
     return text
+
+
+def class_warnings(report: Report) -> list[str]:
+    """What calibration warned of, for each recipe."""
+    warnings = {name: recipe["calibration"]["warning"] for name, recipe in report["recipes"].items()}
+    return [f"On the calibration samples of {name}, {warning}." for name, warning in warnings.items() if warning]
 
 
 def time_verdict(report: Report) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cet.ops import backend as backends
-from cet.ops.backend import _chosen
+from cet.ops.backend import _chosen, is_transforming
 
 _log = logging.getLogger("cet.ops")
 
@@ -95,7 +95,7 @@ class Operation:
         if backend == "reference":
             return self._definition
         choice = self._choices.get(backend)
-        if choice is not None and not backends.is_transforming():
+        if choice is not None and not is_transforming():
             on_cpu = backend == "cpp" or backends.interprets_triton()
             dtypes = self._dtypes
             for tensor in tensors:

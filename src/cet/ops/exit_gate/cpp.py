@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +54,14 @@ def exit_gate(
     if features.ndim > 2:
         pooled = features.new_empty((rows, weight.shape[1]))
         backend.kernels().pool(  # type: ignore[union-attr]
-            *_located(features, layout, pool), pooled.data_ptr(), torch.get_num_threads()
+            features.data_ptr(),
+            DTYPES[features.dtype],
+            features.shape,
+            features.stride(),
+            layout == "channels_last",
+            pool == "mean",
+            pooled.data_ptr(),
+            torch.get_num_threads(),
         )
     logits = F.linear(pooled, weight, bias)
     return logits, *gate(logits, score, threshold, temperature)
@@ -96,7 +101,12 @@ def fused(
     logits = features.new_empty(rows, classes)  # sizes as numbers: a tuple takes longer to parse
     scores = features.new_empty(rows, dtype=torch.float32)
     num_kept = backend.kernels().exit_gate(  # type: ignore[union-attr]
-        *_located(features, layout, pool),
+        features.data_ptr(),
+        DTYPES[features.dtype],
+        features.shape,
+        features.stride(),
+        layout == "channels_last",
+        pool == "mean",
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         classes,
@@ -112,9 +122,3 @@ def fused(
         torch.get_num_threads(),
     )
     return logits, scores, num_kept
-
-
-def _located(features: Tensor, layout: Layout, pool: Pool) -> tuple[int, int, Sequence[int], Sequence[int], bool, bool]:
-    """What the kernels take to find the features."""
-    dtype = DTYPES[features.dtype]
-    return features.data_ptr(), dtype, features.shape, features.stride(), layout == "channels_last", pool == "mean"
