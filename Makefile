@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint sanitize fuzz demo benchmark gpu gpu-report clean
+.PHONY: help setup test lint sanitize fuzz soak demo benchmark gpu gpu-report clean
 
 help:
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
+	@echo "make soak       random use of models against every row alone (CET_SOAK_SECONDS=3600; two minutes in make test)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
 	@echo "make gpu        build, tests, sanitizers and benchmarks on this machine's GPU, into OUT"
 	@echo "make gpu-report the tables of docs/gpu.md, from benchmarks/results/gpu"
@@ -55,18 +56,24 @@ FUZZ_EXAMPLES := 2000
 fuzz: setup
 	CET_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
+# Threads, forks, shapes, adapters, hooks and modes in random order; what fails is printed with its seed.
+CET_SOAK_SECONDS := 3600
+
+soak: setup
+	CET_SOAK_SECONDS=$(CET_SOAK_SECONDS) $(BIN)/python -m pytest --capture=no tests/model/test_soak.py $(ARGS)
+
 benchmark: setup
-	$(BIN)/python benchmarks/end_to_end.py
-	$(BIN)/python benchmarks/recipe.py
+	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.recipe
 
 # With the Python that is given, which has PyTorch: no virtual environment and no network.
 OUT ?= runs/gpu
 
 gpu:
-	$(PYTHON) benchmarks/gpu_session.py $(OUT)
+	$(PYTHON) -m benchmarks.gpu_session $(OUT)
 
 gpu-report: setup
-	$(BIN)/python benchmarks/gpu_report.py
+	$(BIN)/python -m benchmarks.gpu_report
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

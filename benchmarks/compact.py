@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gpu
+from benchmarks import gpu
+from benchmarks.harness import Case, WrongResultError
+from benchmarks.operations import Benchmark, Measured, Point, geometric_mean, speedups
 from cet import ops
 from cet.ops.padded import gather_and_scatter_rows
-from harness import Case, WrongResultError
-from operations import Measured, Point, command, geometric_mean, speedup
 
 POINTS = [
     {"rows": rows, "row_bytes": row_bytes, "leaving": leaving}
@@ -79,8 +79,8 @@ def set_up(point: Point) -> Case:
 
 
 def verdicts(measured: Measured) -> dict[str, Any]:
-    speedups = [speedup(timings, ("index_select", "boolean_mask")) for _, timings in measured]
-    return {"speedup_geometric_mean": geometric_mean(speedups), "speedup_least": min(speedups)}
+    found = speedups(measured, ["index_select", "boolean_mask"])
+    return {"speedup_geometric_mean": geometric_mean(found), "speedup_least": min(found, default=None)}
 
 
 RATIOS = [
@@ -91,7 +91,7 @@ RATIOS = [
     ("copy", "graphed"),
     ("triton", "graphed"),
 ]
-main = command("compact", POINTS, set_up, RATIOS, verdicts)
+main = Benchmark("compact", POINTS, set_up, RATIOS, verdicts).command()
 
 if __name__ == "__main__":
     with torch.inference_mode():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import Case, check_close
+from benchmarks.operations import Benchmark, Measured, Point, geometric_mean, speedups
 from cet import ops
-from harness import Case, check_close
-from operations import Measured, Point, command, geometric_mean, speedup
 
 EXITS, ROWS = 4, 256
 POINTS = [
@@ -57,17 +57,16 @@ def set_up(point: Point) -> Case:
 
 
 def verdicts(measured: Measured) -> dict[str, Any]:
-    over_eager = [speedup(timings, ("eager",)) for _, timings in measured]
+    over_eager = speedups(measured, ["eager"])
     return {
         "speedup_over_eager_geometric_mean": geometric_mean(over_eager),
-        "speedup_over_eager_least": min(over_eager),
-        "speedup_over_compiled_least": min(
-            (speedup(timings, ("compiled",)) for _, timings in measured if "compiled" in timings.seconds), default=None
-        ),
+        "speedup_over_eager_least": min(over_eager, default=None),
+        "speedup_over_compiled_least": min(speedups(measured, ["compiled"]), default=None),
     }
 
 
-main = command("consistent_exit_loss", POINTS, set_up, [("eager", "cet"), ("compiled", "cet")], verdicts)
+RATIOS = [("eager", "cet"), ("compiled", "cet")]
+main = Benchmark("consistent_exit_loss", POINTS, set_up, RATIOS, verdicts).command()
 
 if __name__ == "__main__":
     main()

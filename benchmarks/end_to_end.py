@@ -7,46 +7,29 @@ hand. How to run it and how to read what it writes: README.md in this folder.
 
 from __future__ import annotations
 
-import math
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import cet
-import gpu
+from benchmarks import gpu
+from benchmarks.harness import NO_TIME, Case, Row, WrongResultError, check_close, failure
+from benchmarks.models import NETS, Net, multi_exit, random_inputs
+from benchmarks.session import Session, session_options
+from cet.measure.rounds import Timings
+from cet.measure.statistics import Spread
+from cet.measure.timers import keep_freed_memory
 from cet.partition.stages import logits_of
 from cet.runtime import RunnerName
 from cet.runtime.cuda_graphs import why_no_switch
-from harness import (
-    MIN_BLOCKS,
-    NO_TIME,
-    Case,
-    Row,
-    Spread,
-    Timings,
-    WrongResultError,
-    cache_eviction,
-    check_close,
-    keep_freed_memory,
-    measure,
-    provenance,
-    timer_for,
-    write_results,
-)
-from models import NETS, Net, multi_exit, random_inputs
-from operations import require_device
 
 Fractions = tuple[float | None, ...]
 
@@ -69,7 +52,7 @@ class Point:
     batch: int
     scenario: str
     leaving: tuple[int, ...] = ()
-    timings: Timings | None = None
+    timings: Timings[str] | None = None
     note: str = ""
     absent: Mapping[str, str] = field(default_factory=dict)
     joules: Mapping[str, float | None] = field(default_factory=dict)
@@ -258,7 +241,7 @@ def set_up(
         providers |= {
             **{name: partial(predict_by, model, BY_RUNNER[name]) for name in BY_RUNNER.keys() - absent.keys()},
             "predict": partial(predict_by, model, None),
-            "graphed": gpu.graphed(providers["backbone"], x),
+            "graphed": gpu.graphed_with_copy(providers["backbone"], x),
             "ideal": gpu.graphed(ideal, x),
         }
     if compiled is None:
@@ -337,14 +320,15 @@ def run_net(
     dtype: torch.dtype,
     longest_call: float,
     with_compiled: bool,
-    time_case: Callable[[Case], Timings],
+    time_case: Callable[[Case], Timings[str]],
     joules: float | None,
     end: float,
 ) -> Iterator[Point]:
     """Measure one net at all batch sizes and scenarios.
 
-    Once a pass of the full backbone is expected to take more than ``longest_call`` seconds, larger batches are left
-    out, and so are all points after ``end`` on the clock of :func:`time.perf_counter`; they say so.
+    A point that fails says why, and the others go on. Once a pass of the full backbone is expected to take more than
+    ``longest_call`` seconds, larger batches are left out, and so are all points after ``end`` on the clock of
+    :func:`time.perf_counter`; they say so.
     """
     torch.manual_seed(0)
     with device:
@@ -358,10 +342,14 @@ def run_net(
             note = f"not run: one pass of the backbone would take {seconds_per_row * batch:.1f} s"
             yield Point(name, batch, "all", note=note)
             continue
-        with device:
-            x = random_inputs(net, batch).to(dtype)
-        reference = Reference.of(model, x)
-        compiled = compile_backbone(net) if with_compiled else None
+        try:
+            with device:
+                x = random_inputs(net, batch).to(dtype)
+            reference = Reference.of(model, x)
+            compiled = compile_backbone(net) if with_compiled else None
+        except Exception as error:
+            yield Point(name, batch, "all", note=failure(error))
+            continue
         for scenario, fractions in SCENARIOS.items():
             model.free_graphs()
             point = partial(Point, name, batch, scenario)
@@ -372,8 +360,8 @@ def run_net(
                 case, exit_index = set_up(net, model, x, reference, fractions, compiled)
                 point = partial(point, tuple(exit_index.bincount(minlength=model.num_exits).tolist()))
                 timings = time_case(case)
-            except WrongResultError as error:
-                yield point(note=f"not timed: {error}")
+            except Exception as error:  # what was measured before, and what comes after, counts
+                yield point(note=failure(error))
                 continue
             seconds_per_row = timings.time("backbone").median / batch
             # NVML's counter moves every tenth of a second or so: few figures, over long enough.
@@ -400,12 +388,12 @@ def figures(points: Sequence[Point]) -> Iterator[tuple[dict[str, Any], Row]]:
             continue
         timings = point.timings
         for name in timings.seconds:
-            yield where, Row.of(name, "s", timings.time(name), timings.blocks)
+            yield where, Row.of(name, "s", timings.time(name), timings.num_rounds)
         others = [(name, "backbone") for name in timings.seconds if name != "backbone"]
         runners = [name for name in ("predict", *BY_RUNNER) if name in timings.seconds]
         others += [(name, "graphed") for name in runners if "graphed" in timings.seconds]
         for name, baseline in [*others, *((name, "ideal") for name in runners), ("boolean_mask", "predict")]:
-            yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.blocks)
+            yield where, Row.of(f"{name}/{baseline}", "ratio", timings.ratio(name, baseline), timings.num_rounds)
         for name, joules in point.joules.items():
             per_sample = None if joules is None else joules / point.batch
             yield where, Row(name, "J/sample", per_sample, note="" if joules else "no energy counter")
@@ -507,13 +495,7 @@ class CommaSeparated(click.ParamType):
 
 @click.command()
 @click.option("--models", type=CommaSeparated(click.Choice([*NETS])), default=",".join(CPU_NETS), show_default=True)
-@click.option("--batches", type=CommaSeparated(click.IntRange(min=1)), help="[default: 1,2,4,...,1024]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: torch's own choice]")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Time to measure at each point; slow points take longer. [default: 1.5]",
-)
+@click.option("--batches", type=CommaSeparated(click.IntRange(min=1)), help="[default: 1,2,4,...,1024; quick: 1,4]")
 @click.option(
     "--longest-call",
     type=click.FloatRange(min=0, min_open=True),
@@ -521,103 +503,56 @@ class CommaSeparated(click.ParamType):
     show_default=True,
     help="Leave out the batches for which one pass of the backbone takes more seconds than this.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option(
     "--joules",
     type=click.FloatRange(min=0, min_open=True),
     help="Count joules at the largest batch for so many seconds, on a GPU whose counter NVML reads.",
 )
-@click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
-@click.option(
-    "--within", type=float, default=math.inf, help="Seconds, shared out to the nets; what is left is left out."
-)
 @click.option("--compile", "with_compiled", is_flag=True, help="Time the backbone under torch.compile too.")
-@click.option("--quick", is_flag=True, help="A smoke test: batches 1 and 4, three blocks a point.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results. [default: benchmarks/results; with --quick runs/benchmarks]",
-)
+@session_options
 def main(
     models: tuple[str, ...],
     batches: tuple[int, ...] | None,
-    threads: int | None,
-    seconds: float | None,
     longest_call: float,
-    device: str,
     dtype: str,
     joules: float | None,
-    cold: bool,
-    within: float,
     with_compiled: bool,
-    quick: bool,
-    output: Path | None,
+    **options: Any,
 ) -> None:
     """Time predict against the backbone, its stages (the ideal) and a boolean-mask loop."""
-    start = time.perf_counter()
-    require_device(device)
-    if joules is not None and device == "cpu":
-        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks/energy.py.")
-    output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = torch.device(device)
-    if device == "cuda":
-        cet.ops.use_backend("triton")  # which serves on request only
+    if joules is not None and options["device"] == "cpu":
+        raise click.UsageError("--joules are those of a GPU; give --device cuda, or see benchmarks.energy.")
     kept = keep_freed_memory()
-    settings: dict[str, Any] = {
-        "seconds": seconds or (0.02 if quick else 1.5),
-        "min_blocks": 3 if quick else MIN_BLOCKS,
-    }
-    evict = cache_eviction(place) if cold else None
-    ceilings = gpu.ceilings(place) if device == "cuda" else {}
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    about = {"dtype": dtype, "longest_call": longest_call, "keep_freed_memory": kept}
+    session = Session("end_to_end", "end_to_end", about, **options)
+    measures = GPU_MEASURES if session.device.type == "cuda" else MEASURES
     points: list[Point] = []
+
+    def save(figure: Figure | None = None) -> None:
+        session.save([*figures(points)], [measure.judge(points) for measure in measures], figure)
+
     with torch.no_grad():
         for number, net in enumerate(models, 1):
-            found = []
             for point in run_net(
                 net,
-                batches or ((1, 4) if quick else BATCHES),
-                device=place,
+                batches or ((1, 4) if options["quick"] else BATCHES),
+                device=session.device,
                 dtype=getattr(torch, dtype),
                 longest_call=longest_call,
                 with_compiled=with_compiled,
-                time_case=partial(measure, timer=timer_for(place), evict=evict, **settings),
+                time_case=session.time,
                 joules=joules,
-                end=start + within * number / len(models),
+                end=session.began + (session.end - session.began) * number / len(models),  # a share for each net
             ):
                 click.echo(f"{point.net}, batch {point.batch}, {point.scenario}: {point.note or 'measured'}", err=True)
-                found.append(point)
-            console.print(table(net, found))
-            points += found
-    verdicts = [measure.judge(points) for measure in (GPU_MEASURES if device == "cuda" else MEASURES)]
-    console.print(measures_table(verdicts))
-    description = {
-        "benchmark": "end_to_end",
-        **provenance(place, "end_to_end"),
-        "settings": {
-            **settings,
-            "dtype": dtype,
-            "longest_call": longest_call,
-            "cold": cold,
-            "keep_freed_memory": kept,
-        },
-        "ceilings": ceilings,
-        "measures": verdicts,
-    }
-    title = f"{description['device']}, {description['threads']} threads, torch {description['torch']}"
-    for path in write_results(output, "end_to_end", [*figures(points)], description, plot(points, title)):
-        console.print(f"wrote {path}")
-    if any(point.note.startswith("not timed") for point in points):
-        raise click.ClickException("some points gave wrong results and were not timed; see the tables")
+                points.append(point)
+                save()
+            session.console.print(table(net, [point for point in points if point.net == net]))
+    session.console.print(measures_table([measure.judge(points) for measure in measures]))
+    about_host = session.description
+    title = f"{about_host['device']}, {about_host['threads']} threads, torch {about_host['torch']}"
+    save(plot(points, title))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ energy counter, times are measured the same way and the joules are null, with th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ import torch
 from rich.console import Console
 
 import cet
-from cet.cli.energy.output import Outputs
+from benchmarks.end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
+from benchmarks.harness import Case, provenance, results_folder
+from benchmarks.models import NETS, multi_exit, random_inputs
+from benchmarks.session import require_device
 from cet.cli.energy.progress import Windows
 from cet.cli.energy.tables import columns, interval, one
 from cet.energy import EnergyMeter, report
+from cet.energy.figures import Figure, Figures
 from cet.energy.measurement import Measurement, Quantity, Settings
 from cet.energy.protocol import Workload, measure
 from cet.files import write_atomically
-from end_to_end import SCENARIOS, CommaSeparated, Reference, set_up
-from harness import Case, provenance
-from models import NETS, multi_exit, random_inputs
 
 PROVIDERS = ("predict", "ideal", "backbone")
 BASELINES = ("ideal", "backbone")
@@ -44,15 +44,15 @@ def measure_case(case: Case, batch: int, meter: EnergyMeter, settings: Settings,
     return measure(workloads, meter, settings, progress=progress)
 
 
-def figures(measurement: Measurement, net: str, batch: int) -> Iterator[report.Figure]:
+def figures(measurement: Measurement, net: str, batch: int) -> Iterator[Figure]:
     """Time and energy per row of each provider, and ratios of `predict`; ``workload`` holds net and provider."""
     for quantity in QUANTITIES:
         for name in PROVIDERS:
             estimate = measurement.estimate(name, quantity)
-            yield report.Figure.of(quantity, estimate, per="sample", batch=batch, workload=f"{net}:{name}")
+            yield Figure.of(quantity, estimate, per="sample", batch=batch, workload=f"{net}:{name}")
         for baseline in BASELINES:
             ratio = measurement.ratio("predict", baseline, quantity)
-            yield report.Figure.of(quantity, ratio, part="ratio", batch=batch, workload=f"{net}:predict/{baseline}")
+            yield Figure.of(quantity, ratio, part="ratio", batch=batch, workload=f"{net}:predict/{baseline}")
 
 
 @click.command()
@@ -81,12 +81,10 @@ def main(
     output: Path,
 ) -> None:
     """Joules of predict against the backbone and its stages on the rows that need them (the ideal)."""
-    output.mkdir(parents=True, exist_ok=True)
-    Outputs(output / "energy.json", output / "energy.csv").check(overwrite=True)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
-    settings = Settings(blocks=rounds, window=window, warmup=warm_up)
-    found: list[report.Figure] = []
+    require_device(device)
+    results_folder(output)
+    settings = Settings(rounds=rounds, window=window, warmup=warm_up)
+    found: list[Figure] = []
     measurements, flags = [], []
     with torch.no_grad(), EnergyMeter([device]).opened() as meter:
         for name in models:
@@ -106,7 +104,7 @@ def main(
     about: dict[str, Any] = {
         **provenance(torch.device(device), "energy"),
         "scenario": scenario,
-        "settings": asdict(settings),
+        "settings": report.plain(settings),
     }
     document = report.document("benchmark", found, measurements, flags=dict.fromkeys(flags), about=about)
     write_atomically(output / "energy.json", report.to_json(document).encode())
@@ -115,7 +113,7 @@ def main(
 
 
 def _print(document: report.Document, scenario: str) -> None:
-    found = report.Figures(document)
+    found = Figures(document)
     console = Console(highlight=False)
     console.print(f"{scenario}, per row")
     for quantity in QUANTITIES:

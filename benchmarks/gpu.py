@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pynvml
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cet.energy import EnergyMeter
+from cet.measure.timers import Call, cuda_events
 
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
@@ -29,18 +31,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def _median_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
+def _median_seconds(call: Call) -> float:
     for _ in range(3):
         call()
-    seconds = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return sorted(seconds)[repeats // 2]
+    return median(cuda_events(call, 1) for _ in range(10))
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -89,21 +83,34 @@ def _handle(device: torch.device) -> Any:
 
 
 def graphed(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
-    """The call as one CUDA graph with its inputs copied into it; what it returns is overwritten by the next call."""
-    static = [tensor.clone() for tensor in inputs]
+    """The call on these very tensors as one CUDA graph; what it returns is overwritten by the next call.
+
+    The arguments of what is returned are ignored: nothing but the replay is timed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(*static)
+        call(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = call(*static)
+        result = call(*inputs)
 
-    def replay(*given: Tensor) -> Any:
-        for target, source in zip(static, given, strict=True):
-            target.copy_(source)
+    def replay(*_: Tensor) -> Any:
         graph.replay()
         return result
 
     return replay
+
+
+def graphed_with_copy(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+    """The call as one CUDA graph into which the arguments are copied first, as whoever has new inputs must."""
+    static = [tensor.clone() for tensor in inputs]
+    replay = graphed(call, *static)
+
+    def copy_and_replay(*given: Tensor) -> Any:
+        for target, source in zip(static, given, strict=True):
+            target.copy_(source)
+        return replay()
+
+    return copy_and_replay

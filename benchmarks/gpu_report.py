@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from consistent_exit_loss import EXITS, ROWS
+from benchmarks.consistent_exit_loss import EXITS, ROWS
 
 ROOT = Path(__file__).parents[1]
 NOT_MEASURED = "not measured"

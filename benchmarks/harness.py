@@ -1,24 +1,17 @@
-"""One way to time: all ways of doing the same job, side by side in one run.
+"""What all benchmarks share: cases whose results are checked before they are timed, and the files of results.
 
 The set-up function of a benchmark returns a :class:`Case`: inputs, the callables that compete (its *providers*), and
-the check that their results must pass before anything is timed. The providers are then timed in blocks. Within a block
-each gets its turn, in random order, so that a drift of the clock speed or a busy neighbour hits all of them alike, and
-ratios are taken block by block, where most of it cancels.
+the check that their results must pass before anything is timed.
 """
 
 from __future__ import annotations
 
 import csv
-import ctypes
 import io
 import json
-import os
-import platform
-import random
 import shlex
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,25 +19,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import click
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-import gpu
-from cet.measure.machine import host, installed_version
-from cet.model.checkpoint import write_atomically
+from benchmarks import gpu
+from cet.files import write_atomically
+from cet.measure.host import commit, host_facts, versions
+from cet.measure.rounds import Timings, time_calls
+from cet.measure.statistics import Spread
+from cet.measure.timers import Timer
 
-WANTED_BLOCKS = 20
-MIN_BLOCKS = 7
 PACKAGES = ("cet", "torch", "transformers")
 NO_TIME = "not run: no time was left"
-
-Timer = Callable[[Callable[[], object], int], float]
+NOT_TIMED = "not timed: "
 
 
 class WrongResultError(Exception):
     """A provider gives another result than it must; its time would mean nothing."""
+
+
+def failure(error: Exception) -> str:
+    """The note of a point that failed: its figures are missing, and those of other points are not lost with them."""
+    text = str(error) if isinstance(error, WrongResultError) else f"{type(error).__name__}: {error}"
+    return NOT_TIMED + " ".join(text.split())[:200]
 
 
 @dataclass(frozen=True)
@@ -68,142 +66,15 @@ class Case:
         return replace(self, providers={name: call for name, call in self.providers.items() if name not in names})
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: NDArray[np.float64]) -> Spread:
-        p20, median, p80 = np.percentile(values, (20, 50, 80))
-        return cls(float(median), float(p20), float(p80))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds per call of each provider, one entry per block, ``(blocks,)``."""
-
-    seconds: Mapping[str, NDArray[np.float64]]
-
-    @property
-    def blocks(self) -> int:
-        return len(next(iter(self.seconds.values())))
-
-    def time(self, name: str) -> Spread:
-        """Seconds per call."""
-        return Spread.of(self.seconds[name])
-
-    def ratio(self, name: str, baseline: str) -> Spread:
-        """How many times as long as ``baseline`` this provider takes, from the log-ratios within the blocks."""
-        logs = Spread.of(np.log(self.seconds[name]) - np.log(self.seconds[baseline]))
-        return Spread(float(np.exp(logs.median)), float(np.exp(logs.p20)), float(np.exp(logs.p80)))
-
-
-def measure(
-    case: Case,
-    *,
-    seconds: float,
-    timer: Timer,
-    seed: int = 0,
-    min_blocks: int = MIN_BLOCKS,
-    evict: Callable[[], object] | None = None,
-) -> Timings:
-    """Check the results of all providers, warm each up, and time them in blocks.
-
-    Args:
-        case: what to time.
-        seconds: how long to time, warm-up not counted; slow providers take longer, until ``min_blocks`` are done.
-        timer: :func:`wall_clock` or :func:`cuda_events`.
-        seed: of the order within the blocks.
-        min_blocks: blocks to time at least.
-        evict: called before each turn, which is then a single call with cold caches, see :func:`cache_eviction`.
+def measure(case: Case, timer: Timer, **settings: Any) -> Timings[str]:
+    """Check the results of all providers, then time them by :func:`cet.measure.rounds.time_calls`.
 
     Raises:
         WrongResultError: when the check of the case fails; nothing is timed then.
     """
     case.check({name: provider(*case.inputs) for name, provider in case.providers.items()})
     calls = {name: partial(provider, *case.inputs) for name, provider in case.providers.items()}
-    shortest = {name: _warm_up(call, seconds / 10, timer) for name, call in calls.items()}
-    share = seconds / WANTED_BLOCKS / len(calls)
-    # Only the first call after an eviction finds the caches cold.
-    repeats = {name: 1 if evict else max(1, round(share / shortest[name])) for name in calls}
-
-    def turn(name: str) -> float:
-        if evict:
-            evict()
-        return timer(calls[name], repeats[name]) / repeats[name]
-
-    order = list(calls)
-    shuffle = random.Random(seed).shuffle
-    blocks: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    while len(blocks) < min_blocks or time.perf_counter() < end:
-        shuffle(order)
-        blocks.append({name: turn(name) for name in order})
-    return Timings({name: np.array([block[name] for block in blocks]) for name in calls})
-
-
-def _warm_up(call: Callable[[], object], seconds: float, timer: Timer) -> float:
-    """Call for so long, at least once; the shortest time of a call."""
-    end = time.perf_counter() + seconds
-    shortest = timer(call, 1)
-    while time.perf_counter() < end:
-        shortest = min(shortest, timer(call, 1))
-    return shortest
-
-
-def wall_clock(call: Callable[[], object], repeats: int) -> float:
-    """Seconds that ``repeats`` calls take, on the monotonic clock."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return time.perf_counter() - start
-
-
-def cuda_events(call: Callable[[], object], repeats: int) -> float:
-    """Seconds that ``repeats`` calls take on the current CUDA stream, from an idle device to an idle device."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def timer_for(device: torch.device) -> Timer:
-    """The timer that is right for work on ``device``."""
-    return cuda_events if device.type == "cuda" else wall_clock
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc's allocator keep what is freed; whether it is there and does.
-
-    By default the history of the heap decides whether a large tensor gets fresh pages at every call: in one run of the
-    sensor CNN at batch 1024, ``predict`` faulted on 4,576 pages a call and the backbone on 11,603, for the same work.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    trim_threshold, mmap_max = -1, -4  # from malloc.h
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
-
-
-def cache_eviction(device: torch.device) -> Callable[[], object]:
-    """A function that reads and writes twice the size of the device's last cache."""
-    size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _cpu_cache_size()
-    buffer = torch.zeros(2 * size, dtype=torch.uint8, device=device)
-    return lambda: buffer.add_(1)
-
-
-def _cpu_cache_size() -> int:
-    """Bytes of the largest cache that Linux names for a core; 64 MiB where it names none."""
-    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size.removesuffix("K")) * 1024 for size in sizes), default=64 * 1024 * 1024)
+    return time_calls(calls, timer, **settings)
 
 
 def check_close(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -230,25 +101,24 @@ class Row:
     median: float | None = None
     p20: float | None = None
     p80: float | None = None
-    blocks: int | None = None
+    rounds: int | None = None
     note: str = ""
 
     @classmethod
-    def of(cls, quantity: str, unit: str, spread: Spread, blocks: int) -> Row:
-        return cls(quantity, unit, spread.median, spread.p20, spread.p80, blocks)
+    def of(cls, quantity: str, unit: str, spread: Spread, num_rounds: int) -> Row:
+        return cls(quantity, unit, spread.median, spread.p20, spread.p80, num_rounds)
 
 
 def provenance(device: torch.device, benchmark: str) -> dict[str, Any]:
     """Where, when and with what the figures were taken."""
-    machine = host()
+    host = host_facts()
     return {
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(benchmark),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine["processor"],
-        **machine,
-        "python": platform.python_version(),
-        **{package: installed_version(package) for package in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host["processor"],
+        **host,
+        **versions(PACKAGES),
         **({"gpu": gpu.state(device)} if device.type == "cuda" else {}),
     }
 
@@ -262,23 +132,18 @@ def _command(benchmark: str) -> str:
             next(arguments, None)
         elif not argument.startswith("--output="):
             kept.append(argument)
-    return shlex.join(["python", f"benchmarks/{benchmark}.py", *kept])
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *kept])
 
 
-def _commit() -> str | None:
-    """The commit that is checked out, with ``-dirty`` behind it if tracked files were changed; None without git.
-
-    A copy without its history is told by the variable ``CET_COMMIT``.
-    """
-    told = os.environ.get("CET_COMMIT")
-    if told:
-        return told
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def results_folder(output: Path) -> Path:
+    """Make the folder for the results where it is missing, and refuse one that takes no files."""
     try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return run.stdout.strip() or None
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written ({error.strerror}); give another --output") from error
+    return output
 
 
 def write_results(
@@ -286,9 +151,9 @@ def write_results(
     name: str,
     rows: Sequence[tuple[Mapping[str, Any], Row]],
     description: Mapping[str, Any],
-    figure: Figure,
+    figure: Figure | None = None,
 ) -> list[Path]:
-    """Write ``name.csv``, ``name.json`` and ``name.png`` into ``folder``, each atomically.
+    """Write ``name.csv``, ``name.json`` and, with a figure, ``name.png`` into ``folder``, each atomically.
 
     Args:
         folder: an existing folder.
@@ -296,7 +161,7 @@ def write_results(
         rows: the point of each figure, with the same keys for all, and the figure.
         description: :func:`provenance` and settings, for the JSON file; commit, date, device and versions are repeated
             in every row of the CSV file.
-        figure: the plot.
+        figure: the plot; ``None`` while the results are not complete.
     """
     repeated = {key: description[key] for key in ("commit", "date", "device", "cores", "threads", *PACKAGES)}
     table = io.StringIO()
@@ -304,13 +169,14 @@ def write_results(
     writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in line.items()} for line in lines)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
     contents = {
         f"{name}.csv": table.getvalue().encode(),
         f"{name}.json": (json.dumps(description, indent=2) + "\n").encode(),
-        f"{name}.png": picture.getvalue(),
     }
+    if figure is not None:
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=150)
+        contents[f"{name}.png"] = picture.getvalue()
     for file, content in contents.items():
         write_atomically(folder / file, content)
     return [folder / file for file in contents]

@@ -3,157 +3,122 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import click
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-import gpu
-import harness
-from cet import ops
-from harness import (
-    MIN_BLOCKS,
-    NO_TIME,
-    Case,
-    Row,
-    Timings,
-    WrongResultError,
-    cache_eviction,
-    measure,
-    provenance,
-    timer_for,
-    write_results,
-)
+from benchmarks.harness import NO_TIME, Case, Row, failure
+from benchmarks.session import Session, session_options
+from cet.measure.rounds import Timings
+from cet.measure.timers import keep_freed_memory as keep_all_freed_memory
 
 Point = Mapping[str, Any]
-Measured = list[tuple[Point, Timings]]
+Measured = list[tuple[Point, Timings[str]]]
 Ratio = tuple[str, str]
 
 
-def command(
-    name: str,
-    points: Sequence[Point],
-    set_up: Callable[[Point], Case],
-    ratios: Sequence[Ratio],
-    verdicts: Callable[[Measured], dict[str, Any]],
-) -> click.Command:
-    """The command line of the benchmark ``name``: time every point, print and write times, ratios and verdicts.
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of one operation.
 
-    A ratio ``(slow, fast)`` says how many times as long ``slow`` takes; where a point lacks one of
-    them it is left out.
+    Attributes:
+        name: of its module.
+        points: what is timed, with the same keys for all.
+        set_up: makes the case of a point, on the default device.
+        ratios: ``(slow, fast)`` tells how many times as long ``slow`` takes, at the points that have both.
+        verdicts: takes what was measured, and returns the measures.
     """
 
-    @click.command()
-    @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch. [default: torch's own choice]")
-    @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=1.5, show_default=True)
-    @click.option(
-        "--keep-freed-memory",
-        is_flag=True,
-        help="Have glibc keep all freed memory, so that no provider pays for fresh pages; written as NAME_kept_memory.",
-    )
-    @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-    @click.option("--cold", is_flag=True, help="Empty the caches before each timed call.")
-    @click.option("--within", type=float, default=math.inf, help="Seconds after which no other point is begun.")
-    @click.option("--skip", multiple=True, help="Leave out this provider.")
-    @click.option("--quick", is_flag=True, help="A smoke test: its figures mean nothing.")
-    @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
-    def main(
-        threads: int | None,
-        seconds: float,
-        keep_freed_memory: bool,
-        device: str,
-        cold: bool,
-        within: float,
-        skip: Sequence[str],
-        quick: bool,
-        output: Path | None,
-    ) -> None:
-        end = time.perf_counter() + within
-        require_device(device)
-        place = torch.device(device)
-        if device == "cuda":
-            ops.use_backend("triton")  # which serves on request only
-        if threads is not None:
-            torch.set_num_threads(threads)
-        output = output or Path("runs/benchmarks" if quick else "benchmarks/results")
-        output.mkdir(parents=True, exist_ok=True)
-        settings = {"seconds": 0.02 if quick else seconds, "min_blocks": 3 if quick else MIN_BLOCKS}
-        if keep_freed_memory and not harness.keep_freed_memory():
-            raise click.ClickException("--keep-freed-memory needs glibc's allocator")
-        evict = cache_eviction(place) if cold else None
-        ceilings = gpu.ceilings(place) if device == "cuda" else {}
+    name: str
+    points: Sequence[Point]
+    set_up: Callable[[Point], Case]
+    ratios: Sequence[Ratio]
+    verdicts: Callable[[Measured], dict[str, Any]]
+
+    def command(self) -> click.Command:
+        """The command line: time every point, print and write times, ratios and verdicts."""
+
+        @click.command()
+        @click.option("--skip", multiple=True, help="Leave out this provider.")
+        @click.option(
+            "--keep-freed-memory",
+            is_flag=True,
+            help="Have glibc keep all freed memory, so that no provider pays for fresh pages: NAME_kept_memory.",
+        )
+        @session_options
+        def main(skip: Sequence[str], keep_freed_memory: bool, **options: Any) -> None:
+            if keep_freed_memory and not keep_all_freed_memory():
+                raise click.ClickException("--keep-freed-memory needs glibc's allocator")
+            file = f"{self.name}_kept_memory" if keep_freed_memory else self.name
+            session = Session(self.name, file, {"keep_freed_memory": keep_freed_memory}, **options)
+            self._run(session, skip, file)
+
+        return main
+
+    def _run(self, session: Session, skip: Sequence[str], title: str) -> None:
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
-        table = Table(*points[0], "us", *(f"{slow}/{fast}" for slow, fast in ratios), title=name)
-        for point in points:
-            if measured and time.perf_counter() > end:
-                rows.append((point, Row("cet", "s", note=NO_TIME)))
-                continue
-            torch.compiler.reset()
-            torch.manual_seed(0)
+        for point in self.points:
             try:
-                with place:
-                    case = set_up(point)
-                unknown = set(skip) - case.providers.keys()
-                if unknown:
-                    names = ", ".join(case.providers)
-                    raise click.BadParameter(f"{', '.join(unknown)} is none of {names}", param_hint="--skip")
-                case = case.without(skip)
-                timings = measure(case, timer=timer_for(place), evict=evict, **settings)
-            except WrongResultError as error:
-                rows.append((point, Row("cet", "s", note=f"not timed: {error}")))
-                continue
-            measured.append((point, timings))
-            rows += [(point, row) for row in _rows(timings, ratios)]
-            known = [r for r in ratios if set(r) <= timings.seconds.keys()]
-            texts = [f"{timings.ratio(*r).median:.2f}" if r in known else "" for r in ratios]
-            table.add_row(*map(str, point.values()), f"{1e6 * timings.time('cet').median:.1f}", *texts)
-        console = Console(width=None if sys.stdout.isatty() else 150)
-        console.print(table)
-        console.print(verdicts(measured))
-        description = {
-            "benchmark": name,
-            **provenance(place, name),
-            "settings": {**settings, "cold": cold, "keep_freed_memory": keep_freed_memory},
-            "ceilings": ceilings,
-            "measures": verdicts(measured),
-        }
-        file = f"{name}_kept_memory" if keep_freed_memory else name
-        for path in write_results(output, file, rows, description, _plot(file, measured, ratios)):
-            console.print(f"wrote {path}")
-        if any(row.note.startswith("not timed") for _, row in rows):
-            raise click.ClickException("some points gave wrong results and were not timed; see the CSV file")
+                if measured and time.perf_counter() > session.end:
+                    rows.append((point, Row("cet", "s", note=NO_TIME)))
+                    continue
+                timings = self._time(point, session, skip)
+            except click.ClickException:
+                raise
+            except Exception as error:  # whatever it is, what was measured before and what comes after counts
+                rows.append((point, Row("cet", "s", note=failure(error))))
+            else:
+                measured.append((point, timings))
+                rows += [(point, row) for row in _rows(timings, self.ratios)]
+            session.save(rows, self.verdicts(measured))
+        session.console.print(self._table(measured))
+        session.console.print(self.verdicts(measured))
+        session.save(rows, self.verdicts(measured), _plot(title, measured, self.ratios))
 
-    return main
+    def _time(self, point: Point, session: Session, skip: Sequence[str]) -> Timings[str]:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        with session.device:
+            case = self.set_up(point)
+        if unknown := set(skip) - case.providers.keys():
+            names = ", ".join(case.providers)
+            raise click.BadParameter(f"{', '.join(unknown)} is none of {names}", param_hint="--skip")
+        return session.time(case.without(skip))
 
-
-def require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch sees no CUDA device here; use --device cpu")
+    def _table(self, measured: Measured) -> Table:
+        table = Table(*self.points[0], "us", *(f"{slow}/{fast}" for slow, fast in self.ratios), title=self.name)
+        for point, timings in measured:
+            known = timings.seconds.keys()
+            ratios = [f"{timings.ratio(*r).median:.2f}" if set(r) <= known else "" for r in self.ratios]
+            time = f"{1e6 * timings.time('cet').median:.1f}" if "cet" in known else ""
+            table.add_row(*map(str, point.values()), time, *ratios)
+        return table
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """``None`` for no values."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def speedup(timings: Timings, over: Iterable[str], of: str = "cet") -> float:
-    """How many times as long the best of the others takes."""
-    return min(timings.ratio(name, of).median for name in over)
+def speedups(measured: Measured, over: Iterable[str], of: str = "cet") -> list[float]:
+    """At each point that has them, how many times as long as ``of`` the best of the others takes."""
+    known = [(timings, {*over} & timings.seconds.keys()) for _, timings in measured if of in timings.seconds]
+    return [min(timings.ratio(name, of).median for name in others) for timings, others in known if others]
 
 
-def _rows(timings: Timings, ratios: Sequence[Ratio]) -> Iterator[Row]:
+def _rows(timings: Timings[str], ratios: Sequence[Ratio]) -> Iterator[Row]:
     for name in timings.seconds:
-        yield Row.of(name, "s", timings.time(name), timings.blocks)
+        yield Row.of(name, "s", timings.time(name), timings.num_rounds)
     for slow, fast in ratios:
         if {slow, fast} <= timings.seconds.keys():
-            yield Row.of(f"{slow}/{fast}", "ratio", timings.ratio(slow, fast), timings.blocks)
+            yield Row.of(f"{slow}/{fast}", "ratio", timings.ratio(slow, fast), timings.num_rounds)
 
 
 def _plot(name: str, measured: Measured, ratios: Sequence[Ratio]) -> Figure:

@@ -26,11 +26,11 @@ from rich.progress import track
 from scipy import stats
 from torchmetrics.functional.classification import multiclass_f1_score
 
+from benchmarks.harness import provenance
 from cet import perturb
-from cet.model.checkpoint import write_atomically
+from cet.files import write_atomically
 from cet.ops import exit_score
 from cet.training import CONSISTENT, JOINT, load_windows, perturbation, split_by_person, train
-from harness import provenance
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED = "trained kinds"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -242,6 +243,7 @@ void consistent_exit_loss(const Kernels& kernels, const std::vector<ExitLogits>&
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "The CPU kernels of cet.ops on raw pointers.";
+  cet::bind_watch(module);
   module.def("capabilities", &capabilities, "Sets of instructions that this build and processor have, lowest first.");
   module.def("kernels", &kernels_of, py::arg("capability"), py::return_value_policy::reference,
              "The kernels compiled for one of capabilities().");

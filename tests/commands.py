@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sysconfig
@@ -13,8 +14,20 @@ from nvml.simulation import environment
 
 CET = Path(sysconfig.get_path("scripts"), "cet")
 TESTS = Path(__file__).parent
-FAST = ("--blocks", "1", "--window", "0.2", "--warm-up", "0.05", "--batch", "8", "--threads", "1")
+FAST = ("--rounds", "1", "--window", "0.2", "--warm-up", "0.05", "--batch-size", "8", "--threads", "1")
 """Windows as short as they can be told from each other; they are flagged for it."""
+
+
+def within_energy(*args: str) -> list[str]:
+    """The arguments of a command of `cet energy`, or of `cet doctor`."""
+    return [*(() if args[0] == "doctor" else ("energy",)), *args]
+
+
+def obey_permissions() -> None:
+    """Have root be refused what others are: drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    drop = 24  # PR_CAPBSET_DROP
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 class Commands:
@@ -36,13 +49,13 @@ class Commands:
         self.environment |= {"SIMULATED_FAULT": ";".join(fault), "SIMULATED_FAULT_AFTER": str(self.output)}
 
     def start(self, *args: str, script: Sequence[str] = (), **more: Any) -> subprocess.Popen[str]:
-        """``cet energy ARGS``, under way; ``script`` are commands of nvml.c."""
+        """``cet energy ARGS``, or ``cet doctor``, under way; ``script`` are commands of nvml.c."""
         path = self.folder / "script"
         path.write_text("\n".join(["clock real", "gpus 1", "gpu 0 tick 0.004", *script]))
         unset = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "COLUMNS", "NO_COLOR", "FORCE_COLOR")
         env = {key: value for key, value in environment(self._library, path).items() if key not in unset}
         return subprocess.Popen(
-            [CET, "energy", *args],
+            [CET, *within_energy(*args)],
             cwd=TESTS,
             env={**env, **self.environment},
             text=True,

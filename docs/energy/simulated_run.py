@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import cet
 from cet.cli.energy.text import of_profile
 from cet.energy import EnergyMeter, plots, report
+from cet.energy.figures import profile_figures
 from cet.energy.measurement import Settings
 from cet.energy.profile import profile
 from cet.files import write_atomically
@@ -85,7 +85,7 @@ def early_exit(simulation: Simulation) -> cet.EarlyExit:
 
 
 def simulated() -> report.Document:
-    """The document of `cet energy profile --batch 1 --batch 16 --integral`."""
+    """The document of `cet energy profile --batch-size 1 --batch-size 16 --integral`."""
     with tempfile.TemporaryDirectory() as folder:
         simulation = Simulation(build(Path(folder)))
     simulation.install()
@@ -96,11 +96,11 @@ def simulated() -> report.Document:
     with EnergyMeter(rapl=False, integral=True, clock=simulation.clock).opened() as meter:
         for size in BATCHES:
             result = profile(model, list(zip(x.split(size), y.split(size), strict=True)), meter, settings)
-            figures += report.profile_figures(result)
+            figures += profile_figures(result)
             flags += result.measurement.flags
             measurements.append(report.plain_measurement(result.measurement, batch_size=size))
     return report.document(
-        "profile", figures, measurements, flags=dict.fromkeys(flags), about={"settings": asdict(settings)}
+        "profile", figures, measurements, flags=dict.fromkeys(flags), about={"settings": report.plain(settings)}
     )
 
 

@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cet import energy, ops, perturb
-    from cet.calibration.calibrate import Calibration, CalibrationReport, calibrate
+    from cet.calibration import Calibration, CalibrationReport, calibrate
     from cet.calibration.cost import ExitCosts, exit_costs
-    from cet.model.early_exit import EarlyExit, ExitOutput, load
+    from cet.model.check import AnswerMismatchError
+    from cet.model.early_exit import EarlyExit
     from cet.model.heads import ExitHead, HeadSpec
+    from cet.model.loading import load
+    from cet.model.output import ExitOutput, Explanation
+    from cet.partition.cache import UncutWarning
     from cet.partition.stages import CutError, Stages
     from cet.runtime.policy import ExitPolicy
+    from cet.training.heads import train_heads
     from cet.training.loss import ConsistentExitLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerMismatchError",
     "Calibration",
     "CalibrationReport",
     "ConsistentExitLoss",
@@ -28,17 +34,21 @@ __all__ = [
     "ExitHead",
     "ExitOutput",
     "ExitPolicy",
+    "Explanation",
     "HeadSpec",
     "Stages",
+    "UncutWarning",
     "calibrate",
     "energy",
     "exit_costs",
     "load",
     "ops",
     "perturb",
+    "train_heads",
 ]
 
 _MODULE_OF = {
+    "AnswerMismatchError": "model.check",
     "Calibration": "calibration",
     "CalibrationReport": "calibration",
     "ConsistentExitLoss": "training.loss",
@@ -46,13 +56,16 @@ _MODULE_OF = {
     "EarlyExit": "model.early_exit",
     "ExitCosts": "calibration",
     "ExitHead": "model.heads",
-    "ExitOutput": "model.early_exit",
+    "ExitOutput": "model.output",
     "ExitPolicy": "runtime.policy",
+    "Explanation": "model.output",
     "HeadSpec": "model.heads",
     "Stages": "partition.stages",
+    "UncutWarning": "partition.cache",
     "calibrate": "calibration",
     "exit_costs": "calibration",
-    "load": "model.early_exit",
+    "load": "model.loading",
+    "train_heads": "training.heads",
 }
 
 

@@ -1,4 +1,4 @@
-"""Files that are written at once or not at all."""
+"""Files that are written at once or not at all, and folders that are looked at before anything is written to them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ from contextlib import suppress
 from pathlib import Path
 
 
+class OutputError(OSError):
+    """A file or folder cannot be written."""
+
+    exit_code = 20
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], error: OSError) -> OutputError:
+        """An error that names ``path``, whichever step of writing it failed."""
+        return cls(error.errno, error.strerror, os.fspath(path))
+
+    def __str__(self) -> str:
+        if self.filename is None:
+            return super().__str__()
+        return f"{self.filename} cannot be written ({self.strerror}); give another path, or make room there"
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write ``content`` beside ``path``, then rename it into place; links are followed.
 
     Raises:
-        OSError: naming ``path``, whatever step failed.
+        OutputError: naming ``path``, whichever step failed.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -29,7 +45,48 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise OutputError.of(path, error) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written beside what its folder holds; nothing is left behind.
+
+    Raises:
+        OutputError: when its folder is missing, or takes no such file.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder in which no file can be made, or that is missing and cannot be made; nothing is left behind.
+
+    Raises:
+        OutputError: then.
+    """
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OutputError.of(folder, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it.
+
+    Raises:
+        OutputError: when it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(folder, error) from error
 
 
 def _umask() -> int:

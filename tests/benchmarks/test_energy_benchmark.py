@@ -1,4 +1,4 @@
-"""`benchmarks/energy.py` on the smallest net."""
+"""`python -m benchmarks.energy` on the smallest net."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.energy import main
 from cet.energy import MonotonicClock
-from energy import main
 from powercap import Powercap
 
 
-def test_ratios_and_raw_windows_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_and_raw_windows_replace_those_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     powercap = Powercap(tmp_path / "powercap")
     powercap.zone("intel-rapl:0", "package-0")
     monkeypatch.setenv("CET_POWERCAP_ROOT", str(powercap.root))
     stop = powercap.follow(MonotonicClock(), "intel-rapl:0", 25)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/energy.csv").write_text("name,unit,value\njoules,J,1\n")
+    (tmp_path / "out/energy.json").write_text("{}")
     short = ("--rounds", "3", "--window", "0.1", "--warm-up", "0.05", "--output", str(tmp_path / "out"))
     done = CliRunner().invoke(main, ["--models", "sensor_cnn", "--batches", "4", *short])
     stop()

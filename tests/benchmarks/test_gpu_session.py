@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import compact
-import end_to_end
-import gpu
-import gpu_report
-import gpu_session
-from gpu_session import Step
-from harness import NO_TIME, provenance
+from benchmarks import compact, end_to_end, gpu, gpu_report, gpu_session
+from benchmarks.gpu_session import Step
+from benchmarks.harness import NO_TIME, provenance
 
 
 @pytest.fixture
@@ -34,6 +32,7 @@ def test_the_steps_fit_their_time_and_name_what_exists(tmp_path: Path) -> None:
     assert len({step.name for step in steps}) == len(steps)
     for argument in (argument for step in steps for argument in step.command):
         assert not argument.endswith(".py") or (gpu_session.ROOT / argument).is_file()
+        assert not argument.startswith("benchmarks.") or importlib.util.find_spec(argument)
 
 
 def is_running(process: int) -> bool:
@@ -66,6 +65,27 @@ def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path, monkeypat
     assert "no-such-tool is not installed" in lines[2]
     outcomes = json.loads((tmp_path / "out/steps.json").read_text())
     assert [outcome["passed"] for outcome in outcomes] == [False, False, False, True]
+    with tarfile.open(tmp_path / "out.tar.gz") as packed:
+        names = packed.getnames()
+    assert {f"out/{name}" for name in ("steps.json", "fails.log", "hangs.log", "works.log", "results")} <= {*names}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tar.gz"]
+
+
+@pytest.mark.usefixtures("any_machine")
+def test_a_build_that_fails_is_tried_again_without_what_may_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "import os; print(os.environ['PYTHONPATH']); raise SystemExit(int(os.environ['CET_BUILD_CUDA']))"
+    build = Step("build", ["-c", program], 20, fallback={"CET_BUILD_CUDA": "0"})
+    monkeypatch.setattr(gpu_session, "steps", lambda output: [build, Step("next", ["-c", "print('fine')"], 20)])
+    monkeypatch.setenv("PYTHONPATH", "wheels")
+    result = CliRunner().invoke(gpu_session.main, [str(tmp_path / "out")])
+    assert [line.split()[:2] for line in result.output.splitlines()[:3]] == [
+        ["build", "FAILED"],
+        ["build_again", "passed"],
+        ["next", "passed"],
+    ]
+    assert (tmp_path / "out/build.log").read_text().split() == [f"{gpu_session.BUILD}{os.pathsep}wheels"]
 
 
 @pytest.mark.usefixtures("any_machine")
@@ -132,6 +152,9 @@ def test_a_machine_without_a_gpu_is_told_at_once(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else True)
     assert "lacks triton; give PYTHON" in CliRunner().invoke(gpu_session.main, [str(tmp_path / "out")]).output
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(gpu_session.metadata, "version", lambda name: "76.1.0")
+    assert "setuptools 76.1.0" in CliRunner().invoke(gpu_session.main, [str(tmp_path / "out")]).output
 
 
 @pytest.mark.usefixtures("any_machine")

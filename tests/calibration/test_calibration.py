@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 import cet
 from cet.calibration import calibrate, drop_interval, fit_temperature
 from cet.calibration.cost import ExitCosts, exit_costs
-from cet.calibration.threshold_search import simulate
+from cet.calibration.thresholds import simulate
 from cet.ops.definitions import ScoreName
 
 CLASSES = 4
@@ -142,6 +144,9 @@ def test_inputs_may_be_tuples_and_dicts(model: cet.EarlyExit, held_out: Batches)
     expected = calibrate(model, held_out)
     assert calibrate(model, [((x,), y) for x, y in held_out]) == expected
     assert calibrate(model, [({"input": x}, y) for x, y in held_out]) == expected
+    assert calibrate(model, [{"input": x, "labels": y} for x, y in held_out]) == expected
+    in_other_order = [{"target": y, "series": x} for x, y in held_out]
+    assert calibrate(model, in_other_order, batch_fn=lambda batch: (batch["series"], batch["target"])) == expected
 
 
 def test_rows_that_are_not_finite_never_leave_early(model: cet.EarlyExit, held_out: Batches) -> None:
@@ -171,12 +176,159 @@ def test_report_is_json_and_readable(model: cet.EarlyExit, held_out: Batches) ->
     assert [row["name"] for row in as_json["exits"]] == ["0", "1", "final"]
     assert as_json["exits"][1]["threshold"] is None
     assert as_json["interval"] == list(report.interval)
-    header, first, second, final, summary, cost = str(report).splitlines()
+    assert [row["label"] for row in as_json["classes"]] == [0, 1, 2, 3]
+    header, first, second, final, summary, cost, by_class, *classes = str(report).splitlines()
     assert header.split() == ["exit", "accuracy", "temperature", "threshold", "leaving", "ms"]
     assert (first.split()[0], second.split()[3], final.split()[0]) == ("0", "-", "final")
     assert len({len(line) for line in (header, first, second, final)}) == 1
     assert "on 600 samples" in summary
     assert f"{report.mean_cost:.4g} ms" in cost
+    assert by_class.split()[:4] == ["class", "samples", "recall", "of"]
+    worst = max(report.classes, key=lambda row: row.drop)
+    assert classes[0].split()[:3] == [str(worst.label), str(worst.num_samples), f"{worst.recall:.1%}"]
+    assert len({len(line) for line in [by_class, *classes[:4]]}) == 1
+    assert classes[4:] == [f"warning: {report.warning}"]
+
+
+def test_report_tells_what_becomes_of_each_class(model: cet.EarlyExit, held_out: Batches) -> None:
+    calibration = calibrate(model, held_out, 0.02)
+    x, y = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+    model.policy = calibration.policy
+    output, final = model.predict(x), model.exit_logits(x)[-1].argmax(1)
+    for row in calibration.report.classes:
+        of_class = y == row.label
+        assert row.num_samples == of_class.sum() == sum(row.num_leaving)
+        assert row.num_leaving == tuple(torch.bincount(output.exit_index[of_class], minlength=3).tolist())
+        assert row.exit_shares == pytest.approx([count / row.num_samples for count in row.num_leaving])
+        assert row.recall == pytest.approx((output.labels == y)[of_class].double().mean().item())
+        assert row.final_recall == pytest.approx((final == y)[of_class].double().mean().item())
+    assert [row.label for row in calibration.report.classes] == [0, 1, 2, 3]
+
+
+def test_a_class_that_loses_more_than_the_bound_is_warned_about(model: cet.EarlyExit, held_out: Batches) -> None:
+    with pytest.warns(
+        UserWarning, match=r"^\d class(es)? loses? more recall than 5 points, most of all class 1, "
+    ) as w:
+        report = calibrate(model, held_out, 0.05).report
+    assert [str(warning.message) for warning in w] == [report.warning]
+    assert str(report).splitlines()[-1] == f"warning: {report.warning}"
+    assert report.to_dict()["warning"] == report.warning
+    assert w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = calibrate(model, held_out, 0.05, metric="per_class").report
+    assert report.warning is None
+    assert "warning" not in str(report)
+
+
+def recall_of_class_1(labels: Tensor, predictions: Tensor) -> Tensor:
+    return (predictions == labels)[labels == 1].double().mean()
+
+
+@pytest.mark.parametrize("max_drop", [0.0, 0.01, 0.05])
+def test_metrics_are_bounded_and_reported(model: cet.EarlyExit, held_out: Batches, max_drop: float) -> None:
+    def check(metric: Any, class_weights: Any = None) -> tuple[Any, float]:
+        report = calibrate(model, held_out, max_drop, metric=metric, class_weights=class_weights).report
+        assert report.metric_drop <= max_drop + 1e-12
+        return report, report.metric_drop
+
+    report, drop = check("accuracy")
+    assert (report.metric, drop) == ("accuracy", pytest.approx(report.drop))
+    report, drop = check("balanced")
+    assert report.metric == "balanced"
+    assert drop == pytest.approx(np.mean([row.drop for row in report.classes]))
+    report, drop = check("balanced", [0, 0, 3.5, 0])
+    assert drop == pytest.approx(report.classes[2].drop)
+    report, drop = check("accuracy", torch.tensor([0.0, 2.0, 1.0, 0.0]))
+    one, two = report.classes[1:3]
+    weights = np.array([2 * one.num_samples, two.num_samples])
+    assert drop == pytest.approx(np.average([one.drop, two.drop], weights=weights))
+    report, drop = check("per_class")
+    assert drop == pytest.approx(max(row.drop for row in report.classes))
+    assert f"per_class drops by {100 * drop:.2f} points; accuracy" in str(report)
+    report, drop = check(recall_of_class_1)
+    assert report.metric == "recall_of_class_1"
+    assert drop == pytest.approx(report.classes[1].drop)
+    assert report.mean_cost < report.full_cost
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])
+def test_no_row_leaves_elsewhere_than_calibrated(
+    model: cet.EarlyExit, held_out: Batches, dtype: torch.dtype, score: ScoreName
+) -> None:
+    """Every sample, also those of one score with many others, as coarse dtypes have them."""
+    model = copy.deepcopy(model).to(dtype)
+    batches = [(x.to(dtype), y) for x, y in held_out]
+    calibration = calibrate(model, batches, 0.02, score=score)
+    model.policy = calibration.policy
+    outputs = [model.predict(x) for x, _ in batches]
+    leaving = torch.cat([output.exit_index for output in outputs]).bincount(minlength=3).tolist()
+    per_exit = np.sum([row.num_leaving for row in calibration.report.classes], axis=0)
+    assert leaving == per_exit.tolist()
+    right = sum((output.labels == y).sum().item() for output, (_, y) in zip(outputs, batches, strict=True))
+    assert calibration.report.accuracy == pytest.approx(right / 600)
+    assert min(leaving[:2]) > 0
+
+
+def test_predict_is_compared_with_the_backbone_on_the_first_batch(
+    held_out: Batches, model: cet.EarlyExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exit_answers = cet.EarlyExit.exit_answers
+
+    def astray(self: cet.EarlyExit, x: Tensor) -> Any:
+        first, (logits, scores), final = exit_answers(self, x)
+        return first, (logits + 1, scores), final
+
+    monkeypatch.setattr(cet.EarlyExit, "exit_answers", astray)
+    seen = []
+
+    def loader() -> Iterable[Any]:
+        for batch in held_out:
+            seen.append(batch)
+            yield batch
+
+    with pytest.raises(RuntimeError, match="otherwise than the backbone at exit '1', by up to 1"):
+        calibrate(model, loader())
+    assert len(seen) == 1
+
+
+def test_wrapped_models_are_unwrapped(model: cet.EarlyExit, held_out: Batches) -> None:
+    expected = calibrate(model, held_out)
+    assert calibrate(nn.DataParallel(model), held_out) == expected
+    assert calibrate(torch.compile(model), held_out) == expected  # type: ignore[arg-type]
+
+
+def test_models_of_another_kind_are_refused(held_out: Batches) -> None:
+    net = nn.Linear(3, 2)
+    recordings = [
+        torch.jit.trace(net, torch.zeros(2, 3)),
+        torch.export.export(net, (torch.zeros(2, 3),)),
+        torch.export.export(net, (torch.zeros(2, 3),)).module(),
+    ]
+    for recording in recordings:
+        with pytest.raises(TypeError, match=r"is \w+, a recording; give the cet.EarlyExit that it was made from"):
+            calibrate(recording, held_out)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model is Linear, which is no cet.EarlyExit; wrap it first: cet.EarlyExit"):
+        calibrate(net, held_out)
+    with pytest.raises(TypeError, match=r"model is function, which is no cet.EarlyExit"):
+        calibrate(waves, held_out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loader": None}, r"loader is None; give an iterable of batches, such as a torch.utils"),
+        ({"loader": torch.zeros(3)}, "loader is a Tensor"),
+        ({"max_accuracy_drop": "1%"}, "max_accuracy_drop is '1%'; give a number as a fraction, 0.01 for 1 %"),
+        ({"max_accuracy_drop": None}, "max_accuracy_drop is None"),
+        ({"max_accuracy_drop": True}, "max_accuracy_drop is True"),
+        ({"confidence": "95%"}, "confidence is '95%'"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(model: cet.EarlyExit, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        calibrate(model, **{"loader": [], **options})
 
 
 def test_temperature_minimises_cross_entropy() -> None:
@@ -250,8 +402,8 @@ def ones(*shape: int) -> Tensor:
     [
         ([], ValueError, "loader yields no labelled rows"),
         ([(zeros(3, 2, 32), -100 * ones(3))], ValueError, "loader yields no labelled rows"),
-        ([zeros(3, 2, 32)], TypeError, r"loader yields Tensor; give one that yields pairs \(x, y\)"),
-        ([(zeros(3, 2, 32),)], TypeError, "loader yields tuple"),
+        ([zeros(3, 2, 32)], TypeError, r"a batch is Tensor without labels; make the loader yield \(x, y\)"),
+        ([(zeros(3, 2, 32),)], TypeError, "a batch is tuple of 1 without labels"),
         ([("x", ones(3))], TypeError, "the loader's x is str without a tensor"),
         ([(zeros(3, 2, 32), [1, 1, 1])], TypeError, "the loader's y is list; give class indices as an int64"),
         ([(zeros(3, 2, 32), zeros(3))], TypeError, "the loader's y is torch.float32"),
@@ -277,6 +429,8 @@ def test_bad_loaders_are_refused(
         ({"confidence": 1.0}, r"confidence is 1.0; give a level in \(0, 1\)"),
         ({"confidence": 95}, "confidence is 95"),
         ({"score": "energy"}, "score 'energy' is unknown; choose one of entropy, confidence, margin"),
+        ({"metric": "f1"}, "metric 'f1' is unknown"),
+        ({"class_weights": [1.0]}, r"class_weights is \[1.0\]; give 4"),
         ({"costs": ExitCosts((1, 1), (0,))}, "costs has 2 stages but the model has 3 exits"),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 
 import cet
 from cet.cli import main
-from cet.measure import machine
+from cet.cli.doctor import findings
+from cet.measure import host
 
 
 @pytest.fixture
@@ -63,6 +64,10 @@ def test_version(run: Any) -> None:
         (("doctor", "--format", "xml"), "--format"),
         (("demo", "--resume", "--seed", "1"), "--seed"),
         (("demo", "--resume", "--overwrite"), "--overwrite"),
+        (("demo", "--output", ""), "'--output': the path is empty"),
+        (("demo", "--data", ""), "'--data': the path is empty"),
+        (("energy", "run", "--output", "", "--", "true"), "'--output': the path is empty"),
+        (("energy", "run", "--prometheus=", "--", "true"), "'--prometheus': the path is empty"),
     ],
 )
 def test_bad_usage_is_one_sentence_and_exits_with_2(run: Any, args: tuple[str, ...], named: str) -> None:
@@ -73,10 +78,26 @@ def test_bad_usage_is_one_sentence_and_exits_with_2(run: Any, args: tuple[str, .
     assert "--help" in err
 
 
+@pytest.mark.parametrize(
+    ("args", "command"),
+    [
+        (("demo", "--output"), "cet demo"),
+        (("energy", "run", "--output"), "cet energy run"),
+        (("-x",), "cet"),
+    ],
+)
+def test_an_option_without_its_value_names_the_help_of_its_command(
+    run: Any, args: tuple[str, ...], command: str
+) -> None:
+    code, _, err = run(*args)
+    assert code == 2
+    assert err.endswith(f" See '{command} --help'.\n")
+
+
 def test_output_that_cannot_be_written_is_refused_first(run: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, out, err = run("demo", "--output", str(tmp_path / "file" / "demo"), "--data", "missing.npy")
-    assert (code, out) == (1, "")
+    assert (code, out) == (20, "")
     check_one_sentence(err)
     assert str(tmp_path / "file" / "demo") in err
     assert "cannot be written" in err
@@ -87,6 +108,29 @@ def test_missing_recordings_are_refused_and_leave_nothing(run: Any, tmp_path: Pa
     assert code == 1
     check_one_sentence(err)
     assert str(tmp_path / "missing.npy") in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "new" / "demo"
+    for more in (("--data", str(tmp_path / "missing.npy")), ("--resume",)):
+        code, _, err = run("demo", "--output", str(new), *more)
+        assert code == 1
+        check_one_sentence(err)
+        assert list(tmp_path.iterdir()) == []
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    code, _, err = run("demo", "--output", str(new))
+    assert code == 20
+    assert (
+        err
+        == f"Error: {new}/run.json cannot be written (No space left on device); give another path, or make room there\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,7 +149,7 @@ def test_damaged_recordings_are_refused_and_spare_the_run_to_replace(run: Any, t
 def test_missing_extra_is_refused_with_the_command_that_installs_it(
     run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(machine, "installed_version", lambda package: None if package == "lightning" else "1.0")
+    monkeypatch.setattr(host, "installed_version", lambda package: None if package == "lightning" else "1.0")
     code, _, err = run("demo", "--output", str(tmp_path))
     assert code == 1
     assert err == "Error: cet demo needs lightning; pip install 'cet[demo]'\n"
@@ -152,19 +196,20 @@ def test_debug_shows_the_traceback_wherever_it_stands(tmp_path: Path, place: int
         main([*args[:place], "--debug", *args[place:]])
 
 
-def test_an_error_that_nobody_foresaw_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+def test_an_error_that_nobody_foresaw_says_so(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(_: object) -> None:
         raise KeyError("spam")
 
-    monkeypatch.setattr(machine, "backends", broken)
-    assert run("doctor") == (1, "", "Error: unexpected KeyError: 'spam'; --debug shows where\n")
+    monkeypatch.setattr(host, "installed_version", broken)
+    expected = (1, "", "Error: unexpected KeyError: 'spam'; --debug shows where\n")
+    assert run("demo", "--output", str(tmp_path)) == expected
 
 
 def test_ctrl_c_exits_with_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "backends", interrupted)
+    monkeypatch.setattr(findings, "backends", interrupted)
     code, out, err = run("doctor")
     assert (code, out) == (130, "")
     assert err.strip() == "Interrupted."

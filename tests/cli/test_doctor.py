@@ -1,22 +1,27 @@
-"""`cet doctor`: what is found, and for all that is missing the reason and the mend."""
+"""`cet doctor`: what is found, and for all that is missing the reason and the fix."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
-import pynvml
 import pytest
 import torch
 
 from cet.cli import main
-from cet.measure import machine
+from cet.cli.doctor import findings as doctor_findings
+from cet.cli.doctor.finding import Finding
+from commands import CET
 from nvml.simulation import Simulation
 
 
 @pytest.fixture(autouse=True)
 def _one_gpu(simulation: Simulation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with one simulated GPU and no RAPL, whatever this one has."""
+    simulation.reset(real_time=True)
+    simulation.gpu(0, tick=0.004)
     monkeypatch.setenv("CET_POWERCAP_ROOT", str(tmp_path / "no-powercap"))
 
 
@@ -26,32 +31,37 @@ def doctor(*args: str) -> int:
     return int(stop.value.code or 0)
 
 
-def by_name(findings: list[machine.Finding]) -> dict[str, machine.Finding]:
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
 
 
 def test_json_reports_every_section_and_the_core_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor("--format", "json") == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["works"] is True
     assert [row["name"] for row in document["backends"]] == ["reference", "cpp", "triton"]
     assert [row["name"] for row in document["runners"]] == ["eager", "graphs", "device"]
-    assert [row["name"] for row in document["counters"]] == ["gpu:0", "rapl"]
     assert [row["name"] for row in document["extras"]] == ["train", "demo", "onnx", "ray", "dev"]
-    for section in ("backends", "runners", "counters", "extras"):
+    for section in ("backends", "runners", "extras"):
         for row in document[section]:
-            assert set(row) == {"name", "available", "detail", "mend"}
+            assert set(row) == {"name", "available", "detail", "fix"}
             assert row["detail"]
+    energy = document["energy"]
+    assert [row["domain"]["name"] for row in energy["measurable"]] == ["gpu:0"]
+    assert [row["domain"] for row in energy["unavailable"]] == ["rapl"]
+    for row in energy["unavailable"]:
+        assert set(row) == {"domain", "reason", "fix", "lost"}
+        assert row["reason"]
 
 
-def test_table_says_why_and_what_mends_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_says_why_and_how_to_fix_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor() == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "reference yes PyTorch" in out
-    assert "gpu:0 yes NVIDIA Simulated GPU" in out
-    assert "rapl no there is no RAPL zone" in out
-    assert "mend: run on bare metal" in out
+    assert "Energy that can be measured gpu:0 NVIDIA Simulated GPU" in out
+    assert "Energy that cannot be measured rapl there is no RAPL zone" in out
+    assert "fix: run on bare metal" in out
     assert "\x1b" not in out
 
 
@@ -68,59 +78,69 @@ def test_core_that_fails_is_reported_and_exits_with_1(
     assert "RuntimeError: no such operator" in document["backends"][0]["detail"]
 
 
-def test_each_counter_is_a_finding(simulation: Simulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    simulation.reset(gpus=3)
-    simulation.fault("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED, gpu=1)
-    simulation.fault("*", pynvml.NVML_ERROR_GPU_IS_LOST, gpu=2)
-    found = by_name(machine.counters())
-    assert found["gpu:0"].available
-    assert found["gpu:0"].detail.startswith("NVIDIA Simulated GPU (GPU-00000000-")
-    assert found["gpu:0"].detail.endswith("energy counter, scope: board")
-    assert found["gpu:1"].available
-    assert "power only (gpu:1: nvmlDeviceGetTotalEnergyConsumption failed" in found["gpu:1"].detail
-    assert not found["gpu:2"].available
-    assert "NVML error 15" in found["gpu:2"].detail
-    assert not found["rapl"].available
+@pytest.mark.parametrize("section", ["backends", "runners", "extras"])
+def test_a_section_that_fails_says_so_and_the_others_answer(
+    section: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise KeyError("spam")
+
+    monkeypatch.setattr(doctor_findings, section, broken)
+    code = doctor("--format", "json")
+    document = json.loads(capsys.readouterr().out)
+    assert code == (1 if section == "backends" else 0)
+    assert document[section][0]["detail"] == "unexpected KeyError: 'spam'; --debug shows where"
+    assert all(document[other] for other in ("backends", "runners", "extras", "energy"))
 
 
-def test_nvml_that_does_not_start_is_explained(simulation: Simulation) -> None:
-    simulation.fault("nvmlInitWithFlags", pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-    finding = by_name(machine.counters())["gpu"]
-    assert not finding.available
-    assert "NVML error 9" in finding.detail
-    assert "load the NVIDIA kernel module" in (finding.mend or "")
-
-
-def test_a_choice_of_gpus_that_cannot_be_honoured_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-8f2a")
-    (finding,) = machine.counters()
-    assert (finding.name, finding.available) == ("gpu", False)
-    assert "MIG-8f2a" in finding.detail
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"TORCH_LOGS": "garbage"},  # importing torch fails
+        {"CET_CPU_CAPABILITY": "garbage", "TRITON_INTERPRET": "garbage", "OMP_NUM_THREADS": "garbage"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-8f2a", "CUDA_DEVICE_ORDER": "garbage", "CET_POWERCAP_ROOT": "\udcff"},
+        {"LANG": "garbage", "TERM": "garbage", "COLUMNS": "garbage", "HOME": "/missing", "TMPDIR": "/missing"},
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_it_answers_whatever_the_environment_holds(nvml_library: Path, environment: dict[str, str], form: str) -> None:
+    env = {**os.environ, "LD_LIBRARY_PATH": str(nvml_library.parent), **environment}
+    done = subprocess.run([CET, "doctor", "--format", form], env=env, capture_output=True, text=True)
+    assert done.returncode == int("TORCH_LOGS" in environment or "CET_CPU_CAPABILITY" in environment), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+    if form == "json":
+        document = json.loads(done.stdout)
+        assert document["works"] is (done.returncode == 0)
+        assert document["energy"]["unavailable"]
+    else:
+        assert "Energy that cannot be measured" in done.stdout
 
 
 def test_runners_on_a_gpu_and_why_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = by_name(machine.runners())
+    found = by_name(doctor_findings.runners())
     if not torch.cuda.is_available():
         assert not found["graphs"].available
-        assert found["graphs"].mend == machine.GPU_MEND
+        assert found["graphs"].fix == doctor_findings.GPU_FIX
         assert "its CUDA extension" in found["device"].detail
-    monkeypatch.setattr(machine, "_no_cuda_device", lambda: None)
+    monkeypatch.setattr(doctor_findings, "_no_cuda_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "NVIDIA Simulated GPU")
     for reason in (None, "the driver is old; install a newer one"):
-        monkeypatch.setattr(machine, "why_no_switch", lambda reason=reason: reason)
-        eager, graphs, device = machine.runners()
+        monkeypatch.setattr(doctor_findings, "why_no_switch", lambda reason=reason: reason)
+        eager, graphs, device = doctor_findings.runners()
         assert eager.available
-        assert graphs == machine.Finding("graphs", True, "NVIDIA Simulated GPU; where asked for")
+        assert graphs == Finding("graphs", True, "NVIDIA Simulated GPU; where asked for")
         if reason is None:
-            assert device == machine.Finding("device", True, graphs.detail)
+            assert device == Finding("device", True, graphs.detail)
         else:
-            assert device == machine.Finding("device", False, "the driver is old", "install a newer one")
+            assert device == Finding("device", False, "the driver is old", "install a newer one")
 
 
 def test_missing_extra_names_packages_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "installed_version", lambda package: None if package == "lightning" else "1.0")
-    found = by_name(machine.extras())
+    monkeypatch.setattr(doctor_findings, "installed_version", lambda package: None if package == "lightning" else "1.0")
+    found = by_name(doctor_findings.extras())
     assert found["train"].detail == "not installed: lightning"
-    assert found["demo"].mend == "pip install 'cet[demo]'"
-    assert found["ray"] == machine.Finding("ray", True, "ray 1.0")
+    assert found["demo"].fix == "pip install 'cet[demo]'"
+    assert found["ray"] == Finding("ray", True, "ray 1.0")

@@ -18,14 +18,15 @@ from torch import Tensor
 
 import simulated_net
 from cet.cli import main
-from cet.cli.energy.loading import batches_of, load_data, load_early_exit, load_model
-from cet.cli.energy.window import failure_of
 from cet.cli.errors import LoadError, NoSuchExitError
+from cet.cli.loading import load_data, load_early_exit, load_model
 from cet.energy import CounterFrozenError, CounterUnstableError, DomainEnergy, EnergyError, EnergyReading, Flag
-from commands import CET, FAST, Commands
+from cet.energy.run import failure_of
+from cet.energy.workloads import batches_of
+from commands import CET, FAST, Commands, within_energy
 from nvml.simulation import Simulation
 
-SHORT = (*FAST, "--blocks", "3")
+SHORT = (*FAST, "--rounds", "3")
 PROFILE = ("profile", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", *SHORT)
 COMPARE = ("compare", "simulated_net:small", "simulated_net:large", "--data", "simulated_net:data", *SHORT)
 
@@ -44,7 +45,7 @@ def run(simulation: Simulation, capfd: pytest.CaptureFixture[str], monkeypatch: 
 
     def run(*args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stop:
-            main(["energy", *args])
+            main(within_energy(*args))
         torch.set_num_threads(threads)
         return int(stop.value.code or 0), *capfd.readouterr()
 
@@ -59,7 +60,7 @@ def figure(document: dict[str, Any], name: str, **labels: Any) -> dict[str, Any]
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["", "doctor", "run", "profile", "compare", "watch"])
+    @pytest.mark.parametrize("command", ["", "run", "profile", "compare", "watch"])
     def test_it_has_examples_and_waits_for_nothing(self, command: str) -> None:
         heavy = "{'torch', 'numpy', 'scipy', 'matplotlib'}"
         code = (
@@ -99,28 +100,33 @@ class TestCompletion:
             return subprocess.run([CET], env=env, capture_output=True, text=True, check=True).stdout
 
         assert "plain,profile" in complete("cet energy pro", 2)
-        assert "plain,--estimate-watts" in complete("cet energy run --est", 3)
+        assert "plain,--assume-watts" in complete("cet energy run --assu", 3)
 
 
 class TestDoctor:
-    def test_table(self, run: Run) -> None:
+    def test_table(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, tick=0.04)
         code, out, err = run("doctor")
         assert (code, err) == (0, "")
         text = " ".join(out.split())
         assert "gpu:0 NVIDIA Simulated GPU (GPU-00000000-0000-4000-8000-000000000000)" in text
-        assert "energy counter, scope: board, tick 4" in text
-        assert "Not measured here rapl there is no RAPL zone in /no-powercap" in text
-        assert "mend: run on bare metal" in text
+        shown = re.search(r"energy counter, scope: board, update period ([\d.]+) ms, 71 W now", text)
+        assert shown
+        assert float(shown[1]) == pytest.approx(40, rel=0.2)
+        assert "Energy that cannot be measured rapl there is no RAPL zone in /no-powercap" in text
+        assert "fix: run on bare metal" in text
 
-    def test_json(self, run: Run) -> None:
+    def test_json(self, run: Run, simulation: Simulation) -> None:
+        simulation.gpu(0, tick=0.04)
         code, out, _ = run("doctor", "--format", "json", "--require-gpu")
         assert code == 0
         document = json.loads(out)
-        assert (document["kind"], document["schema_version"]) == ("doctor", 1)
-        (gpu,) = document["domains"]
-        assert gpu["tick"] == pytest.approx(0.004, rel=0.2)
+        assert document["schema_version"] == 2
+        (gpu,) = document["energy"]["measurable"]
+        assert gpu["domain"]["name"] == "gpu:0"
+        assert gpu["update_period"] == pytest.approx(0.04, rel=0.2)
         assert gpu["state"]["watts"] == pytest.approx(71.1, rel=0.01)
-        assert document["unavailable"][0]["domain"] == "rapl"
+        assert document["energy"]["unavailable"][0]["domain"] == "rapl"
 
     def test_what_disturbs_is_told(self, run: Run, simulation: Simulation) -> None:
         simulation.gpu(0, persistence=0, throttle=0x20, process=4711)
@@ -133,8 +139,8 @@ class TestDoctor:
         simulation.gpu(0, frozen=1)
         code, out, _ = run("doctor", "--require-gpu", "--format", "json")
         assert code == 0
-        (gpu,) = json.loads(out)["domains"]
-        assert (gpu["source"], gpu["tick"]) == ("integral", None)
+        (gpu,) = json.loads(out)["energy"]["measurable"]
+        assert (gpu["source"], gpu["update_period"]) == ("integral", None)
         assert re.fullmatch(r"gpu:0: the counter stood at \d+ mJ for 3\.\d+ s", gpu["reason"])
 
     @pytest.mark.parametrize("frozen", [True, False])
@@ -151,8 +157,8 @@ class TestDoctor:
             reason = "nvmlDeviceGetTotalEnergyConsumption failed 3 times"
         code, out, err = run("doctor", "--require-gpu")
         assert code == 11
-        assert "Measured here" not in out.splitlines()
-        assert f" gpu:0 {reason}" in " ".join(out.partition("Not measured here")[2].split())
+        assert "Energy that can be measured" not in [line.strip() for line in out.splitlines()]
+        assert f" gpu:0 {reason}" in " ".join(out.partition("Energy that cannot be measured")[2].split())
         assert err.startswith(f"Error: no GPU's joules can be measured (gpu:0: {reason}")
 
 
@@ -209,8 +215,8 @@ class TestRun:
         for _ in range(2):  # an older file is replaced
             assert run("run", "--prometheus", str(metrics), "--", "sleep", "0.1")[0] == 0
         text = metrics.read_text()
-        assert 'cet_energy_joules{kind="run",per="window",domain="gpu:0",source="counter"} ' in text
-        assert 'domain="rapl",of="joules",reason="there is no RAPL zone' in text
+        assert 'cet_energy_joules{domain="gpu:0",kind="run",per="window",source="counter"} ' in text
+        assert 'domain="rapl",kind="run",of="joules",per="window",reason="there is no RAPL zone' in text
 
     def test_overwrite(self, run: Run, tmp_path: Path) -> None:
         output = tmp_path / "run.json"
@@ -249,13 +255,13 @@ class TestRun:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
     def test_an_estimate_is_refused_where_there_is_a_counter(self, run: Run) -> None:
-        code, out, err = run("run", "--estimate-watts", "50", "--", "echo", "ran")
+        code, out, err = run("run", "--assume-watts", "50", "--", "echo", "ran")
         assert (code, out) == (2, "")
         assert "here gpu:0 can be measured" in err
 
     def test_an_estimate_is_marked(self, run: Run, simulation: Simulation) -> None:
         simulation.fault("nvmlInitWithFlags", 9)
-        code, _, err = run("run", "--estimate-watts", "50", "--format", "json", "--", "sleep", "0.1")
+        code, _, err = run("run", "--assume-watts", "50", "--format", "json", "--", "sleep", "0.1")
         assert code == 0
         document = json.loads(err)
         joules = figure(document, "joules", domain=None)
@@ -291,7 +297,7 @@ class TestRun:
     def test_a_counter_that_fails_is_a_failure(
         self, flag: Flag, in_total: bool, failure: type[EnergyError] | None
     ) -> None:
-        gpu = DomainEnergy("gpu:0", "", "board", in_total, None, None, reason="why", tick=0.1, flags=(flag,))
+        gpu = DomainEnergy("gpu:0", "", "board", in_total, None, None, reason="why", update_period=0.1, flags=(flag,))
         found = failure_of(EnergyReading(0.0, 5.0, (gpu,)))
         assert type(found) is (failure or type(None))
         assert found is None or str(found) == "why"
@@ -300,7 +306,7 @@ class TestRun:
         text = " ".join(run("run", "--", "sleep", "0.3")[2].split())
         assert re.search(r"gpu:0 \d+\.\d+ ±\d+\.\d+ J – \d+\.\d+ ±\d+\.\d+ W counter", text)
         assert "– above idle: the idle machine was not measured; --idle 5 does that" in text
-        assert "±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain." in text
+        assert "±: what an update of the counter at each end can hide at most, beside about 5 % of its gain." in text
         assert "shared-device" not in text
 
     def test_a_counter_that_stops_in_the_window_is_not_believed(self, run: Run, simulation: Simulation) -> None:
@@ -341,7 +347,7 @@ class TestProfile:
         checkpoint, output, plots = tmp_path / "m.safetensors", tmp_path / "profile.json", tmp_path / "plots"
         simulated_net.early_exit().save(checkpoint)
         model = ("--model", str(checkpoint), "--backbone", "simulated_net:backbone", "--data", "simulated_net:data")
-        more = ("--batch", "12", "--exit", "1", "--output", str(output), "--plots", str(plots), "--integral")
+        more = ("--batch-size", "12", "--exit", "1", "--output", str(output), "--plots", str(plots), "--integral")
         code, out, err = run("profile", *model, *FAST, *more)
         assert code == 0, err
         assert max(map(len, out.splitlines())) <= 80
@@ -360,21 +366,35 @@ class TestProfile:
         assert len(samples) >= 2
         assert {path.name for path in plots.iterdir()} == {"per_exit.png", "accuracy.png", "power.png"}
 
-    def test_without_a_counter_there_is_time_and_compute(self, run: Run, simulation: Simulation) -> None:
+    def test_without_a_counter_it_refuses_at_once(
+        self, run: Run, simulation: Simulation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def loaded() -> None:
+            raise AssertionError("the model was loaded")
+
+        monkeypatch.setattr(simulated_net, "early_exit", loaded)
         simulation.fault("nvmlInitWithFlags", 9)
-        code, out, _ = run(*PROFILE, "--window", "0.01", "--warm-up", "0.01", "--format", "json")
+        code, out, err = run(*PROFILE, "--output", str(tmp_path / "profile.json"))
+        assert (code, out) == (11, "")
+        assert err.startswith("Error: no joules can be measured (gpu: NVML: nvmlInit failed: ")
+        assert "rapl: there is no RAPL zone" in err
+        assert err.count("\n") == 1
+        assert not list(tmp_path.iterdir())
+
+    def test_without_a_counter_there_are_modelled_joules(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        args = (*PROFILE, "--window", "0.01", "--warm-up", "0.01", "--assume-watts", "50", "--format", "json")
+        code, out, _ = run(*args)
         assert code == 0
         document = json.loads(out)
         assert figure(document, "seconds", exit="final", part="cumulative")["value"] > 0
         assert figure(document, "flops", exit="final")["value"] > 0
-        joules = figure(document, "joules", exit="final", part="cumulative")
-        assert joules["value"] is None
-        assert "NVML error 9" in joules["reason"]
+        assert figure(document, "joules", exit="final", part="cumulative")["source"] == "model"
 
     def test_without_labels_there_is_no_accuracy(self, run: Run, simulation: Simulation) -> None:
         simulation.fault("nvmlInitWithFlags", 9)
         args = (*PROFILE, "--data", "simulated_net:unlabelled", "--window", "0.01", "--warm-up", "0.01")
-        code, out, _ = run(*args, "--estimate-watts", "50", "--format", "json")
+        code, out, _ = run(*args, "--assume-watts", "50", "--format", "json")
         assert code == 0
         accuracy = figure(json.loads(out), "accuracy", exit="final")
         assert (accuracy["value"], accuracy["reason"]) == (None, "the data has no labels")
@@ -387,7 +407,7 @@ class TestProfile:
             (("--warm-up", "0"), 2, "--warm-up"),
             (("--model", "simulated_net:small"), 21, "give a cet.EarlyExit"),
             (("--model", "simulated_net:broken"), 21, "unexpected KeyError: 'spam'"),
-            (("--batch", "64"), 21, "24 samples, too few for a batch of 64"),
+            (("--batch-size", "64"), 21, "24 samples, too few for a batch of 64"),
             (("--data", "simulated_net:not_a_model"), 21, "it must give an iterable"),
             (("--model", "simulated_net:early_exits"), 21, "has no 'early_exits'; did you mean 'early_exit'?"),
             (("--model", "simulated_net"), 21, "neither MODULE:NAME, such as mynet:build, nor the file of a check"),
@@ -405,7 +425,7 @@ class TestProfile:
 
 
 class TestDataThatDoNotFit:
-    WATCH = ("watch", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch", "8")
+    WATCH = ("watch", "--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch-size", "8")
 
     @pytest.mark.parametrize("command", [PROFILE, COMPARE, WATCH], ids=["profile", "compare", "watch"])
     @pytest.mark.parametrize(
@@ -430,6 +450,16 @@ class TestDataThatDoNotFit:
 
 
 class TestCompare:
+    def test_without_a_counter_there_is_time(self, run: Run, simulation: Simulation) -> None:
+        simulation.fault("nvmlInitWithFlags", 9)
+        code, out, _ = run(*COMPARE, "--window", "0.01", "--warm-up", "0.01", "--format", "json")
+        assert code == 0
+        document = json.loads(out)
+        assert figure(document, "seconds", workload="A", domain=None)["value"] > 0
+        joules = figure(document, "joules", workload="A", domain=None)
+        assert joules["value"] is None
+        assert "NVML error 9" in joules["reason"]
+
     def test_table(self, run: Run) -> None:
         code, out, err = run(*COMPARE)
         assert code == 0, err
@@ -443,7 +473,7 @@ class TestCompare:
 
     def test_progress_goes_to_stderr_and_json_to_stdout(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("cet.cli.energy.progress.PERIOD", 0.0)
-        code, out, err = run(*COMPARE, "--blocks", "1", "--format", "json")
+        code, out, err = run(*COMPARE, "--rounds", "1", "--format", "json")
         assert code == 0
         document = json.loads(out)
         assert document["models"] == {"A": "simulated_net:small", "B": "simulated_net:large"}
@@ -491,7 +521,7 @@ class TestCompare:
             model = getattr(simulated_net, name)()
             model.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0]))
             monkeypatch.setattr(simulated_net, name, model)
-        assert run(*COMPARE, "--blocks", "1", "--samples", "20")[0] == 0
+        assert run(*COMPARE, "--rounds", "1", "--samples", "20")[0] == 0
         assert len(given) == 3
         assert seen["small"].equal(given[0])
         assert seen["large"].equal(given[0])
@@ -506,7 +536,7 @@ class TestWatch:
         assert all("gpu:0 71.1 W  rapl –" in line for line in lines)
 
     def test_exit_rates_as_json_lines(self, run: Run) -> None:
-        model = ("--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch", "8")
+        model = ("--model", "simulated_net:early_exit", "--data", "simulated_net:data", "--batch-size", "8")
         code, out, _ = run("watch", *model, "--interval", "0.1", "--duration", "0.2", "--format", "json")
         assert code == 0
         looks = [json.loads(line) for line in out.splitlines()]

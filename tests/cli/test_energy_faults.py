@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
 import time
@@ -14,7 +13,7 @@ import pynvml
 import pytest
 
 from cet.energy import MonotonicClock
-from commands import FAST, Commands
+from commands import FAST, Commands, obey_permissions
 from nvml.simulation import FOR_GOOD
 from powercap import Powercap
 
@@ -72,9 +71,9 @@ class TestNoNvml:
     def test_doctor_explains(self, cet: Commands, script: tuple[str, ...]) -> None:
         code, out, err = cet.run("doctor", script=script)
         assert (code, err) == (0, "")
-        assert "Not measured here" in out
+        assert "Energy that cannot be measured" in out
         assert "NVML error 9" in out or "NVML error 12" in out
-        assert "mend: install the NVIDIA driver" in out or "mend: load the NVIDIA kernel module" in out
+        assert "fix: install the NVIDIA driver" in out or "fix: load the NVIDIA kernel module" in out
 
     def test_require_gpu_fails_before_the_command(self, cet: Commands, script: tuple[str, ...], tmp_path: Path) -> None:
         code, _, err = cet.run("doctor", "--require-gpu", script=script)
@@ -128,7 +127,7 @@ class TestNotSupported:
 
 
 class TestNoPermission:
-    """NO_PERMISSION (4), RAPL EACCES: print the mend, go on without that domain."""
+    """NO_PERMISSION (4), RAPL EACCES: print the fix, go on without that domain."""
 
     def test_nvml(self, cet: Commands, package: Path) -> None:
         code, document, text = cet.measure("run", "--", "sleep", "0.3", script=[fault("*", 4)])
@@ -146,13 +145,6 @@ class TestNoPermission:
         assert code == 0
         assert total(document)["source"] == "counter"
         assert f"sudo chmod a+r {counter}" in text.replace(" ", "").replace("sudochmoda+r", "sudo chmod a+r ")
-
-
-def obey_permissions() -> None:
-    """Have root be refused what others are: drop CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
-    drop = 24  # PR_CAPBSET_DROP
-    for capability in (1, 2):
-        ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 class TestLost:
@@ -177,7 +169,7 @@ class TestLost:
         script = [fault("nvmlDeviceGetHandleByIndex_v2", pynvml.NVML_ERROR_GPU_IS_LOST)]
         code, out, err = cet.run("doctor", "--format", "json", script=script)
         assert (code, err) == (0, "")
-        gpu = json.loads(out)["unavailable"][0]
+        gpu = json.loads(out)["energy"]["unavailable"][0]
         assert (gpu["domain"], gpu["lost"]) == ("gpu:0", True)
 
     @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
@@ -270,7 +262,7 @@ class TestFunctionNotFound:
     def test_the_rest_is_there(self, cet: Commands, function: str, field: tuple[str, str] | None) -> None:
         code, out, err = cet.run("doctor", "--require-gpu", "--format", "json", script=[fault(function, 13)])
         assert (code, err) == (0, "")
-        gpu = json.loads(out)["domains"][0]
+        gpu = json.loads(out)["energy"]["measurable"][0]
         assert gpu["source"] == "counter"
         unknown = [(part, key) for part in ("state", "facts") for key, value in gpu[part].items() if value is None]
         assert unknown == ([field] if field else [])
@@ -315,9 +307,7 @@ class TestVisibleDevices:
         ("visible", "code", "named"),
         [
             ("MIG-8f2a", 13, "MIG"),
-            ("GPU-7", 12, "GPU-7"),
-            ("5", 12, "there is no GPU 5"),
-            ("cuda:0", 12, "'cuda:0'"),
+            ("0,MIG-8f2a", 13, "MIG"),
         ],
     )
     def test_what_cannot_be_measured_is_refused(
@@ -331,13 +321,30 @@ class TestVisibleDevices:
         assert err.count("\n") == 1
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("visible", ["", "-1"])
-    def test_none_is_cpu_only(self, cet: Commands, visible: str, package: Path) -> None:
+    def test_gpus_of_different_kinds_are_told_by_uuid_only(self, cet: Commands) -> None:
+        cet.environment["CUDA_VISIBLE_DEVICES"] = "0"
+        code, _, err = cet.run("run", "--", "true", script=[*self.TWO, "gpu 1 name NVIDIA Other GPU"])
+        assert code == 12
+        assert "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or give UUIDs" in err
+
+    @pytest.mark.parametrize(
+        ("visible", "why"),
+        [
+            ("", "hides all GPUs"),
+            ("-1", "hides all GPUs"),
+            ("NoDevFiles", "before 'NoDevFiles', which names no GPU"),
+            ("5", "before '5', which names no GPU"),
+            ("GPU-7", "before 'GPU-7', which names no GPU"),
+            ("GPU-0000", "before 'GPU-0000', which names more than one GPU"),
+            ("1,1", "names gpu:1 twice"),
+        ],
+    )
+    def test_none_is_cpu_only(self, cet: Commands, visible: str, why: str, package: Path) -> None:
         cet.environment["CUDA_VISIBLE_DEVICES"] = visible
         code, document, text = cet.measure("run", "--", "sleep", "0.2", script=self.TWO)
         assert code == 0
         assert [row["domain"] for row in document["measurements"][0]["window"]["domains"]] == ["rapl:package-0"]
-        assert "hides all GPUs" in text
+        assert why in text
 
 
 class TestSignals:
@@ -345,7 +352,7 @@ class TestSignals:
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_a_measurement_keeps_its_blocks(self, cet: Commands, signum: signal.Signals) -> None:
-        args = (*COMPARE, "--blocks", "100", "--integral", "--output", str(cet.output))
+        args = (*COMPARE, "--rounds", "100", "--integral", "--output", str(cet.output))
         process = cet.start(*args)
         while not (cet.output.exists() and len(blocks(json.loads(cet.output.read_text()))) >= 2):
             assert process.poll() is None
@@ -390,27 +397,27 @@ class TestRefusedFirst:
         [
             (("run", "--idle", "-1", "--", "true"), 2, "--idle"),
             (("run",), 2, "COMMAND"),
-            (("run", "--idle", "1", "--estimate-watts", "5", "--", "true"), 2, "--estimate-watts"),
+            (("run", "--idle", "1", "--assume-watts", "5", "--", "true"), 2, "--assume-watts"),
             (("run", "--", "no-such-command"), 127, "no-such-command is not found"),
             (("run", "--", "./commands.py"), 126, "not executable"),
             (("run", "--output", "missing/run.json", "--", "true"), 20, "missing/run.json cannot be written"),
             (("run", "--output", ".", "--", "true"), 20, ". is a folder"),
             (("run", "--output", "commands.py", "--", "true"), 20, "commands.py exists"),
             (("run", "--prometheus", "missing/cet.prom", "--", "true"), 20, "missing/cet.prom"),
-            ((*COMPARE, "--blocks", "0"), 2, "--blocks"),
+            ((*COMPARE, "--rounds", "0"), 2, "--rounds"),
             ((*COMPARE, "--window", "0"), 2, "--window"),
             ((*COMPARE, "--plots", "commands.py/plots"), 20, "commands.py/plots"),
-            ((*PROFILE, "--batch", "none"), 2, "--batch"),
+            ((*PROFILE, "--batch-size", "none"), 2, "--batch-size"),
             (("run", "--idle", "nan", "--", "true"), 2, "'--idle': nan is not a finite number"),
             (("run", "--idle", "inf", "--", "true"), 2, "'--idle': inf is not a finite number"),
-            (("run", "--estimate-watts", "nan", "--", "true"), 2, "'--estimate-watts': nan is not a finite number"),
-            ((*PROFILE, "--estimate-watts", "inf"), 2, "'--estimate-watts': inf is not a finite number"),
+            (("run", "--assume-watts", "nan", "--", "true"), 2, "'--assume-watts': nan is not a finite number"),
+            ((*PROFILE, "--assume-watts", "inf"), 2, "'--assume-watts': inf is not a finite number"),
             ((*COMPARE, "--window", "nan"), 2, "'--window': nan is not a finite number"),
             ((*COMPARE, "--warm-up", "inf"), 2, "'--warm-up': inf is not a finite number"),
             (("watch", "--interval", "nan"), 2, "'--interval': nan is not a finite number"),
             (("watch", "--duration", "inf"), 2, "'--duration': inf is not a finite number"),
             ((*PROFILE, "--plots", "missing", "--output", "./missing"), 2, "--output missing and --plots missing are"),
-            ((*PROFILE, "--samples", "20", "--batch", "24"), 2, "--samples 20 is too few for a batch of 24"),
+            ((*PROFILE, "--samples", "20", "--batch-size", "24"), 2, "--samples 20 is too few for a batch of 24"),
             ((*PROFILE, "--backbone", "simulated_net:backbone"), 2, "--backbone simulated_net:backbone is for a check"),
             ((*COMPARE, "--backbone", "simulated_net:backbone"), 2, "no model here is one; leave it out"),
             ((*PROFILE, "--output", "missing/profile.json"), 20, "missing/profile.json"),

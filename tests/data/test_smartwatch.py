@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cet.data import smartwatch
 from cet.training import find_dataset, load_windows, split_by_person
 
 
@@ -99,7 +100,7 @@ def test_nothing_but_arrays_is_admitted(write: Any, function: Any) -> None:
 
 @pytest.mark.parametrize("kept", [0, 5, 40, 200, 3000, -1])
 def test_a_truncated_file_is_refused(write: Any, kept: int) -> None:
-    with pytest.raises(ValueError, match=r"watch.npy is damaged .*; reinstall seglearn"):
+    with pytest.raises(ValueError, match=r"watch.npy is damaged .*; give seglearn 1\.2\.5's watch_dataset\.npy"):
         load_windows(write(npy(recordings())[:kept]))
 
 
@@ -119,7 +120,7 @@ def test_a_truncated_file_is_refused(write: Any, kept: int) -> None:
     ],
 )
 def test_other_content_is_refused(write: Any, content: Any, rule: str) -> None:
-    with pytest.raises(ValueError, match=f"watch.npy .*{rule}.*; reinstall seglearn"):
+    with pytest.raises(ValueError, match=f"watch.npy .*{rule}.*; give seglearn"):
         load_windows(write(npy(content)))
 
 
@@ -186,3 +187,13 @@ def test_the_scale_comes_from_the_training_people_and_keeps_directions(windows: 
 def test_too_few_people_are_refused(windows: Any) -> None:
     with pytest.raises(ValueError, match="windows hold 2 persons; give at least 3"):
         split_by_person(windows.of_persons([1, 2]), seed=0)
+
+
+def test_only_the_installed_recordings_are_mended_by_an_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "watch_dataset.npy"
+    path.write_bytes(b"not the recordings")
+    monkeypatch.setattr(smartwatch, "_installed_dataset", lambda: path)
+    with pytest.raises(ValueError, match=r"damaged .*; reinstall seglearn 1\.2\.5"):
+        load_windows()

@@ -26,6 +26,7 @@ from cet.calibration.cost import exit_costs
 from cet.cli import main
 from cet.demo import run, timing
 from cet.demo.energy import measure_energy
+from cet.demo.figures import made_with
 from cet.demo.folder import RunFolder
 from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
 from cet.demo.report import Report, at, verdict
@@ -45,7 +46,8 @@ TINY = replace(
     energy_window=0.1,
 )
 SPARSE = partial(load_windows, stride=256)
-BY_SUBPROCESS = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_demo; test_demo."
+PATHS = [str(folder) for folder in Path(__file__).parents[:2]]
+BY_SUBPROCESS = f"import sys; sys.path[:0] = {PATHS!r}; import test_demo; test_demo."
 
 
 class Recorder:
@@ -73,7 +75,7 @@ class _Recorded:
 def start_tiny(output: str) -> None:
     """In a process of its own, which a test stops."""
     run.load_windows = SPARSE
-    run.start(RunFolder.create(Path(output)), TINY, Recorder())
+    run.start(RunFolder(Path(output)), TINY, Recorder())
 
 
 def main_tiny(output: str) -> None:
@@ -252,7 +254,7 @@ def check_resumed(stopped: Path, folder: RunFolder, report: Report) -> dict[str,
     """Go on with a stopped run, compare it with one that was never stopped, and return what it showed."""
     assert not (stopped / "report.json").exists()
     recorder = Recorder()
-    run.resume(RunFolder.create(stopped), recorder)
+    run.resume(RunFolder(stopped), recorder)
     assert without_timing(json.loads((stopped / "report.json").read_text())) == without_timing(report)
     for name in ("joint.safetensors", "consistent.safetensors"):
         assert (stopped / name).read_bytes() == (folder / name).read_bytes()
@@ -273,15 +275,15 @@ def wait_for(path: Path, process: subprocess.Popen[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["cet", "torch", "recordings_sha256"])
 def test_resume_refuses_another_version_or_other_recordings(tmp_path: Path, name: str) -> None:
-    folder = RunFolder.create(tmp_path)
-    made_with = {**run._made_with(find_dataset()), name: "other"}
-    folder.write_json("run.json", {"settings": asdict(TINY), "made_with": made_with})
+    folder = RunFolder(tmp_path)
+    other = {**made_with(find_dataset()), name: "other"}
+    folder.write_json("run.json", {"settings": asdict(TINY), "made_with": other})
     with pytest.raises(ValueError, match=f"{name} other"):
         run.resume(folder, Recorder())
 
 
 def test_overwrite_replaces_the_run_and_spares_everything_else(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path)
+    folder = RunFolder(tmp_path)
     for name in ("run.json", "report.json", "joint.safetensors", ".report.json.half", "notes.txt"):
         (folder / name).write_text("old")
     (folder / "checkpoints" / "joint").mkdir(parents=True)
@@ -337,7 +339,7 @@ def clocked_model(monkeypatch: pytest.MonkeyPatch, *, full: float, early: float)
 def test_timing_is_exact_on_a_virtual_clock(monkeypatch: pytest.MonkeyPatch, early: float, outcome: str) -> None:
     model, _ = clocked_model(monkeypatch, full=2.0, early=early)
     x = torch.zeros(50, 3)
-    throughput = timing.measure_throughput(model, x, batch_size=8, rounds=20, seed=0)
+    throughput = timing.measure_throughput(model, x, batch_size=8, num_rounds=20, seed=0)
     assert throughput["full"] == pytest.approx({"p20": 0.5, "p50": 0.5, "p80": 0.5})
     assert throughput["early"]["p50"] == pytest.approx(1 / early)
     latency = timing.measure_latency(model, x, windows=30, seed=0)
@@ -350,14 +352,15 @@ def test_timing_is_exact_on_a_virtual_clock(monkeypatch: pytest.MonkeyPatch, ear
 def test_timing_is_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
     model, log = clocked_model(monkeypatch, full=2.0, early=1.0)
     timing.measure_latency(model, torch.zeros(60, 3), windows=50, seed=0)
-    pairs = list(zip(log[0::2], log[1::2], strict=True))[timing.WARM_UP :]
+    assert log[:2] == [2.0, 1.0]  # each takes longer than the warm-up lasts
+    pairs = list(zip(log[2::2], log[3::2], strict=True))
     assert len(pairs) == 50
     assert set(pairs) == {(1.0, 2.0), (2.0, 1.0)}
 
 
 def test_more_rows_than_there_are_make_a_smaller_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = clocked_model(monkeypatch, full=2.0, early=1.0)
-    assert timing.measure_throughput(model, torch.zeros(5, 3), batch_size=8, rounds=2, seed=0)["batch_size"] == 5
+    assert timing.measure_throughput(model, torch.zeros(5, 3), batch_size=8, num_rounds=2, seed=0)["batch_size"] == 5
     assert timing.measure_latency(model, torch.zeros(5, 3), windows=8, seed=0)["batches"] == 5
 
 

@@ -61,7 +61,7 @@ def simulate(simulation: Simulation, seed: int) -> Run:
     ]
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         measurement = measure(workloads, meter, Settings(seed=seed))
-    rounds = [block.reading for block in measurement.blocks if 0 <= block.round < measurement.settings.blocks]
+    rounds = [window.reading for window in measurement.windows if 0 <= window.round_index < measurement.settings.rounds]
     middle = (rounds[0].start + rounds[-1].start + rounds[-1].seconds) / 2
     above_idle = drifting(WATTS)(middle)
     seconds = call / ITEMS
@@ -126,7 +126,7 @@ def test_equal_models_are_seldom_called_different(runs: list[Run], quantity: Qua
 def test_nothing_else_is_wrong_with_these_runs(runs: list[Run]) -> None:
     assert {run.measurement.status for run in runs} == {"complete"}
     assert {flag for run in runs for flag in run.measurement.flags} == set()
-    assert {block.void for run in runs for block in run.measurement.blocks} == {None}
+    assert {window.void for run in runs for window in run.measurement.windows} == {None}
 
 
 def lockstep(simulation: Simulation, seed: int, call: float) -> Measurement:

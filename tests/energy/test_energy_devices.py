@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +28,8 @@ def gpus(simulation: Simulation) -> Iterator[list[energy_nvml.Gpu]]:
 
 def visible(gpus: Sequence[energy_nvml.Gpu], value: str | None, order: str | None = None) -> list[int]:
     environ = {"CUDA_VISIBLE_DEVICES": value, "CUDA_DEVICE_ORDER": order}
-    return [gpu.index for gpu in visible_gpus(gpus, {key: text for key, text in environ.items() if text is not None})]
+    seen, _ = visible_gpus(gpus, {key: text for key, text in environ.items() if text is not None})
+    return [gpu.index for gpu in seen]
 
 
 class TorchCuda:
@@ -62,7 +64,8 @@ class TorchCuda:
         ("1,-1,0", [1]),
         ("GPU-bbbb0000-3", [2]),
         ("GPU-c,GPU-aaaa1", [3, 1]),
-        ("2,GPU-aaaa0", [2, 0]),
+        ("1,-1,1", [1]),
+        ("+1,2 of 4", [1, 2]),
     ],
 )
 def test_visible_gpus(gpus: list[energy_nvml.Gpu], value: str | None, indices: list[int]) -> None:
@@ -70,19 +73,42 @@ def test_visible_gpus(gpus: list[energy_nvml.Gpu], value: str | None, indices: l
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "indices", "why"),
     [
-        ("4", "there is no GPU 4"),
-        ("0,one", "'one' is neither an index nor a UUID"),
-        ("0,", "'' is neither an index nor a UUID"),
-        ("GPU-dddd", "no GPU has a UUID that begins with GPU-dddd"),
-        ("GPU-aaaa", "more than one GPU has a UUID that begins with GPU-aaaa"),
-        ("0,GPU-aaaa0", "names a GPU twice"),
+        ("NoDevFiles", [], "ends for CUDA before 'NoDevFiles', which names no GPU"),  # SLURM, where none is granted
+        ("0,7", [0], "ends for CUDA before '7', which names no GPU"),
+        ("4,0", [], "before '4'"),
+        ("0,one,1", [0], "before 'one'"),
+        ("0,,1", [0], "before ''"),
+        ("cuda:0", [], "before 'cuda:0'"),
+        ("GPU-dddd,GPU-c", [], "before 'GPU-dddd', which names no GPU"),
+        ("GPU-c,GPU-aaaa", [3], "before 'GPU-aaaa', which names more than one GPU"),
+        ("GPU-c,0", [3], "before '0'"),
+        ("0,GPU-c", [0], "before 'GPU-c'"),
+        ("0,1,0", [], "names gpu:0 twice, and CUDA then shows no GPU"),
+        ("0,00", [], "names gpu:0 twice"),
+        ("GPU-c,GPU-cccc0000-4", [], "names gpu:3 twice"),
     ],
 )
-def test_what_cannot_be_told_is_refused(gpus: list[energy_nvml.Gpu], value: str, why: str) -> None:
-    with pytest.raises(DeviceSelectionError, match=f"CUDA_VISIBLE_DEVICES={value}.*{why}"):
-        visible(gpus, value)
+def test_the_list_is_read_as_cuda_reads_it(
+    gpus: list[energy_nvml.Gpu], value: str, indices: list[int], why: str
+) -> None:
+    seen, ignored = visible_gpus(gpus, {"CUDA_VISIBLE_DEVICES": value})
+    assert [gpu.index for gpu in seen] == indices
+    assert ignored is not None
+    assert ignored.startswith(f"CUDA_VISIBLE_DEVICES={value} ")
+    assert why in ignored
+
+
+@pytest.mark.parametrize(
+    "value", ["0,7", "NoDevFiles", "1,1", "GPU-aaaa", "0,one", "3,-1,0", "", "2,,1", "+1,2 of 4", "0,GPU-c"]
+)
+def test_and_as_torch_reads_it(gpus: list[energy_nvml.Gpu], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    parsed: list[int | str] = torch.cuda._parse_visible_devices()
+    if parsed and isinstance(parsed[0], str):
+        parsed = torch.cuda._transform_uuid_to_ordinals(parsed, list(UUIDS))
+    assert visible(gpus, value) == list(takewhile(lambda index: index < len(UUIDS), parsed))
 
 
 @pytest.mark.parametrize("value", ["MIG-11111111-2222-3333-4444-555555555555", "0,MIG-GPU-aaaa0000-1/1/0"])
@@ -131,13 +157,13 @@ def test_torch_device_that_nvml_does_not_show(
 
 
 def test_without_cuda_in_torch_by_what_is_visible(gpus: list[energy_nvml.Gpu]) -> None:
-    environ = {"CUDA_VISIBLE_DEVICES": "2,GPU-aaaa0"}
+    environ = {"CUDA_VISIBLE_DEVICES": "2,0"}
     assert [gpu_of(torch.device(name), gpus, environ).index for name in ("cuda", "cuda:0", "cuda:1")] == [2, 2, 0]
     with pytest.raises(DeviceSelectionError, match="'cuda:2' does not exist; 2 GPU"):
         gpu_of(torch.device("cuda:2"), gpus, environ)
 
 
-@pytest.mark.parametrize(("value", "domains"), [("GPU-bbbb,0", ["gpu:2", "gpu:0"]), ("3", ["gpu:3"])])
+@pytest.mark.parametrize(("value", "domains"), [("GPU-bbbb,GPU-c", ["gpu:2", "gpu:3"]), ("3", ["gpu:3"])])
 def test_a_meter_measures_what_is_visible(
     simulation: Simulation,
     gpus: list[energy_nvml.Gpu],
@@ -151,13 +177,23 @@ def test_a_meter_measures_what_is_visible(
         assert meter.unavailable == ()
 
 
+def test_what_cuda_ignores_is_told(
+    simulation: Simulation, gpus: list[energy_nvml.Gpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,7")
+    with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
+        assert [domain.name for domain in meter.domains] == ["gpu:2"]
+        (row,) = meter.unavailable
+    assert (row.domain, row.reason) == ("gpu", "CUDA_VISIBLE_DEVICES=2,7 ends for CUDA before '7', which names no GPU")
+
+
 def test_hidden_gpus_leave_the_cpu_and_the_reason(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         assert meter.domains == ()
         (row,) = meter.unavailable
     assert (row.domain, row.reason) == ("gpu", "CUDA_VISIBLE_DEVICES= hides all GPUs")
-    assert row.mend == "unset CUDA_VISIBLE_DEVICES"
+    assert row.fix == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_a_driver_without_gpus_is_a_reason(simulation: Simulation) -> None:

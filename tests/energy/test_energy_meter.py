@@ -254,7 +254,7 @@ def test_without_nvml_the_gpu_is_null_with_reason_and_mend(simulation: Simulatio
     (row,) = meter.reading.unavailable
     assert row.domain == "gpu"
     assert f"NVML error {code}" in row.reason
-    assert row.mend
+    assert row.fix
 
 
 def test_the_cpu_alone_is_a_total_and_says_what_it_lacks(simulation: Simulation, tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_a_window_shorter_than_the_tick_does_not_call_the_counter_frozen(
 ) -> None:
     simulation.gpu(tick=0.1)
     with meter.opened():
-        meter.measure_tick("gpu:0")
+        meter.measure_update_period("gpu:0")
         simulation.clock.sleep(0.03)
         meter.start()
         simulation.clock.sleep(0.01)
@@ -486,7 +486,7 @@ def test_a_meter_that_is_not_open_says_so(meter: EnergyMeter) -> None:
         _ = meter.reading
     with meter:
         pass
-    for question in (meter.state, meter.facts, meter.measure_tick):
+    for question in (meter.state, meter.facts, meter.measure_update_period):
         with pytest.raises(RuntimeError, match="use it in a with-block"):
             question("gpu:0")
     with pytest.raises(RuntimeError, match="use it in a with-block"):
@@ -498,24 +498,24 @@ def test_a_meter_that_is_not_open_says_so(meter: EnergyMeter) -> None:
 def test_the_tick_is_measured(simulation: Simulation, meter: EnergyMeter, tick: float, phase: float) -> None:
     simulation.gpu(tick=tick, phase=phase)
     with meter.opened():
-        assert meter.measure_tick("gpu:0") == pytest.approx(tick, abs=0.001)
+        assert meter.measure_update_period("gpu:0") == pytest.approx(tick, abs=0.001)
         meter.start()
         simulation.clock.sleep(1)
-        assert meter.stop()["gpu:0"].tick == pytest.approx(tick, abs=0.001)
+        assert meter.stop()["gpu:0"].update_period == pytest.approx(tick, abs=0.001)
 
 
 @pytest.mark.parametrize("command", ["gpu 0 frozen 1", f"fault {COUNTER} 0 999 5 1000000"])
 def test_a_tick_that_cannot_be_measured_is_none(simulation: Simulation, meter: EnergyMeter, command: str) -> None:
     with meter.opened():
         simulation.command(command)
-        assert meter.measure_tick("gpu:0") is None
+        assert meter.measure_update_period("gpu:0") is None
     assert simulation.time < 4
 
 
 def test_without_a_counter_there_is_no_tick(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.fault(COUNTER, 3)
     with meter.opened():
-        assert meter.measure_tick("gpu:0") is None
+        assert meter.measure_update_period("gpu:0") is None
 
 
 def test_state_and_facts_of_a_domain(simulation: Simulation, tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_state_and_facts_of_a_domain(simulation: Simulation, tmp_path: Path) -> 
         assert facts.power_limit == 345
         assert set(vars(meter.state("rapl:package-0")).values()) == {None}
         assert meter.facts("rapl:package-0") is None
-        for question in (meter.state, meter.facts, meter.measure_tick):
+        for question in (meter.state, meter.facts, meter.measure_update_period):
             with pytest.raises(ValueError, match="'gpu:7' is not measured; measured are: gpu:0, rapl:package-0"):
                 question("gpu:7")
 

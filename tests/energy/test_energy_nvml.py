@@ -79,7 +79,7 @@ def test_nvml_that_does_not_start_says_why_and_what_mends_it(
     simulation.fault("nvmlInitWithFlags", code)
     with pytest.raises(ReadingError, match=rf"NVML: nvmlInit failed.*\(NVML error {code}\)") as caught:
         energy_nvml.opened(simulation.clock).__enter__()
-    assert caught.value.mend == mend
+    assert caught.value.fix == mend
 
 
 def test_a_gpu_that_does_not_answer_leaves_the_others(simulation: Simulation) -> None:
@@ -90,7 +90,7 @@ def test_a_gpu_that_does_not_answer_leaves_the_others(simulation: Simulation) ->
         assert [gpu.index for gpu in gpus] == [2]
     assert [row.domain for row in silent] == ["gpu:0", "gpu:1"]
     assert "GPU is lost" in silent[0].reason
-    assert silent[1].mend == "run as a user who may open /dev/nvidiactl"
+    assert silent[1].fix == "run as a user who may open /dev/nvidiactl"
 
 
 def test_it_is_shut_down_whatever_happens(simulation: Simulation) -> None:
@@ -136,7 +136,7 @@ def test_with_neither_there_is_no_domain(simulation: Simulation, gpu: energy_nvm
     simulation.fault("nvmlDeviceGetPowerUsage", pynvml.NVML_ERROR_NO_PERMISSION)
     with pytest.raises(ReadingError, match=f"{COUNTER} failed.*; gpu:0: nvmlDeviceGetPowerUsage failed") as caught:
         _ = gpu.domain
-    assert caught.value.mend == "run as a user who may open /dev/nvidiactl"
+    assert caught.value.fix == "run as a user who may open /dev/nvidiactl"
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND])

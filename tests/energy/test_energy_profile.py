@@ -19,7 +19,7 @@ ROWS = 8
 IDLE_WATTS, WATTS = 100.0, 300.0
 STAGE, HEAD = 2e-3, 0.5e-3
 """s per row of a stage and of a head."""
-QUICK = Settings(blocks=4, warmup=0.3)
+QUICK = Settings(rounds=4, warmup=0.3)
 
 
 class Burn(nn.Module):
@@ -204,7 +204,7 @@ def test_the_model_gets_its_modes_and_policy_back(bench: Bench) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    found = profile(model, batches(), bench.meter, QUICK, on_block=interrupt)
+    found = profile(model, batches(), bench.meter, QUICK, on_window=interrupt)
     assert found.measurement.status == "partial"
     assert model.policy is policy
     assert model.training
@@ -226,7 +226,7 @@ def test_a_traced_model_in_real_time_without_a_counter() -> None:
     x = torch.randn(32, 16)
     before = x.clone()
     with EnergyMeter([], rapl=False).opened() as meter:
-        settings = Settings(blocks=3, window=0.02, warmup=0.01)
+        settings = Settings(rounds=3, window=0.02, warmup=0.01)
         found = profile(model, [(x, torch.zeros(32, dtype=torch.int64))], meter, settings)
     assert torch.equal(x, before)
     assert found.measurement.status == "complete"

@@ -16,14 +16,14 @@ from cet.energy.domains import (
     EnergyReading,
     Flag,
 )
-from cet.energy.measurement import IDLE, Block, Measurement, Settings
+from cet.energy.measurement import IDLE, Measurement, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Workload, measure
 from nvml.simulation import Simulation
 from powercap import Powercap
 from simulated_work import work
 
-SHORT = Settings(blocks=4, warmup=0.5, warmup_limit=3)
+SHORT = Settings(rounds=4, warmup=0.5, warmup_limit=3)
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def meter(simulation: Simulation) -> Iterator[EnergyMeter]:
         yield meter
 
 
-def names(blocks: Sequence[Block]) -> list[str]:
-    return [block.workload for block in blocks]
+def names(windows: Sequence[WindowRecord]) -> list[str]:
+    return [record.workload for record in windows]
 
 
-def counted(measurement: Measurement) -> list[Block]:
-    return [block for block in measurement.blocks if block.void is None]
+def counted(measurement: Measurement) -> list[WindowRecord]:
+    return [record for record in measurement.windows if record.void is None]
 
 
 # ---- the plan ----
@@ -47,15 +47,15 @@ def counted(measurement: Measurement) -> list[Block]:
 def test_every_round_has_each_workload_and_idle_once_in_changing_order(
     simulation: Simulation, meter: EnergyMeter
 ) -> None:
-    found = measure([work(simulation, "a", 200), work(simulation, "b", 300)], meter, Settings(blocks=12, warmup=0.5))
+    found = measure([work(simulation, "a", 200), work(simulation, "b", 300)], meter, Settings(rounds=12, warmup=0.5))
     assert found.status == "complete"
     assert (found.stopped, found.exit_code) == (None, 0)
-    rounds = [names([block for block in found.blocks if block.round == index]) for index in range(12)]
+    rounds = [names([record for record in found.windows if record.round_index == index]) for index in range(12)]
     assert all(sorted(order) == ["a", "b", IDLE] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 3
-    assert (found.blocks[0].workload, found.blocks[0].round) == (IDLE, -1)
-    assert (found.blocks[-1].workload, found.blocks[-1].round) == (IDLE, 12)
-    assert (found.idle_before, found.idle_after) == (found.blocks[0], found.blocks[-1])
+    assert (found.windows[0].workload, found.windows[0].round_index) == (IDLE, -1)
+    assert (found.windows[-1].workload, found.windows[-1].round_index) == (IDLE, 12)
+    assert (found.idle_before, found.idle_after) == (found.windows[0], found.windows[-1])
     assert found.flags == ()
 
 
@@ -65,16 +65,16 @@ def test_windows_last_five_seconds_or_fifty_ticks(
 ) -> None:
     simulation.gpu(tick=tick)
     found = measure([work(simulation, "a", 200)], meter, SHORT)
-    assert found.ticks["gpu:0"] == pytest.approx(tick, rel=0.02)
+    assert found.update_periods["gpu:0"] == pytest.approx(tick, rel=0.02)
     assert found.window == pytest.approx(window, rel=0.02)
-    assert all(window <= block.seconds <= 1.2 * window for block in found.blocks)
-    assert len({round(block.seconds, 6) for block in found.blocks}) > 3
+    assert all(window <= record.seconds <= 1.2 * window for record in found.windows)
+    assert len({round(record.seconds, 6) for record in found.windows}) > 3
     assert Flag.SHORT_WINDOW not in found.flags
 
 
 def test_the_same_seed_gives_the_same_order(simulation: Simulation, meter: EnergyMeter) -> None:
     orders = [
-        names(measure([work(simulation, "a", 200), work(simulation, "b", 200)], meter, settings).blocks)
+        names(measure([work(simulation, "a", 200), work(simulation, "b", 200)], meter, settings).windows)
         for settings in (Settings(warmup=0.5), Settings(warmup=0.5), Settings(warmup=0.5, seed=1))
     ]
     assert orders[0] == orders[1] != orders[2]
@@ -82,12 +82,12 @@ def test_the_same_seed_gives_the_same_order(simulation: Simulation, meter: Energ
 
 def test_calls_and_items_are_counted(simulation: Simulation, meter: EnergyMeter) -> None:
     found = measure([work(simulation, "a", 200, seconds=0.05, items=32)], meter, SHORT)
-    for block in found.blocks:
-        if block.workload == "a":
-            assert block.items == 32 * block.calls
-            assert block.seconds == pytest.approx(0.05 * block.calls)
+    for record in found.windows:
+        if record.workload == "a":
+            assert record.items == 32 * record.calls
+            assert record.seconds == pytest.approx(0.05 * record.calls)
         else:
-            assert (block.calls, block.items) == (0, 0)
+            assert (record.calls, record.items) == (0, 0)
 
 
 class Recorder(EnergyMeter):
@@ -128,16 +128,16 @@ def test_a_window_holds_its_workload_alone_and_the_warm_up_goes_right_up_to_it(s
         found = measure(workloads, meter, SHORT)
     events = meter.events
     starts = [index for index, event in enumerate(events) if event == "started"]
-    assert len(starts) == len(found.blocks)
-    for start, block in zip(starts, found.blocks, strict=True):
+    assert len(starts) == len(found.windows)
+    for start, record in zip(starts, found.windows, strict=True):
         stop = events.index("stop", start)
         inside = events[start + 1 : stop]
         before = [event for event in events[:start] if event not in ("state", "synchronize", "start")]
-        if block.workload == IDLE:
+        if record.workload == IDLE:
             assert inside == []
         else:
-            assert inside == [block.workload] * block.calls
-            assert before[-1] == block.workload
+            assert inside == [record.workload] * record.calls
+            assert before[-1] == record.workload
 
 
 def test_a_window_that_faster_calls_do_not_fill_goes_on_and_slower_calls_end_it_early(simulation: Simulation) -> None:
@@ -158,13 +158,13 @@ def test_a_window_that_faster_calls_do_not_fill_goes_on_and_slower_calls_end_it_
         faster = Workload("faster", lambda: simulation.clock.sleep(0.003 if meter.counting else 0.1))
         slower = Workload("slower", lambda: simulation.clock.sleep(1.0 if meter.counting else 0.001))
         found = measure([faster, slower], meter, SHORT)
-    for block in found.blocks:
-        if block.workload == "faster":
-            assert 5 <= block.seconds <= 6
-            assert block.seconds == pytest.approx(0.003 * block.calls)
-        elif block.workload == "slower":
-            assert 10 <= block.seconds <= 13.5
-            assert block.seconds == pytest.approx(block.calls)
+    for record in found.windows:
+        if record.workload == "faster":
+            assert 5 <= record.seconds <= 6
+            assert record.seconds == pytest.approx(0.003 * record.calls)
+        elif record.workload == "slower":
+            assert 10 <= record.seconds <= 13.5
+            assert record.seconds == pytest.approx(record.calls)
 
 
 def test_a_window_is_as_long_as_what_the_device_takes_when_the_host_is_ahead(simulation: Simulation) -> None:
@@ -183,10 +183,10 @@ def test_a_window_is_as_long_as_what_the_device_takes_when_the_host_is_ahead(sim
             meter.queued += 0.01
 
         found = measure([Workload("queued", run)], meter, SHORT)
-    for block in found.blocks:
-        assert 5 <= block.seconds <= 6
-        if block.workload == "queued":
-            assert block.seconds == pytest.approx(0.01 * block.calls)
+    for record in found.windows:
+        assert 5 <= record.seconds <= 6
+        if record.workload == "queued":
+            assert record.seconds == pytest.approx(0.01 * record.calls)
 
 
 def test_figures_are_near_the_truth(simulation: Simulation, meter: EnergyMeter) -> None:
@@ -206,11 +206,11 @@ def test_figures_are_near_the_truth(simulation: Simulation, meter: EnergyMeter) 
 
 def test_progress_and_windows_are_told_as_they_end(simulation: Simulation, meter: EnergyMeter) -> None:
     told: list[tuple[int, int, float]] = []
-    seen: list[Block] = []
+    seen: list[WindowRecord] = []
     found = measure(
-        [work(simulation, "a", 200)], meter, SHORT, progress=lambda *each: told.append(each), on_block=seen.append
+        [work(simulation, "a", 200)], meter, SHORT, progress=lambda *each: told.append(each), on_window=seen.append
     )
-    assert tuple(seen) == found.blocks
+    assert tuple(seen) == found.windows
     assert [done for done, _, _ in told] == list(range(11))
     assert {total for _, total, _ in told} == {10}
     assert told[-1][2] == 0
@@ -222,18 +222,18 @@ def test_progress_and_windows_are_told_as_they_end(simulation: Simulation, meter
 
 def test_warm_up_lasts_until_power_and_temperature_are_level(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.gpu(ramp=1.0, tick=0.02)
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=1))
-    for block in found.blocks:
-        if block.workload == "a":
-            assert block.watts == pytest.approx(270, rel=5e-3)
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=3, warmup=1))
+    for record in found.windows:
+        if record.workload == "a":
+            assert record.watts == pytest.approx(270, rel=5e-3)
     assert Flag.NOT_LEVEL not in found.flags
 
 
 def test_a_warm_up_that_never_gets_level_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
-    settings = Settings(blocks=1, warmup=0.5, warmup_limit=4)
+    settings = Settings(rounds=1, warmup=0.5, warmup_limit=4)
     found = measure([work(simulation, "a", lambda now: 100 + 150 * (now % 1.9))], meter, settings)
-    flagged = [Flag.NOT_LEVEL in block.flags for block in found.blocks]
-    assert flagged == [block.workload == "a" for block in found.blocks]
+    flagged = [Flag.NOT_LEVEL in record.flags for record in found.windows]
+    assert flagged == [record.workload == "a" for record in found.windows]
     assert Flag.NOT_LEVEL in found.flags
 
 
@@ -241,8 +241,8 @@ def test_a_warm_up_that_never_gets_level_is_flagged(simulation: Simulation, mete
 
 
 def test_short_windows_are_flagged_and_counted(simulation: Simulation, meter: EnergyMeter) -> None:
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=3, warmup=0.2, window=1, ticks=5))
-    assert all(block.flags == (Flag.SHORT_WINDOW,) for block in found.blocks)
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=3, warmup=0.2, window=1, update_periods=5))
+    assert all(record.flags == (Flag.SHORT_WINDOW,) for record in found.windows)
     assert {Flag.SHORT_WINDOW, Flag.FEW_ROUNDS} == set(found.flags)
     assert found.estimate("a").rounds == 3
 
@@ -251,12 +251,12 @@ def test_so_they_are_where_power_is_integrated(simulation: Simulation) -> None:
     simulation.gpu(leakage=0)
     simulation.fault("nvmlDeviceGetTotalEnergyConsumption", pynvml.NVML_ERROR_NOT_SUPPORTED)
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
-        found = measure([work(simulation, "a", 200)], meter, Settings(blocks=1, warmup=0.2, window=1))
-    assert all(Flag.SHORT_WINDOW in block.flags for block in found.blocks)
+        found = measure([work(simulation, "a", 200)], meter, Settings(rounds=1, warmup=0.2, window=1))
+    assert all(Flag.SHORT_WINDOW in record.flags for record in found.windows)
 
 
 def test_figures_of_few_rounds_say_why_they_have_no_interval(simulation: Simulation, meter: EnergyMeter) -> None:
-    found = measure([work(simulation, "a", 200)], meter, Settings(blocks=2, warmup=0.5))
+    found = measure([work(simulation, "a", 200)], meter, Settings(rounds=2, warmup=0.5))
     for figure in (found.estimate("a"), found.ratio("a", IDLE, "watts")):
         assert figure.value is not None
         assert (figure.low, figure.high) == (None, None)
@@ -266,17 +266,19 @@ def test_figures_of_few_rounds_say_why_they_have_no_interval(simulation: Simulat
 def test_throttling_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.at(60, f"gpu 0 throttle {pynvml.nvmlClocksEventReasonSwThermalSlowdown}")
     found = measure([work(simulation, "a", 200)], meter, SHORT)
-    for block in found.blocks:
-        assert (Flag.THROTTLED in block.flags) == (block.reading.start + block.seconds > 60)
+    for record in found.windows:
+        assert (Flag.THROTTLED in record.flags) == (record.reading.start + record.seconds > 60)
     assert Flag.THROTTLED in found.flags
 
 
 def test_a_window_in_which_the_temperature_changes_is_flagged(simulation: Simulation, meter: EnergyMeter) -> None:
     simulation.gpu(inertia=60, heating=0.3)
-    found = measure([work(simulation, "a", 400)], meter, Settings(blocks=1, warmup=0.2, warmup_limit=0.4))
-    drifts = [abs(block.after["gpu:0"].temperature - block.before["gpu:0"].temperature) > 5 for block in found.blocks]
+    found = measure([work(simulation, "a", 400)], meter, Settings(rounds=1, warmup=0.2, warmup_limit=0.4))
+    drifts = [
+        abs(record.after["gpu:0"].temperature - record.before["gpu:0"].temperature) > 5 for record in found.windows
+    ]
     assert any(drifts)
-    assert [Flag.TEMPERATURE_DRIFT in block.flags for block in found.blocks] == drifts
+    assert [Flag.TEMPERATURE_DRIFT in record.flags for record in found.windows] == drifts
 
 
 def test_a_slow_rise_of_the_temperature_is_flagged_for_the_measurement(
@@ -285,7 +287,7 @@ def test_a_slow_rise_of_the_temperature_is_flagged_for_the_measurement(
     for minute in range(40):
         simulation.at(5 * minute, f"gpu 0 ambient {30 + minute / 2}")
     found = measure([work(simulation, "a", 200)], meter, Settings(warmup=0.5))
-    assert not any(Flag.TEMPERATURE_DRIFT in block.flags for block in found.blocks)
+    assert not any(Flag.TEMPERATURE_DRIFT in record.flags for record in found.windows)
     assert Flag.TEMPERATURE_DRIFT in found.flags
 
 
@@ -311,7 +313,7 @@ def test_a_counter_against_the_integral_is_flagged(simulation: Simulation) -> No
     with EnergyMeter(rapl=False, clock=simulation.clock, integral=True).opened() as meter:
         found = measure([work(simulation, "a", 200)], meter, SHORT)
     assert Flag.COUNTER_DISAGREES in found.flags
-    assert len(counted(found)) == len(found.blocks)
+    assert len(counted(found)) == len(found.windows)
 
 
 # ---- failures ----
@@ -322,9 +324,9 @@ IN_THE_MIDDLE = 60.0
 
 def finished(measurement: Measurement) -> int:
     """Windows that count, none of them with joules below zero or missing."""
-    blocks = counted(measurement)
-    assert all(block.reading.joules is not None and block.reading.joules > 0 for block in blocks)
-    return len(blocks)
+    windows = counted(measurement)
+    assert all(record.reading.joules is not None and record.reading.joules > 0 for record in windows)
+    return len(windows)
 
 
 def test_a_counter_that_runs_backwards_voids_the_window_which_is_repeated(
@@ -334,11 +336,11 @@ def test_a_counter_that_runs_backwards_voids_the_window_which_is_repeated(
     found = measure([work(simulation, "a", 200)], meter, SHORT)
     assert found.status == "complete"
     assert finished(found) == 10
-    (void,) = [block for block in found.blocks if block.void is not None]
+    (void,) = [record for record in found.windows if record.void is not None]
     assert Flag.COUNTER_BACKWARDS in void.flags
     assert "backwards" in void.void
-    again = found.blocks[found.blocks.index(void) + 1]
-    assert (again.workload, again.round, again.void) == (void.workload, void.round, None)
+    again = found.windows[found.windows.index(void) + 1]
+    assert (again.workload, again.round_index, again.void) == (void.workload, void.round_index, None)
     assert Flag.COUNTER_BACKWARDS not in found.flags
     assert found.estimate("a").rounds == 4
 
@@ -361,7 +363,7 @@ def test_a_part_of_another_domain_that_goes_off_voids_nothing(simulation: Simula
     assert found.estimate("a", "watts").value == pytest.approx(50, rel=0.01)
     part = found.estimate("a", domain="rapl:uncore-0")
     assert 0 < part.rounds < found.estimate("a").rounds
-    assert "the counter stood at" in found.blocks[-1].reading["rapl:uncore-0"].reason
+    assert "the counter stood at" in found.windows[-1].reading["rapl:uncore-0"].reason
 
 
 def test_a_counter_that_keeps_failing_ends_the_measurement_with_what_is_finished(
@@ -373,7 +375,7 @@ def test_a_counter_that_keeps_failing_ends_the_measurement_with_what_is_finished
     assert (found.status, found.exit_code) == ("partial", CounterUnstableError.exit_code)
     assert "in 4 windows one after another" in found.stopped
     assert 1 < finished(found) < 10
-    assert [block.void is None for block in found.blocks[-5:]] == [True, False, False, False, False]
+    assert [record.void is None for record in found.windows[-5:]] == [True, False, False, False, False]
     assert found.idle_after is None
 
 
@@ -384,23 +386,25 @@ def test_a_frozen_counter_gets_a_longer_window_and_then_the_integral(
     found = measure([work(simulation, "a", 200)], meter, SHORT)
     assert found.status == "complete"
     assert finished(found) == 10
-    before, (first, second), after = _around([block.void is not None for block in found.blocks], found.blocks)
+    before, (first, second), after = _around([record.void is not None for record in found.windows], found.windows)
     assert second.seconds == pytest.approx(2 * first.seconds, rel=0.1)
     assert "stood at" in first.void
-    assert {block.reading["gpu:0"].source for block in before} == {"counter"}
-    assert {block.reading["gpu:0"].source for block in after} == {"integral"}
+    assert {record.reading["gpu:0"].source for record in before} == {"counter"}
+    assert {record.reading["gpu:0"].source for record in after} == {"integral"}
     assert Flag.COUNTER_FROZEN in found.flags
     assert found.estimate("a").sources == ("counter", "integral")
     assert found.estimate("a", "watts").value == pytest.approx(270, rel=0.01)
     assert not simulation.clock.busy
 
 
-def _around(marked: list[bool], blocks: Sequence[Block]) -> tuple[Sequence[Block], Sequence[Block], Sequence[Block]]:
-    """The blocks before, in and behind the marked ones, which follow on each other."""
+def _around(
+    marked: list[bool], windows: Sequence[WindowRecord]
+) -> tuple[Sequence[WindowRecord], Sequence[WindowRecord], Sequence[WindowRecord]]:
+    """The windows before, in and behind the marked ones, which follow on each other."""
     start = marked.index(True)
     end = start + sum(marked)
     assert all(marked[start:end])
-    return blocks[:start], blocks[start:end], blocks[end:]
+    return windows[:start], windows[start:end], windows[end:]
 
 
 def test_a_counter_frozen_for_a_while_needs_the_longer_window_only(simulation: Simulation, meter: EnergyMeter) -> None:
@@ -420,7 +424,7 @@ def test_a_frozen_counter_without_power_ends_the_measurement(simulation: Simulat
     assert (found.status, found.exit_code) == ("partial", CounterFrozenError.exit_code)
     assert "gpu:0" in found.stopped
     assert 1 < finished(found) < 10
-    assert [block.void is None for block in found.blocks[-4:]] == [True, False, False, False]
+    assert [record.void is None for record in found.windows[-4:]] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
@@ -428,12 +432,12 @@ def test_a_lost_gpu_ends_the_measurement_with_what_is_finished(
     simulation: Simulation, meter: EnergyMeter, code: int
 ) -> None:
     simulation.at(IN_THE_MIDDLE, f"fault * 0 {code} 0 1000000")
-    seen: list[Block] = []
-    found = measure([work(simulation, "a", 200)], meter, SHORT, on_block=seen.append)
+    seen: list[WindowRecord] = []
+    found = measure([work(simulation, "a", 200)], meter, SHORT, on_window=seen.append)
     assert (found.status, found.exit_code) == ("partial", DeviceLostError.exit_code)
     assert "gpu:0" in found.stopped
     assert 1 < finished(found) < 10
-    assert tuple(seen) == found.blocks
+    assert tuple(seen) == found.windows
 
 
 class _CudaError(RuntimeError):
@@ -472,11 +476,11 @@ def test_an_error_of_the_workload_keeps_what_is_finished(
 
 
 def test_an_error_of_who_is_told_is_its_own(simulation: Simulation, meter: EnergyMeter) -> None:
-    def refuse(_: Block) -> None:
+    def refuse(_: WindowRecord) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        measure([work(simulation, "a", 200)], meter, SHORT, on_block=refuse)
+        measure([work(simulation, "a", 200)], meter, SHORT, on_window=refuse)
 
 
 @pytest.mark.parametrize("limited", [True, False])
@@ -488,9 +492,9 @@ def test_a_counter_that_jumps_voids_the_window_where_the_limit_is_known(simulati
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         found = measure([work(simulation, "a", 200)], meter, SHORT)
     assert (found.status, finished(found)) == ("complete", 10)
-    jumped = [block for block in found.blocks if Flag.COUNTER_JUMPED in block.flags]
+    jumped = [record for record in found.windows if Flag.COUNTER_JUMPED in record.flags]
     assert len(jumped) == limited
-    assert all("at a power limit of 700 W" in block.void for block in jumped)
+    assert all("at a power limit of 700 W" in record.void for record in jumped)
 
 
 @pytest.mark.parametrize(("growth", "flagged"), [(0.0, False), (0.001, False), (0.03, True), (-0.02, True)])
@@ -547,7 +551,7 @@ def timed(simulation: Simulation) -> Workload:
 def test_without_a_counter_time_is_measured_and_joules_are_unknown(simulation: Simulation, blind: EnergyMeter) -> None:
     found = measure([timed(simulation)], blind, SHORT)
     assert found.status == "complete"
-    assert all(0.5 <= block.seconds <= 0.6 for block in found.blocks)
+    assert all(0.5 <= record.seconds <= 0.6 for record in found.windows)
     assert set(found.flags) == {Flag.FEW_ROUNDS}
     seconds, joules = found.estimate("a", "seconds"), found.estimate("a", "joules")
     assert seconds.value == pytest.approx(0.005)
@@ -558,24 +562,24 @@ def test_without_a_counter_time_is_measured_and_joules_are_unknown(simulation: S
 
 
 def test_assumed_watts_are_marked_everywhere(simulation: Simulation, blind: EnergyMeter) -> None:
-    found = measure([timed(simulation)], blind, Settings(blocks=4, warmup=0.5, estimate_watts=15))
+    found = measure([timed(simulation)], blind, Settings(rounds=4, warmup=0.5, assume_watts=15))
     joules, net = found.estimate("a"), found.estimate("a", "net_joules")
     assert joules.value == pytest.approx(15 * 0.005)
     assert joules.sources == ("model",)
     assert joules.systematic is None
     assert net.value is None
-    for block in found.blocks:
-        if block.workload == "a":
-            assert block.reading["estimate"].source == "model"
-            assert Flag.MODELLED in block.flags
+    for record in found.windows:
+        if record.workload == "a":
+            assert record.reading["estimate"].source == "model"
+            assert Flag.MODELLED in record.flags
         else:
-            assert block.reading.joules is None
+            assert record.reading.joules is None
     assert Flag.MODELLED in found.flags
 
 
 def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation, meter: EnergyMeter) -> None:
-    with pytest.raises(ValueError, match="estimate_watts is given although gpu:0 can be measured"):
-        measure([work(simulation, "a", 200)], meter, Settings(estimate_watts=100))
+    with pytest.raises(ValueError, match="assume_watts is given although gpu:0 can be measured"):
+        measure([work(simulation, "a", 200)], meter, Settings(assume_watts=100))
 
 
 # ---- arguments ----
@@ -584,15 +588,15 @@ def test_watts_are_not_assumed_where_they_can_be_measured(simulation: Simulation
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"blocks": 0}, "blocks is 0"),
-        ({"blocks": 1.5}, "blocks is 1.5; give a whole number >= 1"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"rounds": 1.5}, "rounds is 1.5; give a whole number >= 1"),
         ({"seed": "3"}, "seed is '3'"),
         ({"warmup": None}, "warmup is None"),
         ({"window": 0.0}, "window is 0.0"),
-        ({"ticks": 0}, "ticks is 0"),
+        ({"update_periods": 0}, "update_periods is 0"),
         ({"warmup": -1.0}, "warmup is -1.0"),
         ({"confidence": 1.0}, "confidence is 1.0"),
-        ({"estimate_watts": float("nan")}, "estimate_watts is nan"),
+        ({"assume_watts": float("nan")}, "assume_watts is nan"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:

@@ -184,7 +184,7 @@ def test_a_counter_for_root_only_is_left_out_with_the_mend(
     reading = measure(powercap, clock, 10)
     assert reading.joules == pytest.approx(200)
     assert [row.domain for row in reading.unavailable] == ["rapl:package-0"]
-    assert reading.unavailable[0].mend == f"sudo chmod a+r {counter}"
+    assert reading.unavailable[0].fix == f"sudo chmod a+r {counter}"
     assert "readable by root only" in reading.reasons["rapl:package-0"]
 
 
@@ -208,7 +208,7 @@ def test_no_tree_is_explained(powercap: Powercap, clock: VirtualClock) -> None:
     (row,) = measure(powercap, clock, 1).unavailable
     assert (row.domain, str(powercap.root) in row.reason) == ("rapl", True)
     assert "virtual machines and containers" in row.reason
-    assert "bare metal" in (row.mend or "")
+    assert "bare metal" in (row.fix or "")
 
 
 def test_another_system_is_explained(powercap: Powercap, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,23 @@ from cet.cli.energy.tables import Scale
 from cet.cli.energy.text import of_comparison, of_profile, of_run
 from cet.energy import DomainEnergy, EnergyMeter, EnergyReading, Flag, Unavailable, plots, report
 from cet.energy.comparison import compare
+from cet.energy.figures import (
+    POLICY,
+    Figure,
+    Figures,
+    comparison_figures,
+    profile_figures,
+    si_prefix,
+    window_figures,
+)
 from cet.energy.measurement import Measurement, Settings
 from cet.energy.profile import profile
-from cet.energy.report import POLICY, Figure, Figures
 from nvml.simulation import Simulation
 from simulated_net import backbone, data
 from simulated_work import work
 
-SETTINGS = Settings(blocks=4, window=0.5, warmup=0.1)
-ABOUT: dict[str, Any] = {"settings": asdict(replace(SETTINGS, estimate_watts=50))}
+SETTINGS = Settings(rounds=4, window=0.5, warmup=0.1)
+ABOUT: dict[str, Any] = {"settings": report.plain(replace(SETTINGS, assume_watts=50))}
 
 
 def gpu(joules: float | None, **more: Any) -> DomainEnergy:
@@ -40,7 +48,7 @@ def window(*domains: DomainEnergy, seconds: float = 2.0, unavailable: tuple[Unav
 
 
 def of_window(reading: EnergyReading, *idle: EnergyReading) -> report.Document:
-    return report.document("run", report.window_figures(reading, idle), [], about={})
+    return report.document("run", window_figures(reading, idle), [], about={})
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def compared(simulation: Simulation) -> report.Document:
     with EnergyMeter(rapl=False, clock=simulation.clock).opened() as meter:
         pair = (work(simulation, "A", 100, items=10), work(simulation, "B", 110, items=10))
         comparison = compare(*pair, meter, SETTINGS)
-    return of_measurement("compare", report.comparison_figures(comparison), comparison.measurement)
+    return of_measurement("compare", comparison_figures(comparison), comparison.measurement)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +66,10 @@ def profiled() -> report.Document:
     """A profile where no energy can be measured, with assumed watts."""
     model = cet.EarlyExit(backbone(), ["0", "1"], (torch.zeros(2, 6),))
     model.policy = cet.ExitPolicy("entropy", (1.3, 1.35))
-    settings = replace(SETTINGS, window=0.01, warmup=0.005, estimate_watts=50)
+    settings = replace(SETTINGS, window=0.01, warmup=0.005, assume_watts=50)
     with EnergyMeter([], rapl=False).opened() as meter:
         result = profile(model, list(data()), meter, settings)
-    return of_measurement("profile", report.profile_figures(result), result.measurement, batch_size=8)
+    return of_measurement("profile", profile_figures(result), result.measurement, batch_size=8)
 
 
 def of_measurement(kind: report.Kind, figures: Any, measurement: Measurement, **labels: Any) -> report.Document:
@@ -81,6 +89,27 @@ class TestDocument:
             assert domain["start"]["unit"] == "mJ"
             assert (domain["end"]["raw"] - domain["start"]["raw"]) / 1e3 == pytest.approx(domain["joules"])
             assert block["watts"] == pytest.approx(domain["joules"] / block["seconds"])
+
+    def test_its_keys_are_those_of_schema_1(self, profiled: report.Document) -> None:
+        (measurement,) = profiled["measurements"]
+        window = next(block for block in measurement["blocks"] if block["workload"] != "idle")
+        found = {
+            "measurement": measurement,
+            "settings": measurement["settings"],
+            "unavailable": measurement["unavailable"][0],
+            "block": window,
+            "domain": window["reading"]["domains"][0],
+        }
+        expected = {
+            "measurement": "batch_size settings workloads window domains unavailable ticks preflight blocks status"
+            " stopped exit_code flags",
+            "settings": "blocks window ticks warmup warmup_limit seed confidence estimate_watts",
+            "unavailable": "domain reason mend lost",
+            "block": "workload round calls items reading before after flags void seconds watts",
+            "domain": "domain device scope in_total joules source reason counter_joules integral_joules start end"
+            " samples tick flags",
+        }
+        assert {name: set(row) for name, row in found.items()} == {n: {*keys.split()} for n, keys in expected.items()}
 
     def test_flags_are_explained(self) -> None:
         document = report.document("run", [], [], flags=[Flag.THROTTLED], stopped="SIGINT", about={})
@@ -103,8 +132,8 @@ class TestWindow:
             assert figures("joules", domain=domain)["source"] == "counter"
 
     def test_the_ticks_at_both_ends_and_the_gain_are_its_errors(self) -> None:
-        idle = (window(gpu(60.0, tick=0.1), seconds=1.0), window(gpu(140.0, tick=0.1), seconds=2.0))
-        figures = Figures(of_window(window(gpu(300.0, tick=0.1)), *idle))
+        idle = (window(gpu(60.0, update_period=0.1), seconds=1.0), window(gpu(140.0, update_period=0.1), seconds=2.0))
+        figures = Figures(of_window(window(gpu(300.0, update_period=0.1)), *idle))
         for domain in ("gpu:0", None):
             joules, watts, net = (figures(name, domain=domain) for name in ("joules", "watts", "net_joules"))
             assert (joules["low"], joules["high"], joules["systematic"]) == (285.0, 315.0, 15.0)
@@ -117,7 +146,7 @@ class TestWindow:
     def test_without_a_known_tick_it_says_why_it_has_no_interval(self, source: str, systematic: float | None) -> None:
         figure = Figures(of_window(window(gpu(300.0, source=source))))("joules")
         assert (figure["low"], figure["high"], figure["systematic"]) == (None, None, systematic)
-        assert figure["reason"] == "no counter of gpu:0 has a known tick"
+        assert figure["reason"] == "no counter of gpu:0 has a known update period"
 
     def test_without_idle_it_says_so(self) -> None:
         figure = Figures(of_window(window(gpu(300.0))))("net_joules")
@@ -207,19 +236,19 @@ class TestPrometheus:
     def test_values_and_intervals(self, compared: report.Document) -> None:
         samples = SAMPLE.findall(report.to_prometheus(compared))
         ratio = Figures(compared)("net_joules", part="ratio", workload="A/B")
-        labels = 'kind="compare",part="ratio",workload="A/B",source="counter",of="net_joules"'
+        labels = 'kind="compare",of="net_joules",part="ratio",source="counter",workload="A/B"'
         assert ("ratio", labels, repr(ratio["value"])) in samples
         assert ("ratio_low", labels, repr(ratio["low"])) in samples
-        assert ("complete", 'kind="compare"', "1") in samples
+        assert ("complete", 'kind="compare"', "1.0") in samples
 
     def test_the_unknown_has_a_reason_and_no_value(self) -> None:
         text = report.to_prometheus(of_window(window(gpu(None, reason='a "quoted" \\ reason\n'))))
         assert "cet_energy_joules{" not in text
-        assert r'of="joules",reason="a \"quoted\" \\ reason\n"} 1' in text
+        assert r'of="joules",per="window",reason="a \"quoted\" \\ reason\n"} 1.0' in text
 
     def test_partial_is_not_complete(self) -> None:
         text = report.to_prometheus(report.document("run", [], [], stopped="SIGTERM", about={}))
-        assert 'cet_energy_complete{kind="run"} 0\n' in text
+        assert 'cet_energy_complete{kind="run"} 0.0\n' in text
 
 
 @pytest.mark.parametrize(
@@ -227,7 +256,7 @@ class TestPrometheus:
     [(0.0, 0, ""), (1.0, 0, ""), (-999.0, 0, ""), (1000.0, 3, "k"), (0.02, -3, "m"), (1e-15, -9, "n"), (1e20, 12, "T")],
 )
 def test_si_prefix(value: float, power: int, prefix: str) -> None:
-    assert report.si_prefix(value) == (power, prefix)
+    assert si_prefix(value) == (power, prefix)
 
 
 class TestText:

@@ -3,91 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cet
-from cet.ops.definitions import SCORE_NAMES, ScoreName
+from cet.ops.definitions import SCORE_NAMES
 from conftest import Built
-from families import Inputs
-
-CONTRACT = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+from oracle import (
+    CONTRACT,
+    all_leave,
+    answer_each_row_alone,
+    assert_same_answers,
+    poisoned_row,
+    policy_between_scores,
 )
-
-
-@dataclass
-class Answers:
-    logits: Tensor
-    exit_index: Tensor
-    score: Tensor
-
-
-def score_by_definition(logits: Tensor, score: ScoreName, temperature: float) -> float:
-    """In double precision and plain arithmetic."""
-    values = [v / temperature for v in logits.double().tolist()]
-    if any(math.isnan(v) or v == math.inf for v in values):
-        return math.nan
-    top = max(values)
-    weights = [math.exp(v - top) for v in values]
-    p = sorted((w / sum(weights) for w in weights), reverse=True)
-    if score == "entropy":
-        return -sum(q * math.log(q) for q in p if q > 0)
-    return p[0] if score == "confidence" else p[0] - p[1]
-
-
-@torch.no_grad()
-def answer_each_row_alone(model: cet.EarlyExit, inputs: Inputs, policy: cet.ExitPolicy) -> Answers:
-    rows = len(next(iter(inputs.values())))
-    logits, exits, scores = [], [], []
-    for row in range(rows):
-        every_exit = model.exit_logits(**{name: value[row : row + 1] for name, value in inputs.items()})
-        for k, exit_logits in enumerate(every_exit):
-            score = score_by_definition(exit_logits[0], policy.score, policy.temperature(k))
-            threshold = policy.thresholds[k] if k < len(policy.thresholds) else None
-            leaves = threshold is not None and (score <= threshold if policy.score == "entropy" else score >= threshold)
-            if leaves or k == model.num_exits - 1:
-                logits.append(exit_logits[0])
-                exits.append(k)
-                scores.append(score)
-                break
-    return Answers(torch.stack(logits), torch.tensor(exits), torch.tensor(scores))
-
-
-@torch.no_grad()
-def policy_between_scores(
-    model: cet.EarlyExit, inputs: Inputs, score: ScoreName, quantiles: list[float | None], temperatures: Any = None
-) -> cet.ExitPolicy:
-    """Thresholds in the widest gap near a quantile of the scores, where rounding decides nothing."""
-    thresholds: list[float | None] = []
-    for k, (quantile, logits) in enumerate(zip(quantiles, model.exit_logits(**inputs), strict=False)):
-        if quantile is None:
-            thresholds.append(None)
-            continue
-        temperature = 1.0 if temperatures is None else temperatures[k]
-        scores = sorted(score_by_definition(row, score, temperature) for row in logits)
-        edges = [scores[0] - 1.0, *scores, scores[-1] + 1.0]
-        at = round(quantile * len(scores))
-        gaps = range(max(0, at - 1), min(len(scores), at + 1) + 1)
-        widest = max(gaps, key=lambda g: edges[g + 1] - edges[g])
-        thresholds.append((edges[widest] + edges[widest + 1]) / 2)
-    return cet.ExitPolicy(score, tuple(thresholds), temperatures)
-
-
-def assert_same_answers(got: cet.ExitOutput, expected: Answers) -> None:
-    assert got.exit_index.dtype == torch.int64
-    assert got.score.dtype == torch.float32
-    assert torch.equal(got.exit_index, expected.exit_index)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.score, expected.score.float(), rtol=1e-3, atol=1e-4)
 
 
 @given(data=st.data())
@@ -134,10 +67,6 @@ def test_an_empty_batch_gives_empty_answers(built: Built) -> None:
         assert got.exit_index.shape == got.score.shape == got.labels.shape == (0,)
 
 
-def all_leave(model: cet.EarlyExit) -> cet.ExitPolicy:
-    return cet.ExitPolicy("confidence", (0.0,) * (model.num_exits - 1))
-
-
 def test_all_rows_can_leave_at_the_first_exit(built: Built) -> None:
     family, model = built
     model.policy = all_leave(model)
@@ -146,21 +75,6 @@ def test_all_rows_can_leave_at_the_first_exit(built: Built) -> None:
     assert got.exit_index.tolist() == [0] * 6
     with torch.no_grad():
         torch.testing.assert_close(got.logits, model.exit_logits(**inputs)[0])
-
-
-@contextmanager
-def poisoned_row(model: cet.EarlyExit, inputs: Inputs, row: int, poison: float) -> Iterator[Inputs]:
-    """The inputs with one row replaced: by the value itself, or by a token whose embedding holds it."""
-    name, value = next(iter(inputs.items()))
-    if value.is_floating_point():
-        yield {**inputs, name: value.index_fill(0, torch.tensor(row), poison)}
-        return
-    token = int(value.max()) + 1
-    embedding = model.backbone.get_input_embeddings().weight.data
-    original = embedding[token].clone()
-    embedding[token] = poison
-    yield {**inputs, name: value.index_fill(0, torch.tensor(row), token)}
-    embedding[token] = original
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

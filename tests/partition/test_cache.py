@@ -133,24 +133,20 @@ def test_a_copy_has_stages_of_its_own():
     assert torch.equal(model(x), before)
 
 
-def test_images_of_other_sizes_need_two_cuts():
+def test_images_of_all_sizes_share_one_cut():
     model = build()
     for size in (8, 10, 13, 9, 8):
         assert_right(model, R(9, 3, size, size))
-    assert len(model._staging._programs) == 2
+    assert model.explain(R(9, 3, 8, 8)).num_programs == 1
 
 
-def test_each_length_of_a_recurrent_net_has_a_cut_of_its_own_and_many_are_warned_of(monkeypatch):
-    monkeypatch.setattr("cet.partition.cache._MAX_PROGRAMS", 2)
+def test_all_lengths_of_a_recurrent_net_share_one_cut():
     model = cet.EarlyExit(Recurrent(), ["first"], (R(3, 5, 3),)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for length in (5, 6):
+        for length in (5, 6, 20, 1):
             assert_right(model, R(9, length, 3))
-    with pytest.warns(UserWarning, match=r"pad inputs to few sizes") as caught:
-        model(R(9, 20, 3))
-    assert caught[0].filename == __file__
-    assert_right(model, R(9, 6, 3))
+    assert model.explain(R(9, 6, 3)).num_programs == 1
 
 
 def test_channels_last_images_stay_channels_last():

@@ -1,6 +1,7 @@
 """Perturbations: what all of them promise, then each one against its definition."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,6 +157,118 @@ def test_everything_happens_on_the_device_of_x_without_a_host_sync(perturb, shap
     with FakeTensorMode(), torch.device("cuda"):
         y = perturb(torch.empty(8, *shape, device="cpu", dtype=torch.float16))
     assert (y.shape, y.dtype, y.device.type) == ((8, *shape), torch.float16, "cpu")
+
+
+# Missing values: NaN, or any other value that is not finite
+
+MOVES = P.TimeWarp, P.TimeShift, P.Crop, P.Flip
+"""Perturbations that move values; with all others a value stays at its place."""
+
+
+def with_missing(x, missing=math.nan, fraction=0.01):
+    """x (B, ...) without a few values, whole first channels in rows 1 and 2, all of row 3, and nothing in row 0."""
+    gone = torch.rand(x.shape, generator=seeded(2), dtype=torch.float64) < fraction
+    gone[4, ..., 5] = True
+    gone[1:3, :1] = True
+    gone[3] = True
+    gone[0] = False
+    return x.masked_fill(gone, missing), gone
+
+
+@every_leaf
+@pytest.mark.parametrize("severity", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_missing_value_stays_missing_and_nothing_else_becomes_so(perturb, shape, severity, missing, dtype):
+    perturb = perturb.with_severity(severity)
+    x, gone = with_missing(batch(12, shape, dtype), missing)
+    y = perturb(x, generator=seeded())
+    if isinstance(perturb, MOVES):  # a position is missing where the value nearest to what is moved there is
+        gone = perturb(gone.to(torch.promote_types(dtype, torch.float32)), generator=seeded()) > 0.5
+    assert torch.equal(~y.isfinite(), gone)
+    assert torch.equal(y[gone].isnan(), torch.full_like(y[gone], missing).isnan())
+
+
+@every_case
+def test_few_missing_values_stay_few(perturb, shape):
+    x = batch(64, shape)
+    x = x.masked_fill(torch.rand(x.shape, generator=seeded(2)) < 0.01, math.nan)
+    x[::2] = batch(32, shape)
+    y = perturb(x, generator=seeded())
+    assert y[::2].isfinite().all()
+    assert 0 < y.isnan().float().mean() < 1.5 * x.isnan().float().mean()
+    assert not y.isinf().any()
+
+
+@every_leaf
+def test_gradients_are_finite_where_values_are_missing(perturb, shape):
+    x, _ = with_missing(batch(8, shape))
+    x.requires_grad_()
+    y = perturb(x, generator=seeded())
+    torch.where(y.isfinite(), y, 0.0).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("drawn", [P.Jitter(1.0), P.Drift(1.0)], ids=name)
+def test_noise_is_in_units_of_the_values_that_are_there(drawn):
+    x, gone = with_missing(
+        batch(12, WINDOW, torch.float64) * torch.rand(12, 6, 1, generator=seeded()).double(), fraction=0.2
+    )
+    y = drawn(x, generator=seeded())
+    unit = torch.randn(12, 6, 40, generator=seeded(5), dtype=torch.float64)
+    unit = (unit - unit.mean(2, keepdim=True)) / unit.std(2, correction=0, keepdim=True)
+    per_std = drawn(unit, generator=seeded()) - unit
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        std = np.nanstd(x.numpy(), axis=2, keepdims=True)
+    expected = torch.from_numpy(x.numpy() + per_std.numpy() * std)
+    torch.testing.assert_close(y[~gone], expected[~gone])
+
+
+def test_noise_has_exactly_the_given_snr_over_the_values_that_are_there():
+    x, gone = with_missing(batch(12, STEREO, torch.float64), fraction=0.2)
+    noise = (P.Noise(13.0)(x, generator=seeded()) - x).masked_fill(gone, 0.0)
+    power, power_of_noise = (v.masked_fill(gone, 0.0).square().sum((1, 2))[[0, 1, 2, 4, 5]] for v in (x, noise))
+    torch.testing.assert_close(10 * torch.log10(power / power_of_noise), torch.full((5,), 13.0, dtype=torch.float64))
+
+
+def test_masks_fill_with_the_mean_of_the_values_that_are_there():
+    x, gone = with_missing(batch(12, WINDOW), fraction=0.3)
+    y = P.TimeMask(1.0)(x, generator=seeded())
+    changed = (y != x) & ~gone
+    assert changed.any()
+    torch.testing.assert_close(y[changed], x.nanmean(2, keepdim=True).expand_as(x)[changed])
+
+
+def test_a_rotation_takes_the_mean_for_a_missing_axis():
+    x, gone = with_missing(batch(12, (3, 40), torch.float64), fraction=0.2)
+    y = P.AxisRotation(90.0)(x, generator=seeded())
+    filled = torch.where(gone, x.nanmean(2, keepdim=True).nan_to_num(), x)
+    expected = P.AxisRotation(90.0)(filled, generator=seeded())
+    torch.testing.assert_close(y[~gone], expected[~gone])
+
+
+def test_colors_stretch_about_the_mean_of_the_pixels_that_are_there():
+    x, gone = with_missing(batch(12, IMAGE, torch.float64), fraction=0.2)
+    contrast, saturation = P.ColorJitter(0, 0.9, 0), P.ColorJitter(0, 0, 0.9)
+    ones = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(12, 3, 16, 6)  # of which 1 turns into (1 + factor) / 2
+    factor = 2 * contrast(ones, generator=seeded())[..., 1:2] - 1
+    mean = x.nanmean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(contrast(x, generator=seeded())[~gone], torch.lerp(mean, x, factor)[~gone])
+    ones = torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64).view(3, 1, 1).repeat(12, 1, 16, 12)  # grey is 1
+    factor = (saturation(ones, generator=seeded())[:, 1:2] - 1) / 2
+    grey = x.nanmean(1, keepdim=True)
+    torch.testing.assert_close(saturation(x, generator=seeded())[~gone], torch.lerp(grey, x, factor)[~gone])
+
+
+def test_a_warp_between_a_value_and_a_missing_one_takes_the_value():
+    x = torch.tensor([1.0, math.nan, 5.0, 7.0, math.nan, 11.0]).repeat(64, 2, 1)
+    y = P.TimeWarp(0.5)(x, generator=seeded())
+    position = P.TimeWarp(0.5)(torch.arange(6.0).repeat(64, 2, 1), generator=seeded())
+    nearest = (position + 0.5).floor().long()
+    assert torch.equal(y.isnan(), x.gather(2, nearest).isnan())
+    beside = (position > 1.5) & (position < 2) | (position > 4.5)
+    assert torch.equal(y[beside], x.gather(2, nearest)[beside])
 
 
 @every_case

@@ -14,14 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exit_contract import (
-    CONTRACT,
-    all_leave,
-    answer_each_row_alone,
-    assert_same_answers,
-    poisoned_row,
-    policy_between_scores,
-)
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -33,6 +25,14 @@ from cet.runtime.graphs import MAX_BUCKETS, MAX_CAPTURES
 from conftest import Built
 from families import Inputs
 from graph_backends import Fakes, run_by
+from oracle import (
+    CONTRACT,
+    all_leave,
+    answer_each_row_alone,
+    assert_same_answers,
+    poisoned_row,
+    policy_between_scores,
+)
 
 GRAPH_RUNNERS: list[RunnerName] = ["graphs", "device"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

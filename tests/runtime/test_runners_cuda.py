@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from test_exit_contract import answer_each_row_alone
 from test_runners import GRAPH_RUNNERS, small_model
 from torch import Tensor, nn
 
 import cet
 from cet.runtime import RunnerName
+from oracle import answer_each_row_alone
 
 # The second one is not current when it is used.
 ON_GPUS = pytest.mark.parametrize("device", [f"cuda:{index}" for index in range(torch.cuda.device_count())][:2])

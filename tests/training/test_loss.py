@@ -9,6 +9,7 @@ import torch.distributed
 from torch import nn
 
 import cet
+from cet.data.batches import split_batch
 from cet.ops import consistent_exit_loss
 
 
@@ -139,7 +140,16 @@ def test_a_wrapped_model_is_run_once_and_its_labels_are_checked(model):
         cet.ConsistentExitLoss(shift)(wrapped, X, torch.full((5,), 9))
 
 
-BAD_SWITCHES = [
+def test_a_compiled_model_is_the_model(model):
+    compiled = torch.compile(model, backend="eager")
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    loss, _ = cet.ConsistentExitLoss(shift)(compiled, X, Y)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="label 9 for 3 classes"):
+        cet.ConsistentExitLoss(shift)(compiled, X, torch.full((5,), 9))
+
+
+BAD_ARGUMENTS = [
     ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number >= 0"),
     ({"consistency_weight": math.nan}, ValueError, "consistency_weight is nan"),
     ({"consistency_weight": math.inf}, ValueError, "consistency_weight is inf"),
@@ -153,10 +163,10 @@ BAD_SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize(("switches", "error", "message"), BAD_SWITCHES)
-def test_bad_switches_are_refused(switches, error, message):
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        cet.ConsistentExitLoss(**{"perturb": shift, **switches})
+        cet.ConsistentExitLoss(**{"perturb": shift, **arguments})
 
 
 BAD_LABELS = [
@@ -164,8 +174,8 @@ BAD_LABELS = [
     (torch.tensor([0, 1, -1, 2, 0]), ValueError, "y holds the label -1 for 3 classes"),
     (torch.tensor([0, 1, 2]), ValueError, r"y has shape \(3,\) for 5 rows of x"),
     (torch.zeros(5, 1, dtype=torch.int64), ValueError, r"y has shape \(5, 1\) for 5 rows"),
-    (torch.zeros(5), TypeError, "y is torch.float32; give class indices as an int64 tensor"),
-    (torch.zeros(5, dtype=torch.int32), TypeError, "y is torch.int32"),
+    (torch.zeros(5), TypeError, r"y is torch.float32; give class indices by y\.long\(\)"),
+    (torch.full((5, 3), 1 / 3), TypeError, "y holds soft labels"),
     ([0, 1, 2, 0, 0], TypeError, "y is list"),
 ]
 
@@ -176,6 +186,206 @@ def test_bad_labels_are_refused_before_the_model_runs(model, labels, error, mess
     with pytest.raises(error, match=message):
         cet.ConsistentExitLoss(shift)(model, X, labels)
     assert calls(model) == before + 1
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.tensor([0, 2, 0, 1, 0]).int(), nn.functional.one_hot(torch.tensor([0, 2, 0, 1, 0]), 3).float()],
+    ids=["int32", "one-hot"],
+)
+def test_labels_are_made_class_indices(model, labels):
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, torch.tensor([0, 2, 0, 1, 0]))
+    loss, _ = cet.ConsistentExitLoss(shift)(model, X, labels)
+    assert torch.equal(loss, expected)
+
+
+def test_any_batch_of_a_loader_can_be_given(model):
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    loss, _ = cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, *split_batch({"x": X, "labels": Y}))
+    assert torch.equal(loss, expected)
+
+
+def test_keys_that_the_backbone_does_not_take_change_nothing(model):
+    expected, _ = cet.ConsistentExitLoss(shift)(model, X, Y)
+    x = {"x": X, "row": torch.arange(5), "name": ["a", "b", "c", "d", "e"]}
+    with pytest.warns(UserWarning, match="forward takes no 'row', 'name', which is ignored"):
+        loss, _ = cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, x, Y)
+    assert torch.equal(loss, expected)
+
+
+def test_optional_inputs_that_the_example_had_may_be_left_out():
+    torch.manual_seed(0)
+    model = cet.EarlyExit(Net(), ["body"], {"x": torch.randn(3, 4), "offset": torch.randn(3, 6)})
+    assert cet.ConsistentExitLoss(cet.perturb.On("x", Shift()))(model, {"x": X}, Y)[0].isfinite()
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_a_single_logit_learns_from_the_labels_of_binary_cross_entropy(shape):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    model = cet.EarlyExit(net, ["1"], (X[:3],)).train()
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    loss, parts = cet.ConsistentExitLoss(None, 0.0)(model, X, y.view(shape))
+    expected = nn.functional.binary_cross_entropy_with_logits(net(X).squeeze(1), y)
+    torch.testing.assert_close(parts.supervised[-1], expected.detach())
+    loss.backward()
+    assert net[2].weight.grad.abs().sum() > 0
+
+
+class Shift(cet.perturb.Perturbation):
+    def __call__(self, x, *, generator=None):
+        return shift(x)
+
+    def with_severity(self, severity):
+        return self
+
+
+class Graph(nn.Module):
+    """Rows are mixed along dimension 1 by a matrix that all samples share."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, adjacency, x, *, position=None):
+        h = self.body(adjacency @ x)
+        if position is not None:
+            h = h + position
+        return self.head(torch.relu(h).mean(1))
+
+
+def graph_call(nodes, rows):
+    draw = torch.Generator().manual_seed(nodes + rows)
+    adjacency, x, position = (torch.randn(*s, generator=draw) for s in ((nodes, nodes), (rows, nodes, 6), (nodes, 8)))
+    return {"adjacency": adjacency, "x": x, "position": position}
+
+
+@pytest.mark.parametrize("nodes", [7, 5, 10], ids=["other size", "as many as rows", "as many as clean and perturbed"])
+def test_shared_inputs_are_given_once(nodes):
+    """Whether the adjacency matrix happens to have as many rows as the batch does not matter."""
+
+    class Batched(Graph):
+        def forward(self, x, adjacency, *, position=None):
+            return super().forward(adjacency, x, position=position)
+
+    model = cet.EarlyExit(Batched(), {"body": cet.HeadSpec(layout="channels_last")}, graph_call(nodes, 3))
+    call = graph_call(nodes, 5)
+    noisy = {**call, "x": call["x"] + 0.3}
+    doubled = {**call, "x": torch.cat([call["x"], noisy["x"]])}
+    logits = model(**doubled)
+    expected = consistent_exit_loss([z[:5] for z in logits], [z[5:] for z in logits], Y)
+    for x in (call, dict(reversed(call.items()))):
+        loss, _ = cet.ConsistentExitLoss(lambda x: {**x, "x": x["x"] + 0.3})(model, x, Y)
+        assert torch.equal(loss, expected.loss)
+
+
+def test_a_perturbation_of_a_shared_input_is_refused():
+    class Batched(Graph):
+        def forward(self, x, adjacency, *, position=None):
+            return super().forward(adjacency, x, position=position)
+
+    call = graph_call(7, 5)
+    model = cet.EarlyExit(Batched(), {"body": cet.HeadSpec(layout="channels_last")}, graph_call(7, 3))
+    with pytest.raises(ValueError, match="perturb changes adjacency, which all rows share; leave it as it is"):
+        cet.ConsistentExitLoss(lambda x: {**x, "adjacency": x["adjacency"] + 1.0})(model, call, Y)
+    call["position"][0, 0] = math.nan
+    copied, _ = cet.ConsistentExitLoss(lambda x: {key: value.clone() for key, value in x.items()})(model, call, Y)
+    assert copied.isnan()
+
+
+class ManyExits(nn.Module):
+    """A multi-exit model that is no EarlyExit, and so does not tell which inputs are batched."""
+
+    def __init__(self):
+        super().__init__()
+        self.graph, self.first = Graph(), nn.Linear(6, 3)
+
+    def forward(self, adjacency, x):
+        return self.first(x.mean(1)), self.graph(adjacency, x)
+
+
+def test_of_other_models_those_inputs_are_batched_that_have_as_many_rows_as_labels():
+    call, model = graph_call(7, 5), ManyExits()
+    logits = model(call["adjacency"], torch.cat([call["x"], call["x"] + 0.3]))
+    expected = consistent_exit_loss([z[:5] for z in logits], [z[5:] for z in logits], Y)
+    loss, _ = cet.ConsistentExitLoss(lambda x: (x[0], x[1] + 0.3))(model, (call["adjacency"], call["x"]), Y)
+    assert torch.equal(loss, expected.loss)
+    with pytest.raises(ValueError, match=r"perturb changes input 0, which all rows share"):
+        cet.ConsistentExitLoss(lambda x: (x[0] + 1, x[1]))(model, (call["adjacency"], call["x"]), Y)
+
+
+def test_as_many_answers_as_rows():
+    class Short(ManyExits):
+        def forward(self, adjacency, x):
+            return tuple(z[1:] for z in super().forward(adjacency, x))
+
+    call = graph_call(7, 5)
+    with pytest.raises(ValueError, match=r"model gives logits for 9 rows of 10; .*one row of logits per sample"):
+        cet.ConsistentExitLoss(lambda x: x)(Short(), (call["adjacency"], call["x"]), Y)
+
+
+class StochasticDepth(nn.Module):
+    """A layer of one's own that does something else in train mode."""
+
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1) >= self.drop_prob) if self.training else x
+
+
+LAYERS = {
+    "batch norm": nn.BatchNorm1d(6),
+    "dropout": nn.Dropout(0.5),
+    "lstm": nn.LSTM(6, 6, 2, dropout=0.1),
+    "attention": nn.MultiheadAttention(6, 2, dropout=0.1),
+    "own": StochasticDepth(0.1),
+}
+SAME_LAYERS = {
+    "linear": nn.Linear(6, 6),
+    "layer norm": nn.LayerNorm(6),
+    "batch norm without statistics": nn.BatchNorm1d(6, track_running_stats=False),
+    "dropout of nothing": nn.Dropout(0.0),
+    "lstm": nn.LSTM(6, 6),
+    "attention": nn.MultiheadAttention(6, 2),
+    "own": StochasticDepth(0.0),
+}
+
+
+class Layered(ManyExits):
+    def __init__(self, layer):
+        super().__init__()
+        self.block = nn.Sequential(layer)
+
+    def forward(self, x):
+        return x[:, :3], self.first(torch.cat([x, x[:, :2]], 1))
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_model_partly_in_eval_mode_is_refused_unless_that_is_meant(layer):
+    model = Layered(layer)
+    model.block[0].eval()
+    name = type(layer).__name__
+    with pytest.raises(ValueError, match=rf"block\.0 \({name}\) is in eval mode.*model\.train\(\).*allow_eval=True"):
+        cet.ConsistentExitLoss(shift)(Wrapper(model), X, Y)
+    assert cet.ConsistentExitLoss(shift, allow_eval=True)(model, X, Y)[0].isfinite()
+    assert cet.ConsistentExitLoss(shift)(model.train(), X, Y)[0].isfinite()
+
+
+@pytest.mark.parametrize("layer", SAME_LAYERS.values(), ids=SAME_LAYERS)
+def test_layers_that_do_the_same_in_both_modes_may_be_in_either(layer):
+    model = Layered(layer)
+    model.block.eval()
+    assert cet.ConsistentExitLoss(shift)(model, X, Y)[0].isfinite()
+
+
+def test_a_part_that_is_frozen_altogether_may_be_in_eval_mode(model):
+    model.backbone.eval().requires_grad_(False)
+    assert cet.ConsistentExitLoss(shift)(model, X, Y)[0].isfinite()
+    model.backbone.norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"backbone\.norm \(BatchNorm1d\) is in eval mode"):
+        cet.ConsistentExitLoss(shift)(model, X, Y)
 
 
 BAD_PERTURBATIONS = [

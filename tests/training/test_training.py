@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 import cet
 from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, Split, Windows, build, perturbation, train
@@ -56,14 +58,19 @@ def raise_keyboard_interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers; the policy beside them holds NaN for a closed exit, which equals nothing."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
-    assert a.state_dict().keys() == b.state_dict().keys()
-    for name, value in a.state_dict().items():
-        assert torch.equal(value, b.state_dict()[name]), name
+    assert tensors_of(a).keys() == tensors_of(b).keys()
+    for name, value in tensors_of(a).items():
+        assert torch.equal(value, tensors_of(b)[name]), name
 
 
 def differ(a: nn.Module, b: nn.Module) -> bool:
-    return any(not torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    return any(not torch.equal(value, tensors_of(b)[name]) for name, value in tensors_of(a).items())
 
 
 def test_the_recipes_differ_in_the_objective_alone() -> None:
@@ -231,3 +238,57 @@ def test_the_accuracy_of_every_exit_is_logged(split: Split) -> None:
             accuracy = (logits.argmax(1) == split.calibration.y).float().mean()
             assert logged[f"accuracy_{name}"] == pytest.approx(float(accuracy))
     assert logged["train_loss"] > 0
+
+
+@pytest.mark.parametrize("kind", ["dict", "triple", "batch_fn"])
+def test_any_kind_of_batch_trains_the_same_model(split: Split, kind: str) -> None:
+    """Rows without a label count in no accuracy, whatever the batches they come in."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SensorNet(2)
+
+        def forward(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.net(x * gain[:, None, None])
+            return logits
+
+    def make(x: torch.Tensor, y: torch.Tensor) -> Any:
+        gain = torch.linspace(0.5, 2.0, len(x))
+        kinds = {"pair": ((x, gain), y), "triple": (x, gain, y), "dict": {"x": x, "gain": gain, "labels": y}}
+        return kinds.get(kind, {"recording": (x, gain), "exercise": y})
+
+    def fit(kind_of_batch: Any, batch_fn: Any) -> tuple[cet.EarlyExit, dict[str, float]]:
+        torch.manual_seed(0)
+        head = cet.HeadSpec(layout="channels_first")
+        model = cet.EarlyExit(Gated(), {"net.block1": head}, (split.train.x[:3], torch.ones(3)))
+        training = MultiExitTraining(model, cet.ConsistentExitLoss(None, 0.0), batch_fn=batch_fn)
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        y = torch.where(torch.arange(len(split.calibration)) % 3 == 0, -100, split.calibration.y)
+        loaders = (
+            DataLoader([kind_of_batch(*rows) for rows in zip(x.split(16), y.split(16), strict=True)], batch_size=None)
+            for x, y in ((split.train.x, split.train.y), (split.calibration.x, y))
+        )
+        trainer.fit(training, *loaders)
+        return model, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    batch_fn = (lambda batch: (batch["recording"], batch["exercise"])) if kind == "batch_fn" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, logged = fit(make, batch_fn)
+        expected, _ = fit(lambda x, y: ((x, torch.linspace(0.5, 2.0, len(x))), y), None)
+    assert_same_weights(model, expected)
+    y = torch.where(torch.arange(len(split.calibration)) % 3 == 0, -100, split.calibration.y)
+    gain = torch.cat([torch.linspace(0.5, 2.0, 16)] * (len(y) // 16))
+    with torch.no_grad():
+        for name, logits in zip(model.exit_names, model.eval().exit_logits(split.calibration.x, gain), strict=True):
+            right = (logits.argmax(1) == y)[y != -100].float().mean()
+            assert logged[f"accuracy_{name}"] == pytest.approx(float(right))

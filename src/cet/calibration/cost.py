@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from cet.model.early_exit import EarlyExit
-from cet.partition.stages import evaluating
+from cet.partition.stages import evaluating, first_tensor, logits_of
 
 _backends: Any = torch.backends  # its flags are settable properties, which its annotations deny
 
@@ -84,31 +84,28 @@ def exit_costs(model: EarlyExit) -> ExitCosts:
         ValueError: when the backbone has no operation that is counted.
     """
     args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, model.example_inputs)
-    marks = [0]
-    with (
-        torch.no_grad(),
-        evaluating(model),
-        _unfused_kernels(),
-        FlopCounterMode(display=False) as counter,
-        ExitStack() as hooks,
-    ):
+    features: dict[int, Tensor] = {}
+    behind: list[int] = []
+    with torch.no_grad(), evaluating(model), _unfused_kernels(), FlopCounterMode(display=False) as counter:
 
-        def mark(*_: object) -> None:
-            marks.append(counter.get_total_flops())
+        def mark(k: int, module_output: Any) -> None:
+            behind.append(counter.get_total_flops())
+            features[k] = first_tensor(module_output).clone()
 
-        for head in set(model.heads):
-            hooks.callback(head.register_forward_pre_hook(mark).remove)
-            hooks.callback(head.register_forward_hook(mark).remove)
-        logits = model.exit_logits(*args, **kwargs)
-        mark()
-    if marks[-1] == 0:
+        logits = logits_of(model.observe(args, kwargs, mark))
+        behind.append(counter.get_total_flops())
+        for k, head in enumerate(model.heads):
+            head(features[k])
+            behind.append(counter.get_total_flops())
+    rows, num_exits = logits.shape[0], model.num_exits
+    stages = np.diff([0, *behind[:num_exits]]) / rows
+    heads = np.diff(behind[num_exits - 1 :]) / rows
+    if stages.sum() == 0:
         raise ValueError(
             "the backbone has no matrix product or convolution to count FLOPs of; "
             "pass costs=cet.ExitCosts(stage=..., head=...) with costs that you measured"
         )
-    # Each head runs as soon as its feature exists, so stages and heads alternate.
-    flops = np.diff(marks) / logits[-1].shape[0]
-    return ExitCosts(stage=tuple(flops[0::2]), head=tuple(flops[1::2]))
+    return ExitCosts(stage=tuple(stages), head=tuple(heads))
 
 
 @contextmanager

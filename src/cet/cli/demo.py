@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cet.cli.errors import INTERRUPTED, debug_option
+from cet.cli.errors import debug_option
+from cet.cli.parameters import PATH
+from cet.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +22,7 @@ OF_THE_RUN = ("quick", "seed", "threads", "data")
 
 
 @click.command("demo")
-@click.option(
-    "--output", type=click.Path(path_type=Path), default="runs/demo", show_default=True, help="Where the results go."
-)
+@click.option("--output", type=PATH, default="runs/demo", show_default=True, help="Where the results go.")
 @click.option("--quick", is_flag=True, help="Two epochs and fewer test windows: to see that it works, under a minute.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the split and the training.  [default: 0]"
@@ -30,7 +30,7 @@ OF_THE_RUN = ("quick", "seed", "threads", "data")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: torch's choice]")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The recordings, seglearn's watch_dataset.npy.  [default: that of the installed seglearn]",
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in the output folder, with the options it began with.")
@@ -70,8 +70,8 @@ def command(
         _demo(output, quick, seed, threads, data, resume, overwrite)
     except KeyboardInterrupt:
         begun = (output / "run.json").is_file()
-        mend = f"go on with: cet demo --resume --output {output}" if begun else "nothing was done yet"
-        click.echo(f"Interrupted; {mend}", err=True)
+        fix = f"go on with: cet demo --resume --output {output}" if begun else "nothing was done yet"
+        click.echo(f"Interrupted; {fix}", err=True)
         context.exit(INTERRUPTED)
 
 
@@ -82,10 +82,12 @@ def _demo(
 
     from cet.cli.progress import show
     from cet.demo.folder import RunFolder
-    from cet.measure import machine
+    from cet.files import check_folder
+    from cet.measure.host import require
 
-    folder = RunFolder.create(output)
-    machine.require("cet demo", NEEDED, extra="demo")
+    check_folder(output)
+    folder = RunFolder(output)
+    require("cet demo", NEEDED, extra="demo")
     from cet.demo import run
 
     console = Console(highlight=False)

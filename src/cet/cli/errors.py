@@ -2,83 +2,26 @@
 
 from __future__ import annotations
 
-import codecs
-import io
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import click
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+from cet.files import OutputError
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError)
 """What cet raises itself, with a message made for the user."""
 
 
-class OutputError(OSError):
-    """A file or folder that cannot be written."""
-
-    exit_code = 20
-
-
 class LoadError(ValueError):
-    """A model or data that cannot be loaded, or that do not fit each other."""
+    """A model or data cannot be loaded."""
 
     exit_code = 21
 
 
 class NoSuchExitError(ValueError):
-    """An exit that the model does not have."""
+    """The model has no such exit."""
 
     exit_code = 22
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the process to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise :class:`Stopped` in the main thread on SIGINT, SIGTERM and SIGHUP, so that what is finished can be kept."""
-
-    def stop(signum: int, _frame: object) -> NoReturn:
-        raise Stopped(signum)
-
-    # Where there is no SIGHUP, nobody hangs up.
-    stopping = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    before = {signum: signal.signal(signum, stop) for signum in dict.fromkeys(stopping)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-_PLAIN = {"–": "-", "±": "+-", "µ": "u", "°": "deg ", "█": "#", "░": "."}
-
-
-def speak_plainly() -> None:
-    """Have stdout and stderr write what their encoding lacks in ASCII, rather than fail behind a long measurement."""
-
-    def plain(error: UnicodeError) -> tuple[str, int]:
-        if not isinstance(error, UnicodeEncodeError):
-            raise error
-        lacking = error.object[error.start : error.end]
-        return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
-
-    codecs.register_error("cet.plain", plain)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="cet.plain")
 
 
 @dataclass
@@ -106,7 +49,7 @@ def one_sentence(error: BaseException) -> str:
         return f"{error.format_message()} See '{command} --help'."
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, OutputError):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     message = " ".join(str(error).split())
     if isinstance(error, EXPECTED) and message:

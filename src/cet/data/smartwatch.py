@@ -66,14 +66,12 @@ def find_dataset() -> Path:
     Raises:
         FileNotFoundError: when it is not installed or lacks the file.
     """
-    package = importlib.util.find_spec("seglearn")
-    for location in (package and package.submodule_search_locations) or ():
-        path = Path(location) / "data" / "watch_dataset.npy"
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        "seglearn/data/watch_dataset.npy is not installed; pip install 'cet[demo]', or pass the path of the file"
-    )
+    path = _installed_dataset()
+    if path is None:
+        raise FileNotFoundError(
+            "seglearn/data/watch_dataset.npy is not installed; pip install 'cet[demo]', or pass the path of the file"
+        )
+    return path
 
 
 def load_windows(path: Path | None = None, *, length: int = 128, stride: int = 32) -> Windows:
@@ -99,9 +97,8 @@ def load_windows(path: Path | None = None, *, length: int = 128, stride: int = 3
     try:
         signals, exercises, persons, classes = _recordings(_read_object_array(io.BytesIO(content)))
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(
-            f"{path} is damaged or holds no smartwatch recordings ({error}); reinstall seglearn 1.2.5"
-        ) from error
+        fix = "reinstall seglearn 1.2.5" if path == _installed_dataset() else "give seglearn 1.2.5's watch_dataset.npy"
+        raise ValueError(f"{path} is damaged or holds no smartwatch recordings ({error}); {fix}") from error
     x, y, person = [], [], []
     for signal, exercise, subject in zip(signals, exercises, persons, strict=True):
         for start in range(0, len(signal) - length + 1, stride):
@@ -133,6 +130,15 @@ def split_by_person(windows: Windows, *, seed: int) -> Split:
     test, calibration, train = shuffled[:held_out], shuffled[held_out : 2 * held_out], shuffled[2 * held_out :]
     scaled = replace(windows, x=windows.x / _sensor_scale(windows.of_persons(train).x))
     return Split(scaled.of_persons(train), scaled.of_persons(calibration), scaled.of_persons(test))
+
+
+def _installed_dataset() -> Path | None:
+    package = importlib.util.find_spec("seglearn")
+    for location in (package and package.submodule_search_locations) or ():
+        path = Path(location) / "data" / "watch_dataset.npy"
+        if path.is_file():
+            return path
+    return None
 
 
 def _sensor_scale(x: Tensor) -> Tensor:

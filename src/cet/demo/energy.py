@@ -51,7 +51,7 @@ def measure_energy(
         samples = sum(map(len, batches))
         early = Workload("early", _passes(model, batches), samples)
         full = Workload("full", _passes(model.backbone, batches), samples)
-        settings = Settings(blocks=rounds, window=window, warmup=min(1.0, window), seed=seed)
+        settings = Settings(rounds=rounds, window=window, warmup=min(1.0, window), seed=seed)
         comparison = compare(early, full, meter, settings, progress=progress)
     contrast = next(row for row in comparison.contrasts if row.quantity == "joules" and row.domain is None)
     joules["full"], joules["early"] = contrast.b.value, contrast.a.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -12,13 +12,17 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from cet.calibration.cost import ExitCosts
-from cet.calibration.threshold_search import simulate
+from cet.calibration.thresholds import simulate
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
+from cet.perturb.base import Perturbation
 from cet.training import Windows, perturbation
 
 BATCH_SIZE = 512
 CURVE_POINTS = 33
+
+Preset = Callable[[float], Perturbation]
+"""The perturbation of each severity."""
 
 
 class Quality(TypedDict):
@@ -51,9 +55,9 @@ class CurvePoint(TypedDict):
     mean_flops: float
 
 
-def perturbed(windows: Windows, severity: float, seed: int) -> Tensor:
-    """The windows ``(N, 6, L)`` at a severity; a seed draws the same perturbations at every severity, only stronger."""
-    x: Tensor = perturbation(severity)(windows.x, generator=torch.Generator().manual_seed(seed))
+def perturbed(windows: Windows, severity: float, seed: int, preset: Preset = perturbation) -> Tensor:
+    """The windows ``(N, C, L)`` at a severity; a seed draws the same perturbations at every severity, only stronger."""
+    x: Tensor = preset(severity)(windows.x, generator=torch.Generator().manual_seed(seed))
     return x
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cet.model.checkpoint import write_atomically
+from cet.files import make_folder, write_atomically
 
 STATE = "run.json"
 REPORT = "report.json"
@@ -31,20 +32,18 @@ class RunFolder:
 
     path: Path
 
-    @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """The folder, made if need be.
-
-        Raises:
-            OSError: when it cannot be written.
-        """
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Make the folder and what is missing above it; they go again if the block fails and leaves them empty."""
+        missing = list(takewhile(lambda folder: not folder.exists(), (self.path, *self.path.parents)))
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-        except OSError as error:
-            raise OSError(f"output folder {path} cannot be written ({error.strerror}); give another one") from error
-        return cls(path)
+            make_folder(self.path)
+            yield
+        except BaseException:
+            for folder in missing:
+                with suppress(OSError):  # which is not there, or not empty
+                    folder.rmdir()
+            raise
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -13,16 +13,20 @@ SCOPE = (
     "It is an implementation of the objective of arXiv 2109.13192, not a reproduction of its tables."
 )
 
+BOUNDED = {"accuracy": "accuracy", "balanced": "mean recall", "per_class": "the recall of any class"}
+"""What calibration bounds, by the name of its metric."""
+
 
 def to_markdown(report: Report) -> str:
     """The content of `report.md`."""
     sections = [
-        "# Early exit on smartwatch data",
-        SCOPE,
+        f"# {report['title']}",
+        report["scope"],
         _set_up(report),
         f"![Accuracy against compute]({ACCURACY_PLOT})",
         "## With early exit",
         calibration_verdict(report),
+        *class_warnings(report),
         _early_table(report),
         f"![Where samples leave]({EXITS_PLOT})",
         "## Time",
@@ -41,17 +45,28 @@ def to_markdown(report: Report) -> str:
 def calibration_verdict(report: Report) -> str:
     """What calibration promised, and what became of it on the test persons."""
     recipes, persons = report["recipes"], report["data"]["persons"]
-    max_drop = next(iter(recipes.values()))["calibration"]["max_drop"]
+    calibration = next(iter(recipes.values()))["calibration"]
+    max_drop, metric = calibration["max_drop"], calibration["metric"]
     changes = {name: _mean_change(recipe, report["conditions"].values()) for name, recipe in recipes.items()}
     outcome = _and(f"{100 * change:+.1f} points with {name}" for name, change in changes.items())
-    text = (
-        f"Over clean and perturbed windows of the {len(persons['calibration'])} calibration persons, the thresholds "
-        f"lose at most {100 * max_drop:g} point of accuracy against the full network; on the {len(persons['test'])} "
-        f"test persons the change is {outcome}."
+    calibrated_on, tested_on = (
+        f"{len(persons[part])} {part} persons" if persons[part] else f"{part} windows"
+        for part in ("calibration", "test")
     )
-    if min(changes.values()) < -max_drop:
+    text = (
+        f"Over {_and(report['conditions'])} windows of the {calibrated_on}, the thresholds "
+        f"lose at most {100 * max_drop:g} point of {BOUNDED[metric]} against the full network; on the {tested_on} "
+        f"the change is {outcome}."
+    )
+    if min(changes.values()) < -max_drop and persons["calibration"]:
         text += " What holds for so few persons need not hold for others."
     return text
+
+
+def class_warnings(report: Report) -> list[str]:
+    """What calibration warned of, for each recipe."""
+    warnings = {name: recipe["calibration"]["warning"] for name, recipe in report["recipes"].items()}
+    return [f"On the calibration samples of {name}, {warning}." for name, warning in warnings.items() if warning]
 
 
 def time_verdict(report: Report) -> str:
@@ -104,13 +119,24 @@ def _mean_change(recipe: RecipeReport, severities: Collection[float]) -> float:
 
 def _set_up(report: Report) -> str:
     persons, windows = report["data"]["persons"], report["data"]["windows"]
-    parts = [f"{windows[part]} of {part} persons {_and(map(str, persons[part]))}" for part in persons]
+    parts = [
+        f"{windows[part]} of {part} persons {_and(map(str, persons[part]))}"
+        if persons[part]
+        else f"{windows[part]} for {part}"
+        for part in persons
+    ]
     epochs = next(iter(report["recipes"].values()))["recipe"]["epochs"]
-    return (
+    trained = (
         f"The same net, trained twice for {epochs} epochs: *joint* with the cross-entropy of all exits, *consistent* "
-        "with the consistency objective on top. Windows of 128 samples, "
-        f"{', '.join(parts)}; seed {report['settings']['seed']}. "
-        f"Perturbed input has severity {report['conditions']['perturbed']:g}."
+        "with the consistency objective on top."
+        if len(report["recipes"]) > 1
+        else f"A net trained for {epochs} epochs with the {_and(report['recipes'])} objective."
+    )
+    perturbed = report["conditions"].get("perturbed")
+    return (
+        f"{trained} Windows of {report['data']['length']} samples, {', '.join(parts)}; "
+        f"seed {report['settings']['seed']}."
+        + ("" if perturbed is None else f" Perturbed input has severity {perturbed:g}.")
     )
 
 

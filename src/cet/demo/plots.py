@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cet.demo.report import Condition, RecipeReport, Report, at
+from cet.plotting import GREY, STYLE, png
 
 COLOURS = {"joint": "#0072B2", "consistent": "#D55E00"}
 """From the palette of Okabe & Ito (2008), which stays apart under all kinds of colour blindness."""
@@ -18,27 +16,12 @@ COLOURS = {"joint": "#0072B2", "consistent": "#D55E00"}
 DEPTHS = ("#d4e4f1", "#86b6da", "#3576b0", "#12325e")
 """Shallow to deep, apart by lightness alone."""
 
-GREY = "#666666"
-
-STYLE: Any = {
-    "font.size": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.axisbelow": True,
-    "axes.titlesize": 12,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": "#e8e8e8",
-    "legend.frameon": False,
-}
-
 
 @rc_context(STYLE)
 def plot_accuracy(report: Report) -> bytes:
     """Accuracy on the test persons against mean compute per sample, clean and perturbed, for both recipes."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, len(report["conditions"]), sharey=True, squeeze=False)[0]
     for axes, (condition, severity) in zip(panels, report["conditions"].items(), strict=True):
         for name, recipe in report["recipes"].items():
             _draw_recipe(axes, COLOURS[name], recipe, condition, severity)
@@ -54,14 +37,14 @@ def plot_accuracy(report: Report) -> bytes:
         Line2D([], [], color=GREY, marker="*", markersize=13, linestyle="", label="calibrated thresholds"),
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), columnspacing=1.4)
-    return _png(figure)
+    return png(figure)
 
 
 @rc_context(STYLE)
 def plot_exits(report: Report) -> bytes:
     """The share of samples that leave at each exit, by severity, for both recipes."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    panels = figure.subplots(1, len(report["recipes"]), sharey=True)
+    panels = figure.subplots(1, len(report["recipes"]), sharey=True, squeeze=False)[0]
     for axes, (name, recipe) in zip(panels, report["recipes"].items(), strict=True):
         rows = recipe["severities"]
         positions = range(len(rows))
@@ -96,7 +79,7 @@ def plot_exits(report: Report) -> bytes:
         ncols=len(labels),
         title="exit taken; above the bars: accuracy with early exit",
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_recipe(axes: Axes, colour: str, recipe: RecipeReport, condition: Condition, severity: float) -> None:
@@ -135,9 +118,3 @@ def _mark_exits(axes: Axes, report: Report) -> None:
             color=GREY,
         )
     axes.set_xlim(0, costs[-1] / 1e6 * 1.06)
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()

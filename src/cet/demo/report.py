@@ -19,11 +19,15 @@ Speeds = dict[str, dict[Condition, Speed]]
 
 
 class Data(TypedDict):
-    """The recordings, and for each part of the split its persons and how many of their windows were used."""
+    """The recordings, and for each part of the split its persons and how many of their windows were used.
+
+    ``length`` is that of a window; ``persons`` are empty lists where it is not known whose the windows are.
+    """
 
     sha256: str
     classes: list[str]
-    persons: dict[str, list[int]]
+    length: int
+    persons: dict[str, list[Any]]
     windows: dict[str, int]
 
 
@@ -49,7 +53,7 @@ class Joules(TypedDict):
     """Energy of early exit against the full network, in joules per sample of clean input; ``None`` where it is unknown.
 
     ``ratio`` is early exit's over the full network's, ``low`` and ``high`` are the ends of its 95 % interval, ``flags``
-    names what makes it less than it seems, and ``reason`` says why it is unknown.
+    names what makes it less than it seems, and ``reason`` is why it is unknown.
     """
 
     recipe: str
@@ -65,7 +69,7 @@ class Joules(TypedDict):
 
 
 class Timing(TypedDict):
-    """All that differs from run to run: when and where it ran, and everything that a clock or counter said.
+    """All that differs from run to run: when and where it ran, and everything that was read from a clock or counter.
 
     ``stages`` are the seconds of each stage in the process that finished the run.
     """
@@ -82,6 +86,8 @@ class Report(TypedDict):
     """Everything; but for ``timing``, the same settings and versions give the same report on the same machine."""
 
     schema_version: int
+    title: str
+    scope: str
     settings: dict[str, Any]
     versions: dict[str, str]
     exits: list[str]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 from typing import TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cet.measure.rounds import Timings, rounds
+from cet.measure.statistics import Floats, bootstrap_interval
+from cet.measure.timers import timer_for, warm_up
 from cet.model.early_exit import EarlyExit
 
-Floats = npt.NDArray[np.float64]
-
-RESAMPLES = 2000
-WARM_UP = 10
-"""Batches that are run both ways before the first that is timed."""
+WARM_UP = 0.1
+"""s for which batches are run each way before the first that is timed."""
 
 
 class Speedup(TypedDict):
@@ -39,15 +39,15 @@ class Speed(TypedDict):
     speedup: Speedup
 
 
-def measure_throughput(model: EarlyExit, x: Tensor, *, batch_size: int, rounds: int, seed: int) -> Speed:
+def measure_throughput(model: EarlyExit, x: Tensor, *, batch_size: int, num_rounds: int, seed: int) -> Speed:
     """Samples per second, over random batches of ``x``; the speed-up is the median of the ratios within rounds."""
     rng = np.random.default_rng(seed)
     batch_size = min(batch_size, len(x))
-    batches = [x[rng.permutation(len(x))[:batch_size]] for _ in range(rounds)]
+    batches = [x[rng.permutation(len(x))[:batch_size]] for _ in range(num_rounds)]
     full, early = _seconds(model, batches, rng)
     return Speed(
         batch_size=batch_size,
-        batches=rounds,
+        batches=num_rounds,
         unit="samples/s",
         full=_percentiles(batch_size / full, 20, 50, 80),
         early=_percentiles(batch_size / early, 20, 50, 80),
@@ -72,21 +72,20 @@ def measure_latency(model: EarlyExit, x: Tensor, *, windows: int, seed: int) -> 
 
 @torch.no_grad()
 def _seconds(model: EarlyExit, batches: Sequence[Tensor], rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """The time of each batch through the eager backbone and through the model, one right after the other.
-
-    A coin decides which goes first, so that neither gains from a warm cache or loses to a busy moment.
-    """
-    runs: tuple[Callable[[Tensor], object], ...] = (model.backbone, model)
-    for batch in batches[:WARM_UP]:
-        for run in runs:
-            run(batch)
-    seconds = np.empty((2, len(batches)))
-    for column, batch in enumerate(batches):
-        for which in rng.permutation(2):
-            start = time.perf_counter()
-            runs[which](batch)
-            seconds[which, column] = time.perf_counter() - start
-    return seconds[0], seconds[1]
+    """The time of each batch through the eager backbone and through the model, one right after the other."""
+    ways: dict[str, Callable[[Tensor], object]] = {"full": model.backbone, "early": model}
+    timer = timer_for(batches[0].device)
+    for way in ways.values():
+        results = map(way, cycle(batches))
+        warm_up(partial(next, results), timer, WARM_UP)
+    orders = rounds(list(ways), rng, min_rounds=len(batches))
+    timings = Timings.of(
+        [
+            {name: timer(partial(ways[name], batch), 1) for name in order}
+            for batch, order in zip(batches, orders, strict=True)
+        ]
+    )
+    return timings.seconds["full"], timings.seconds["early"]
 
 
 def _percentiles(values: Floats, *percents: int) -> dict[str, float]:
@@ -96,7 +95,5 @@ def _percentiles(values: Floats, *percents: int) -> dict[str, float]:
 def _speedup(
     full: Floats, early: Floats, statistic: Callable[[Floats, Floats], Floats], rng: np.random.Generator
 ) -> Speedup:
-    """The statistic, with the percentile interval of a bootstrap over pairs (Efron & Tibshirani 1993, chapter 13)."""
-    pairs = rng.integers(len(full), size=(RESAMPLES, len(full)))
-    low, high = np.percentile(statistic(full[pairs], early[pairs]), [2.5, 97.5])
-    return Speedup(value=float(statistic(full, early)), low=float(low), high=float(high))
+    value, low, high = bootstrap_interval(statistic, full, early, rng=rng)
+    return Speedup(value=value, low=low, high=high)

@@ -1,6 +1,6 @@
 """Joules that can be believed: energy counters of GPU and CPU, and a protocol to measure with them.
 
-Missing joules are ``None`` with a reason, never 0, and every figure says where it came from.
+Missing joules are ``None`` with a reason, never 0, and every figure holds its source.
 """
 
 from importlib import import_module

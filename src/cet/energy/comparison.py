@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from cet.energy.measurement import Block, Measurement, Quantity, Settings
+from cet.energy.measurement import Measurement, Quantity, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
@@ -68,10 +68,10 @@ def compare(
     settings: Settings | None = None,
     *,
     progress: Progress | None = None,
-    on_block: Callable[[Block], object] | None = None,
+    on_window: Callable[[WindowRecord], object] | None = None,
 ) -> Comparison:
     """Measure two workloads in the same rounds, by :func:`cet.energy.protocol.measure`, and compare them per sample."""
-    measurement = measure([a, b], meter, settings, progress=progress, on_block=on_block)
+    measurement = measure([a, b], meter, settings, progress=progress, on_window=on_window)
     return comparison_of(measurement, a.name, b.name)
 
 

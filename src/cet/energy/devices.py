@@ -1,14 +1,15 @@
-"""Which GPUs to measure: torch devices and ``CUDA_VISIBLE_DEVICES``, told by UUID.
+"""Which GPUs to measure: torch devices and ``CUDA_VISIBLE_DEVICES``, identified by UUID.
 
-The index of a GPU in CUDA is not its index in NVML: CUDA sorts by speed unless ``CUDA_DEVICE_ORDER`` says
+The index of a GPU in CUDA is not its index in NVML: CUDA sorts by speed unless ``CUDA_DEVICE_ORDER`` is
 ``PCI_BUS_ID``, and numbers the visible ones only (CUDA C++ Programming Guide, "CUDA Environment Variables").
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cet.energy.domains import DeviceSelectionError, MigError
 from cet.energy.nvml import Gpu
@@ -17,7 +18,8 @@ if TYPE_CHECKING:  # measuring other programs needs no torch
     import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-NO_MIG = "NVML knows the joules of the whole GPU only, not those of a MIG instance; measure on a GPU without MIG"
+_INDEX = re.compile(r"\+?[0-9]+")  # CUDA reads numbers as C's strtoul does
+NO_MIG = "NVML has the joules of the whole GPU only, not those of a MIG instance; measure on a GPU without MIG"
 
 
 def checked_devices(devices: Sequence[torch.device | str]) -> tuple[torch.device, ...]:
@@ -43,8 +45,24 @@ def checked_devices(devices: Sequence[torch.device | str]) -> tuple[torch.device
     return found
 
 
-def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """The GPUs that CUDA programs see, in CUDA's order.
+class Visible(NamedTuple):
+    """What ``CUDA_VISIBLE_DEVICES`` leaves.
+
+    Attributes:
+        gpus: those that CUDA programs see, in CUDA's order.
+        ignored: why CUDA leaves entries out, as a sentence without a full stop; ``None`` where it takes them all.
+    """
+
+    gpus: list[Gpu]
+    ignored: str | None = None
+
+
+def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> Visible:
+    """The GPUs that CUDA programs see.
+
+    CUDA reads the list up to the first entry that is no index of a GPU and no unique beginning of a UUID, so that a
+    word such as ``NoDevFiles``, which SLURM writes, hides all; and it shows no GPU at all when one is named twice. What
+    follows digits in an index is ignored, and a list that begins with a UUID ends at the first index.
 
     Args:
         gpus: all that NVML shows, in NVML's order.
@@ -52,29 +70,41 @@ def visible_gpus(gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -
 
     Raises:
         MigError: when one that is named is a MIG instance.
-        DeviceSelectionError: when one that is named cannot be told.
+        DeviceSelectionError: when an index may mean another GPU to CUDA than to NVML.
     """
     value = environ.get(VISIBLE)
     if value is None:
-        return list(gpus)
+        return Visible(list(gpus))
     entries = [entry.strip() for entry in value.split(",")] if value.strip() else []
-    if "-1" in entries:  # the usual way to hide what follows
-        entries = entries[: entries.index("-1")]
-    kinds = {gpu.name for gpu in gpus}
-    by_index = any(entry.isdecimal() for entry in entries)
-    if by_index and len(kinds) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+    if any(entry.startswith("MIG") for entry in entries):
+        raise MigError(f"{VISIBLE}={value}: {NO_MIG}")
+    by_uuid = bool(entries) and entries[0].startswith("GPU-")
+    by_index = bool(entries) and _INDEX.match(entries[0]) is not None
+    if by_index and len({gpu.name for gpu in gpus}) > 1 and environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         import torch
 
         if torch.cuda.is_available():
-            return [_by_torch(torch.device("cuda", index), gpus) for index in range(torch.cuda.device_count())]
+            return Visible([_by_torch(torch.device("cuda", index), gpus) for index in range(torch.cuda.device_count())])
         raise DeviceSelectionError(
             f"{VISIBLE}={value}: CUDA may number GPUs of different kinds otherwise than NVML; "
             "set CUDA_DEVICE_ORDER=PCI_BUS_ID, or give UUIDs"
         )
-    found = [_named(entry, value, gpus) for entry in entries]
-    if len(set(found)) < len(found):
-        raise DeviceSelectionError(f"{VISIBLE}={value} names a GPU twice, and CUDA then shows none; name each once")
-    return found
+    found: list[Gpu] = []
+    for entry in entries:
+        if by_uuid:
+            meant = [gpu for gpu in gpus if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+        else:
+            index = _INDEX.match(entry)
+            meant = [gpu for gpu in gpus if index and gpu.index == int(index[0])]
+        if len(meant) != 1:
+            if entry.startswith("-"):  # the usual way to hide what follows
+                return Visible(found)
+            many = "more than one GPU" if meant else "no GPU"
+            return Visible(found, f"{VISIBLE}={value} ends for CUDA before {entry!r}, which names {many}")
+        if meant[0] in found:
+            return Visible([], f"{VISIBLE}={value} names {meant[0].label} twice, and CUDA then shows no GPU")
+        found += meant
+    return Visible(found)
 
 
 def gpu_of(device: torch.device, gpus: Sequence[Gpu], environ: Mapping[str, str] = os.environ) -> Gpu:
@@ -88,7 +118,7 @@ def gpu_of(device: torch.device, gpus: Sequence[Gpu], environ: Mapping[str, str]
 
     if torch.cuda.is_available():
         return _by_torch(device, gpus)
-    visible = visible_gpus(gpus, environ)
+    visible = visible_gpus(gpus, environ).gpus
     index = device.index or 0
     if index >= len(visible):
         raise DeviceSelectionError(f"device {str(device)!r} does not exist; {len(visible)} GPU(s) are visible")
@@ -110,23 +140,3 @@ def _by_torch(device: torch.device, gpus: Sequence[Gpu]) -> Gpu:
     if any(gpu.in_mig_mode() for gpu in gpus):
         raise MigError(f"device {str(device)!r}: {NO_MIG}")
     raise DeviceSelectionError(f"device {str(device)!r} is {uuid}, which NVML does not show")
-
-
-def _named(entry: str, value: str, gpus: Sequence[Gpu]) -> Gpu:
-    """The GPU that one entry of ``CUDA_VISIBLE_DEVICES`` means."""
-    if entry.startswith("MIG"):
-        raise MigError(f"{VISIBLE}={value}: {NO_MIG}")
-    if entry.startswith("GPU-"):
-        meant = [gpu for gpu in gpus if gpu.uuid.startswith(entry)]
-        if len(meant) != 1:
-            how = "no GPU" if not meant else "more than one GPU"
-            raise DeviceSelectionError(
-                f"{VISIBLE}={value}: {how} has a UUID that begins with {entry}; see nvidia-smi -L"
-            )
-        return meant[0]
-    if not entry.isdecimal():
-        raise DeviceSelectionError(f"{VISIBLE}={value}: {entry!r} is neither an index nor a UUID; see nvidia-smi -L")
-    for gpu in gpus:
-        if gpu.index == int(entry):
-            return gpu
-    raise DeviceSelectionError(f"{VISIBLE}={value}: there is no GPU {entry}; NVML shows {len(gpus)}")

@@ -48,8 +48,8 @@ class Flag(StrEnum):
         "The integral is of power averaged over about 1 s, which reaches back before the window.",
     )
     WRAP_UNKNOWN = "wrap-unknown", "The RAPL counter may have wrapped more than once; the window has no joules."
-    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 ticks of the counter."
-    TICK_UNKNOWN = "tick-unknown", "The tick of the counter could not be measured."
+    SHORT_WINDOW = "short-window", "The window is shorter than 5 s or 50 update periods of the counter."
+    UPDATE_PERIOD_UNKNOWN = "tick-unknown", "The update period of the counter could not be measured."
     TEMPERATURE_DRIFT = "temperature-drift", "The temperature changed by more than 5 degrees over the measurement."
     FEW_ROUNDS = "few-rounds", "Fewer than 10 rounds were measured."
     NOT_LEVEL = "not-level", "Clocks and temperature were not level when the warm-up ended."
@@ -65,13 +65,13 @@ class ReadingError(Exception):
 
     Attributes:
         reason: in one sentence without a full stop.
-        mend: what would help; ``None`` when nothing would.
+        fix: what would help; ``None`` when nothing would.
     """
 
-    def __init__(self, reason: str, mend: str | None = None) -> None:
-        super().__init__(f"{reason}; {mend}" if mend else reason)
+    def __init__(self, reason: str, fix: str | None = None) -> None:
+        super().__init__(f"{reason}; {fix}" if fix else reason)
         self.reason = reason
-        self.mend = mend
+        self.fix = fix
 
 
 class EnergyError(RuntimeError):
@@ -87,13 +87,13 @@ class NoCounterError(EnergyError):
 
 
 class DeviceSelectionError(EnergyError):
-    """``CUDA_VISIBLE_DEVICES`` or a torch device names a GPU that cannot be told."""
+    """``CUDA_VISIBLE_DEVICES`` or a torch device names a GPU that cannot be identified."""
 
     exit_code = 12
 
 
 class MigError(EnergyError):
-    """Joules of a MIG instance were asked for; NVML knows those of the whole GPU only."""
+    """Joules of a MIG instance were asked for; NVML has those of the whole GPU only."""
 
     exit_code = 13
 
@@ -131,13 +131,13 @@ class Unavailable:
     Attributes:
         domain: as in :class:`Domain`; ``"gpu"`` or ``"rapl"`` where the whole interface is missing.
         reason: why, in one sentence without a full stop.
-        mend: what would make it available; ``None`` when nothing would.
+        fix: what would make it available; ``None`` when nothing would.
         lost: whether it is a GPU that was lost or needs a reset.
     """
 
     domain: str
     reason: str
-    mend: str | None = None
+    fix: str | None = None
     lost: bool = False
 
 
@@ -204,7 +204,7 @@ class DomainEnergy:
         start: the counter at the window's start.
         end: the counter at its end.
         samples: power over the window, if it was sampled.
-        tick: s between updates of the counter, ``None`` when not measured.
+        update_period: s between two changes of the counter; ``None`` when not measured.
         flags: what makes the figure less than it seems.
     """
 
@@ -220,7 +220,7 @@ class DomainEnergy:
     start: CounterReading | None = None
     end: CounterReading | None = None
     samples: tuple[PowerSample, ...] = ()
-    tick: float | None = None
+    update_period: float | None = None
     flags: tuple[Flag, ...] = ()
 
 
@@ -268,7 +268,7 @@ class EnergyReading:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """How a GPU is at one moment; what it does not tell is ``None``.
+    """How a GPU is at one moment; what it does not report is ``None``.
 
     Attributes:
         temperature: degrees Celsius.
@@ -287,7 +287,7 @@ class DeviceState:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a measurement should know of a GPU beforehand; what it does not tell is ``None``.
+    """What a measurement should know of a GPU beforehand; what it does not report is ``None``.
 
     Attributes:
         name: of the product.

@@ -23,7 +23,8 @@ from cet.energy.domains import (
     Unavailable,
     with_domain,
 )
-from cet.energy.statistics import INTERVAL_ROUNDS, Estimate, mean_interval
+from cet.energy.statistics import Estimate
+from cet.measure.statistics import INTERVAL_ROUNDS, mean_interval
 
 IDLE = "idle"
 """The name of the idle windows among the workloads."""
@@ -42,36 +43,36 @@ class Settings:
     """How to measure.
 
     Args:
-        blocks: rounds; in each, every workload and idle have one window.
+        rounds: in each, every workload and idle have one window.
         window: s, the least length of a window; 5, or 0.5 where no energy can be measured.
-        ticks: the least length of a window in ticks of the slowest counter.
+        update_periods: the least length of a window in update periods of the slowest counter.
         warmup: s of warm-up right before each window, at least.
         warmup_limit: s after which a warm-up ends even if clocks and temperature are not level.
         seed: of the order and of the windows' phases.
         confidence: level of all intervals, in (0, 1).
-        estimate_watts: W to assume where no energy can be measured; ``None``, and joules are unknown there.
+        assume_watts: W to assume where no energy can be measured; ``None``, and joules are unknown there.
 
     Raises:
         ValueError: for a number out of range.
     """
 
-    blocks: int = 10
+    rounds: int = 10
     window: float | None = None
-    ticks: int = 50
+    update_periods: int = 50
     warmup: float = 3.0
     warmup_limit: float = 30.0
     seed: int = 0
     confidence: float = 0.95
-    estimate_watts: float | None = None
+    assume_watts: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("blocks", 1), ("ticks", 1), ("seed", 0)):
+        for name, least in (("rounds", 1), ("update_periods", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number >= {least}")
-        for name in ("window", "warmup", "warmup_limit", "estimate_watts"):
+        for name in ("window", "warmup", "warmup_limit", "assume_watts"):
             value = getattr(self, name)
-            if value is None and name in ("window", "estimate_watts"):
+            if value is None and name in ("window", "assume_watts"):
                 continue
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; give a positive number")
@@ -80,12 +81,12 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Block:
+class WindowRecord:
     """One window.
 
     Attributes:
         workload: its name, or :data:`IDLE`.
-        round: from 0; the idle windows before and after all rounds have -1 and ``Settings.blocks``.
+        round_index: from 0; the idle windows before and after all rounds have -1 and ``Settings.rounds``.
         calls: of the workload.
         items: samples that it worked on.
         reading: the meter's.
@@ -96,7 +97,7 @@ class Block:
     """
 
     workload: str
-    round: int
+    round_index: int
     calls: int
     items: int
     reading: EnergyReading
@@ -122,12 +123,12 @@ class Measurement:
     Attributes:
         settings: how it was measured.
         workloads: their names.
-        window: s, the least length of a window: what was asked for, or more where the counter ticks slowly.
+        window: s, the least length of a window: what was asked for, or more where the counter changes seldom.
         domains: what the meter measures.
         unavailable: what it cannot measure, and why.
-        ticks: s between updates of each domain's counter, ``None`` when not known.
+        update_periods: s between two changes of each domain's counter, ``None`` when not known.
         preflight: what was known of each GPU before the first window.
-        blocks: all windows in the order of time, void ones too.
+        windows: all of them in the order of time, void ones too.
         status: ``"partial"`` when it was stopped before its end.
         stopped: what stopped it.
         exit_code: of the command line then.
@@ -139,23 +140,23 @@ class Measurement:
     window: float
     domains: tuple[Domain, ...]
     unavailable: tuple[Unavailable, ...]
-    ticks: Mapping[str, float | None]
+    update_periods: Mapping[str, float | None]
     preflight: Mapping[str, DeviceFacts]
-    blocks: tuple[Block, ...]
+    windows: tuple[WindowRecord, ...]
     status: Literal["complete", "partial"]
     stopped: str | None
     exit_code: int
     flags: tuple[Flag, ...]
 
     @property
-    def idle_before(self) -> Block | None:
+    def idle_before(self) -> WindowRecord | None:
         """The idle window before all rounds; ``None`` if it was not finished."""
         return self._rounds().get(-1, {}).get(IDLE)
 
     @property
-    def idle_after(self) -> Block | None:
+    def idle_after(self) -> WindowRecord | None:
         """The idle window after all rounds; ``None`` if it was not finished."""
-        return self._rounds().get(self.settings.blocks, {}).get(IDLE)
+        return self._rounds().get(self.settings.rounds, {}).get(IDLE)
 
     def estimate(self, terms: Terms, quantity: Quantity = "joules", *, domain: str | None = None) -> Estimate:
         """A weighted sum over workloads, such as the difference of two, with its interval over the rounds.
@@ -207,12 +208,12 @@ class Measurement:
         reason = _without_interval(series) if half is None else None
         return Estimate(math.exp(mean), low, high, "1", len(series.rounds), systematic, series.sources, reason)
 
-    def _rounds(self) -> dict[int, dict[str, Block]]:
+    def _rounds(self) -> dict[int, dict[str, WindowRecord]]:
         """The windows that count, by round and workload."""
-        rounds: dict[int, dict[str, Block]] = {}
-        for block in self.blocks:
-            if block.void is None:
-                rounds.setdefault(block.round, {})[block.workload] = block
+        rounds: dict[int, dict[str, WindowRecord]] = {}
+        for window in self.windows:
+            if window.void is None:
+                rounds.setdefault(window.round_index, {})[window.workload] = window
         return rounds
 
     def _by_round(self, sums: Sequence[Terms], quantity: Quantity, domain: str | None) -> _Series | str:
@@ -222,17 +223,17 @@ class Measurement:
         needed = names | {IDLE} if quantity == "net_joules" else names
         rounds, figures, sources = [], [], set[Source]()
         reason = f"no round with {', '.join(sorted(needed))} was finished"
-        for index, blocks in self._rounds().items():
-            if not needed <= blocks.keys():
+        for index, windows in self._rounds().items():
+            if not needed <= windows.keys():
                 continue
             try:
-                figures.append([_weighted_sum(blocks, each, quantity, domain) for each in terms])
+                figures.append([_weighted_sum(windows, each, quantity, domain) for each in terms])
             except _UnknownError as error:
                 reason = str(error)
                 continue
             rounds.append(index)
             if quantity != "seconds":
-                sources.update(part.source for name in names for part in _parts(blocks[name], domain) if part.source)
+                sources.update(part.source for name in names for part in _parts(windows[name], domain) if part.source)
         if not rounds:
             return reason
         table = np.array(figures)
@@ -244,7 +245,7 @@ class _UnknownError(Exception):
 
 
 class _Series(NamedTuple):
-    """Weighted sums in ``rounds`` ``(n,)``: ``values`` and ``variances``, those of the counters' ticks, ``(n, k)``."""
+    """Weighted sums in ``rounds`` ``(n,)``: ``values`` and ``variances``, of the counters' updates, ``(n, k)``."""
 
     rounds: NDArray[np.int64]
     values: NDArray[np.float64]
@@ -257,44 +258,44 @@ def _without_interval(series: _Series) -> str:
 
 
 def _weighted_sum(
-    blocks: Mapping[str, Block], terms: Mapping[str, float], quantity: Quantity, domain: str | None
+    windows: Mapping[str, WindowRecord], terms: Mapping[str, float], quantity: Quantity, domain: str | None
 ) -> tuple[float, float]:
-    """The sum in one round, and its variance from the ticks of the counters."""
+    """The sum in one round, and its variance from the updates of the counters."""
     total = variance = idle_seconds = 0.0
     for name, factor in terms.items():
-        block = blocks[name]
+        window = windows[name]
         if quantity == "seconds":
-            total += factor * block.seconds / block.items
+            total += factor * window.seconds / window.items
             continue
-        joules, of_tick = _energy(block, domain)
-        share = factor / (block.seconds if quantity == "watts" else block.items)
+        joules, of_update = _energy(window, domain)
+        share = factor / (window.seconds if quantity == "watts" else window.items)
         total += share * joules
-        variance += share**2 * of_tick
-        idle_seconds += share * block.seconds
+        variance += share**2 * of_update
+        idle_seconds += share * window.seconds
     if quantity == "net_joules":
-        idle = blocks[IDLE]
-        joules, of_tick = _energy(idle, domain)
+        idle = windows[IDLE]
+        joules, of_update = _energy(idle, domain)
         total -= idle_seconds / idle.seconds * joules
-        variance += (idle_seconds / idle.seconds) ** 2 * of_tick
+        variance += (idle_seconds / idle.seconds) ** 2 * of_update
     return total, variance
 
 
-def _energy(block: Block, domain: str | None) -> tuple[float, float]:
-    """Joules of a window, and their variance from the resolution of the counters, which move by one tick at a time."""
+def _energy(window: WindowRecord, domain: str | None) -> tuple[float, float]:
+    """Joules of a window, and their variance from the resolution of the counters, which move once per update period."""
     joules = variance = 0.0
-    parts = _parts(block, domain)
+    parts = _parts(window, domain)
     if not parts:
-        reasons = (with_domain(name, reason) for name, reason in block.reading.reasons.items())
+        reasons = (with_domain(name, reason) for name, reason in window.reading.reasons.items())
         raise _UnknownError("; ".join(reasons) or "no counter was to be read")
     for part in parts:
         if part.joules is None:
             raise _UnknownError(with_domain(part.domain, part.reason))
         joules += part.joules
-        if part.source == "counter" and part.tick is not None:
-            variance += (part.joules / block.seconds * part.tick) ** 2 / 12
+        if part.source == "counter" and part.update_period is not None:
+            variance += (part.joules / window.seconds * part.update_period) ** 2 / 12
     return joules, variance
 
 
-def _parts(block: Block, domain: str | None) -> list[DomainEnergy]:
+def _parts(window: WindowRecord, domain: str | None) -> list[DomainEnergy]:
     """The domains that add to the figure."""
-    return [part for part in block.reading.domains if (part.in_total if domain is None else part.domain == domain)]
+    return [part for part in window.reading.domains if (part.in_total if domain is None else part.domain == domain)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,10 @@ from cet.energy.domains import (
     Domain,
     EnergyReading,
     MigError,
+    NoCounterError,
     ReadingError,
     Unavailable,
+    with_domain,
 )
 from cet.energy.rapl import POWERCAP, Zone, zones
 from cet.energy.window import Meterable, Window
@@ -40,7 +42,7 @@ if TYPE_CHECKING:  # measuring other programs needs no torch
 POWERCAP_ROOT = "CET_POWERCAP_ROOT"
 """Environment variable with another root of the powercap tree, for containers that mount it elsewhere."""
 
-_TICKS, _POLL, _PATIENCE = 10, 0.001, 3.0  # ticks to see, s between looks, s to wait for the next
+_CHANGES, _POLL, _PATIENCE = 10, 0.001, 3.0  # changes to see, s between looks, s to wait for the next
 
 
 class EnergyMeter:
@@ -60,7 +62,7 @@ class EnergyMeter:
         integral: whether to sample power too, and report its integral beside the counter.
         rapl: whether to measure the CPU, whatever the devices.
         clock: by default the system's monotonic clock.
-        powercap: root of the powercap tree; by default what ``CET_POWERCAP_ROOT`` says, else ``/sys/class/powercap``.
+        powercap: root of the powercap tree; by default that of ``CET_POWERCAP_ROOT``, else ``/sys/class/powercap``.
 
     Attributes:
         clock: what it takes the time from.
@@ -88,23 +90,23 @@ class EnergyMeter:
         self._powercap = Path(powercap or os.environ.get(POWERCAP_ROOT) or POWERCAP)
         self._meterables: dict[str, Meterable] = {}
         self._unavailable: list[Unavailable] = []
-        self._ticks: dict[str, float] = {}
+        self._update_periods: dict[str, float] = {}
         self._windows: list[Window] = []
         self._depth = 0
         self._thread = 0
-        self._blocks: list[tuple[ExitStack, int]] = []
+        self._entered: list[tuple[ExitStack, int]] = []
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self.opened())
             self.start()
-            self._blocks.append((stack.pop_all(), len(self._windows)))
+            self._entered.append((stack.pop_all(), len(self._windows)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stack, depth = self._blocks.pop()
+        stack, depth = self._entered.pop()
         with stack:
             self._abandon(depth)
             try:
@@ -157,6 +159,22 @@ class EnergyMeter:
         """What it cannot measure, and why, once it was opened."""
         return tuple(self._unavailable)
 
+    def require(self, *, gpu: bool = False, any_domain: bool = False) -> None:
+        """Refuse to go on with what could be opened.
+
+        Args:
+            gpu: whether the joules of a GPU are needed.
+            any_domain: whether those of anything are.
+
+        Raises:
+            DeviceLostError: for a GPU that was lost before.
+            NoCounterError: where there are no such joules, with the reasons.
+        """
+        _raise_lost(self._unavailable)
+        for needed, what, begin in ((gpu, "GPU's joules", "gpu"), (any_domain, "joules", "")):
+            if needed and not any(name.startswith(begin) for name in self._meterables):
+                raise no_counter(what, [row for row in self._unavailable if row.domain.startswith(begin)])
+
     def start(self, *, integral: bool | None = None) -> None:
         """Begin a window, inside the one that is open, if one is.
 
@@ -183,7 +201,7 @@ class EnergyMeter:
         window = self._windows.pop()
         try:
             self.synchronize()
-            self._reading = window.end(self._unavailable, self._ticks)
+            self._reading = window.end(self._unavailable, self._update_periods)
         except DeviceLostError as lost:
             self._reading = lost.reading
             raise
@@ -216,7 +234,7 @@ class EnergyMeter:
                 with suppress(ReadingError):
                     meterable.read()
 
-    def measure_tick(self, domain: str) -> float | None:
+    def measure_update_period(self, domain: str) -> float | None:
         """Time between updates of an energy counter, in s, which later readings then show.
 
         The counter is read every millisecond until it has moved ten times, so not while a window is open whose joules
@@ -233,7 +251,7 @@ class EnergyMeter:
         try:
             last = meterable.read()
             patience = last.time + _PATIENCE
-            while len(moved) <= _TICKS:
+            while len(moved) <= _CHANGES:
                 self.clock.sleep(_POLL)
                 reading = meterable.read()
                 if reading.raw != last.raw:
@@ -244,9 +262,9 @@ class EnergyMeter:
                 last = reading
         except ReadingError:
             return None
-        tick = median(b - a for a, b in pairwise(moved))
-        self._ticks[domain] = tick
-        return tick
+        period = median(b - a for a, b in pairwise(moved))
+        self._update_periods[domain] = period
+        return period
 
     def state(self, domain: str) -> DeviceState:
         """How a GPU is now; of the CPU nothing is known.
@@ -282,7 +300,7 @@ class EnergyMeter:
         return self._meterables[domain]
 
     def _open(self, stack: ExitStack) -> None:
-        self._meterables, self._unavailable, self._ticks = {}, [], {}
+        self._meterables, self._unavailable, self._update_periods = {}, [], {}
         if self._devices is None or any(device.type == "cuda" for device in self._devices):
             self._open_gpus(stack)
         if self._rapl:
@@ -296,28 +314,30 @@ class EnergyMeter:
         try:
             gpus, silent = stack.enter_context(nvml.opened(self.clock))
         except ReadingError as error:
-            self._unavailable.append(Unavailable("gpu", error.reason, error.mend))
+            self._unavailable.append(Unavailable("gpu", error.reason, error.fix))
             return
         asked_for = self._devices is not None or VISIBLE in os.environ
         if not asked_for:
             self._unavailable += silent
+        ignored = None
         try:
             if self._devices is None:
-                chosen = visible_gpus(gpus)
+                chosen, ignored = visible_gpus(gpus)
             else:
                 chosen = list(dict.fromkeys(gpu_of(device, gpus) for device in self._devices if device.type == "cuda"))
         except DeviceSelectionError as error:
-            for missing in silent:
-                if missing.lost:  # a GPU that does not even tell its name is nowhere to be found
-                    raise DeviceLostError(missing.reason) from error
+            _raise_lost(silent, error)
             raise
+        if ignored:
+            _raise_lost(silent)
+            self._unavailable.append(Unavailable("gpu", ignored, "name GPUs that nvidia-smi -L lists, each once"))
         for gpu in chosen:
             try:
                 if gpu.in_mig_mode():
                     raise MigError(f"{gpu.label} is in MIG mode: {NO_MIG}")
                 self._meterables[gpu.domain.name] = gpu
             except ReadingError as error:
-                self._unavailable.append(Unavailable(gpu.label, error.reason, error.mend))
+                self._unavailable.append(Unavailable(gpu.label, error.reason, error.fix))
             except (MigError, DeviceLostError) as error:
                 if asked_for:
                     raise
@@ -333,3 +353,16 @@ class EnergyMeter:
         """End all windows but the first ``keep``, without a reading."""
         while len(self._windows) > keep:
             self._windows.pop().abandon()
+
+
+def no_counter(what: str, unavailable: Iterable[Unavailable]) -> NoCounterError:
+    """The error that ``what`` cannot be measured, for reasons."""
+    reasons = "; ".join(with_domain(row.domain, row.reason) for row in unavailable)
+    return NoCounterError(f"no {what} can be measured ({reasons}); cet doctor shows the fix")
+
+
+def _raise_lost(silent: Sequence[Unavailable], cause: Exception | None = None) -> None:
+    """Blame a GPU that was lost, which does not even answer with its name, for one that is nowhere to be found."""
+    for missing in silent:
+        if missing.lost:
+            raise DeviceLostError(missing.reason) from cause

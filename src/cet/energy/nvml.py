@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through nvidia-ml-py: energy counter, power and state, with NVML's error codes told apart.
+"""NVIDIA GPUs through nvidia-ml-py: energy counter, power and state, with a behaviour for each of NVML's error codes.
 
 Behaviour per code: a GPU that is lost or needs a reset raises :class:`cet.energy.DeviceLostError`; what may pass by
 itself is tried again, a bounded number of times; everything else is a :class:`ReadingError` of that call alone.
@@ -31,11 +31,11 @@ ATTEMPTS = 3
 PAUSE = 0.002
 """s between two attempts: short against a window, so that a retried edge stays where it is."""
 
-_OWED = 1.0  # s of power from before a window that a counter may add to it, at its first tick
+_OWED = 1.0  # s of power from before a window that a counter may add to it, at its first change
 
 _LOST = (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED)
 _MAY_PASS = (pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_TIMEOUT)
-_MENDS = {
+_FIXES = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "install the NVIDIA driver, whose libnvidia-ml.so.1 was not found",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the NVIDIA kernel module, or start the container with --gpus all",
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "restart the machine: library and loaded driver differ in version",
@@ -86,12 +86,12 @@ def ask(clock: Clock, subject: str, function: Callable[..., Any], *arguments: An
     tried = f" {ATTEMPTS} times" if code in _MAY_PASS else ""
     reason = f"{subject}: {function.__name__} failed{tried}: {text} (NVML error {code})"
     if code in _LOST:
-        raise DeviceLostError(f"{reason}; {_MENDS[code]}")
-    raise ReadingError(reason, _MENDS.get(code))
+        raise DeviceLostError(f"{reason}; {_FIXES[code]}")
+    raise ReadingError(reason, _FIXES.get(code))
 
 
 class Power(NamedTuple):
-    """How a GPU tells its power.
+    """How a GPU reports its power.
 
     Attributes:
         kind: ``"instant"`` (field 186), ``"average"`` of about 1 s (field 185), or ``"usage"``
@@ -120,7 +120,7 @@ class Gpu:
         """How its energy is measured: by its counter, else by the integral of its power.
 
         Raises:
-            ReadingError: when it tells neither.
+            ReadingError: when it reports neither.
         """
         source: Source = "counter"
         reason = None
@@ -132,9 +132,7 @@ class Gpu:
             try:
                 _ = self.power
             except ReadingError as no_power:
-                raise ReadingError(
-                    f"{no_counter.reason}; {no_power.reason}", no_counter.mend or no_power.mend
-                ) from None
+                raise ReadingError(f"{no_counter.reason}; {no_power.reason}", no_counter.fix or no_power.fix) from None
         return Domain(self.label, f"{self.name} ({self.uuid})", self.scope, True, source, reason)
 
     def read(self) -> CounterReading:
@@ -225,7 +223,7 @@ class Gpu:
 
     def _watts(self, milliwatts: float) -> float:
         if milliwatts <= 0:
-            raise ReadingError(f"{self.label} says that it draws {milliwatts:g} mW, which no GPU that answers does")
+            raise ReadingError(f"{self.label} reports a power of {milliwatts:g} mW, which no GPU that answers does")
         return milliwatts / 1e3
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -255,7 +253,7 @@ def opened(clock: Clock) -> Iterator[tuple[list[Gpu], list[Unavailable]]]:
                 handle = ask(clock, domain, pynvml.nvmlDeviceGetHandleByIndex, index)
                 gpus.append(Gpu(index, handle, clock))
             except ReadingError as error:
-                silent.append(Unavailable(domain, error.reason, error.mend))
+                silent.append(Unavailable(domain, error.reason, error.fix))
             except DeviceLostError as lost:
                 silent.append(Unavailable(domain, str(lost), lost=True))
         yield gpus, silent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -15,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from cet.demo.plots import GREY, STYLE
+from cet.energy.figures import POLICY, Figures, PlainFigure, si_prefix
 from cet.energy.measurement import IDLE
-from cet.energy.report import POLICY, Figures, PlainFigure, si_prefix
+from cet.plotting import GREY, STYLE, png
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """From the palette of Okabe & Ito (2008), which stays apart under all kinds of colour blindness."""
@@ -216,6 +215,4 @@ def _png(figure: Figure, document: Document, label: str) -> bytes:
     if document["stopped"]:
         title.append(f"PARTIAL: {document['stopped']}")
     figure.suptitle("\n".join(filter(None, title)), fontsize=10)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(figure)

@@ -6,25 +6,27 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cet.calibration.cost import exit_costs
 from cet.data.batches import call, check_batch
-from cet.energy.measurement import Block, Measurement, Quantity, Settings
+from cet.energy.measurement import Measurement, Quantity, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
-from cet.model.early_exit import EarlyExit
+from cet.model.early_exit import EarlyExit, StagedBatch
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.partition.inputs import copies
-from cet.partition.stages import StagedProgram, evaluating
+from cet.partition.stages import evaluating
+from cet.runtime.eager import run_prefix
 from cet.runtime.policy import ExitPolicy
 
 MIXED = "mixed"
 """The name of the workload in which the policy decides where each sample leaves."""
+
+QUANTITIES: tuple[Quantity, ...] = ("seconds", "joules", "net_joules")
 
 Batches = Sequence[tuple[Any, Tensor]]
 
@@ -118,7 +120,7 @@ def profile(
     *,
     exits: Sequence[str] | None = None,
     progress: Progress | None = None,
-    on_block: Callable[[Block], object] | None = None,
+    on_window: Callable[[WindowRecord], object] | None = None,
 ) -> BatchProfile:
     """Measure a model exit by exit, in windows that each pass over all batches again and again.
 
@@ -136,60 +138,26 @@ def profile(
         settings: of the protocol.
         exits: the early exits to profile; those that the policy opens if not given, or all if it opens none. The final
             exit is always profiled. Heads and gates run at these and at those that the policy opens.
-        progress: is told how far the measurement is.
-        on_block: gets each window as it ends.
+        progress: is called with how far the measurement is.
+        on_window: gets each window as it ends.
 
     Raises:
         ValueError: for an exit that the model has not, for no batches, and for batches of different sizes.
     """
-    names = model.exit_names
-    early, final = names[:-1], names[-1]
-    open_in_policy = [name for name, t in zip(early, model.policy.thresholds, strict=True) if t is not None]
-    requested = (open_in_policy or early) if exits is None else exits
-    for name in requested:
-        if name not in early:
-            raise ValueError(f"exit {name!r} is no early exit of the model; name one of {', '.join(early)}")
+    plan = _Plan.of(model, exits)
     rows = {check_batch(x, y, model.num_classes) for x, y in batches}
     if len(rows) != 1:
         raise ValueError(f"the batches have {sorted(rows)} rows; give at least one batch, and all of the same size")
-    profiled = [name for name in names if name in requested or name == final]
-    opened = [name for name in early if name in requested or name in open_in_policy]
-
     with torch.no_grad(), evaluating(model):
-        leaving, right, policy_right, labelled = _count(model, batches)
-        workloads = _workloads(model, batches, profiled, opened)
-        measurement = measure(workloads, meter, settings, progress=progress, on_block=on_block)
-
-    samples = sum(leaving)
-    rates = {name: count / samples for name, count in zip(names, leaving, strict=True)}
-    unpredictable = None
-    if opened != open_in_policy:
-        closed = ", ".join(name for name in opened if name not in open_in_policy)
-        unpredictable = f"the policy closes {closed}, which ran open where exits were forced"
-    elif any(rates[name] for name in names if name not in profiled):
-        unpredictable = "samples leave at exits that were not profiled"
-    terms = {f"forced:{name}": rates[name] for name in profiled}
-    predict = partial(_prediction, measurement, terms, unpredictable)
-    split = partial(_splits, measurement, profiled)
-    flops = _flops(model, opened)
+        counts = _count(model, batches)
+        workloads = _workloads(model, batches, plan.profiled, plan.opened)
+        measurement = measure(workloads, meter, settings, progress=progress, on_window=on_window)
+    predict = partial(_prediction, measurement, plan, counts)
     return BatchProfile(
         batch_size=rows.pop(),
-        samples=samples,
-        exits=tuple(
-            ExitProfile(
-                name=name,
-                rate=rates[name],
-                accuracy=right[names.index(name)] / labelled if labelled else None,
-                flops=None if flops is None else flops[names.index(name)],
-                seconds=seconds,
-                joules=joules,
-                net_joules=net_joules,
-            )
-            for name, seconds, joules, net_joules in zip(
-                profiled, split("seconds"), split("joules"), split("net_joules"), strict=True
-            )
-        ),
-        accuracy=policy_right / labelled if labelled else None,
+        samples=sum(counts.leaving),
+        exits=_exit_profiles(model, plan, counts, measurement),
+        accuracy=counts.accuracy(counts.policy_right),
         seconds=predict("seconds"),
         joules=predict("joules"),
         net_joules=predict("net_joules"),
@@ -197,9 +165,65 @@ def profile(
     )
 
 
-def _count(model: EarlyExit, batches: Batches) -> tuple[list[int], list[int], int, int]:
-    """Samples that leave at each exit under the policy, that each exit alone gets right, that the policy gets right,
-    and that have a label."""
+@dataclass(frozen=True)
+class _Plan:
+    """Which exits are profiled, and which run their heads and gates on the way.
+
+    Attributes:
+        names: all exits, shallow first.
+        profiled: those that get figures, the final exit among them.
+        opened: the early exits that run.
+        open_in_policy: those that the policy opens.
+    """
+
+    names: Sequence[str]
+    profiled: list[str]
+    opened: list[str]
+    open_in_policy: list[str]
+
+    @classmethod
+    def of(cls, model: EarlyExit, exits: Sequence[str] | None) -> _Plan:
+        """For the early exits that were asked for, see :func:`profile`."""
+        names = model.exit_names
+        early, final = names[:-1], names[-1]
+        open_in_policy = [name for name, t in zip(early, model.policy.thresholds, strict=True) if t is not None]
+        requested = (open_in_policy or early) if exits is None else exits
+        for name in requested:
+            if name not in early:
+                raise ValueError(f"exit {name!r} is no early exit of the model; name one of {', '.join(early)}")
+        profiled = [name for name in names if name in requested or name == final]
+        opened = [name for name in early if name in requested or name in open_in_policy]
+        return cls(names, profiled, opened, open_in_policy)
+
+    def unpredictable(self, rates: Mapping[str, float]) -> str | None:
+        """Why the forced exits do not foretell the policy, which has these exit rates; ``None`` if they do."""
+        if self.opened != self.open_in_policy:
+            closed = ", ".join(name for name in self.opened if name not in self.open_in_policy)
+            return f"the policy closes {closed}, which ran open where exits were forced"
+        if any(rates[name] for name in self.names if name not in self.profiled):
+            return "samples leave at exits that were not profiled"
+        return None
+
+
+class _Counts(NamedTuple):
+    """How many samples leave at each exit under the policy, how many each exit alone gets right, how many the policy
+    gets right, and how many have a label."""
+
+    leaving: list[int]
+    right: list[int]
+    policy_right: int
+    labelled: int
+
+    def rates(self, names: Sequence[str]) -> dict[str, float]:
+        """The fraction of the samples that leaves at each exit."""
+        return {name: count / sum(self.leaving) for name, count in zip(names, self.leaving, strict=True)}
+
+    def accuracy(self, right: int) -> float | None:
+        """``None`` without labels."""
+        return right / self.labelled if self.labelled else None
+
+
+def _count(model: EarlyExit, batches: Batches) -> _Counts:
     leaving = torch.zeros(model.num_exits, dtype=torch.int64)
     right = torch.zeros(model.num_exits, dtype=torch.int64)
     policy_right = labelled = 0
@@ -211,13 +235,13 @@ def _count(model: EarlyExit, batches: Batches) -> tuple[list[int], list[int], in
         right += torch.stack([(logits.argmax(dim=1).cpu() == y).sum() for logits in call(model.exit_logits, x)])
         policy_right += int((output.labels.cpu() == y).sum())
         labelled += int(has_label.sum())
-    return leaving.tolist(), right.tolist(), policy_right, labelled
+    return _Counts(leaving.tolist(), right.tolist(), policy_right, labelled)
 
 
 def _workloads(model: EarlyExit, batches: Batches, profiled: Sequence[str], opened: Sequence[str]) -> list[Workload]:
     """Three per profiled exit, and the mixed one; a call of each passes over all batches once."""
-    staged = [_Staged.of(model, x) for x, _ in batches]
-    samples = sum(batch.rows for batch in staged)
+    staged = [call(model.staged, x) for x, _ in batches]
+    samples = sum(batch.num_rows for batch in staged)
     workloads = [Workload(MIXED, partial(_run, model, model.policy, batches), samples)]
     for name in profiled:
         last = model.exit_names.index(name)
@@ -249,35 +273,21 @@ def _run(model: EarlyExit, policy: ExitPolicy, batches: Batches) -> None:
         model.policy = own
 
 
-@dataclass(frozen=True)
-class _Staged:
-    """A batch with the stages that run it."""
-
-    program: StagedProgram
-    leaves: Sequence[Any]
-    rows: int
-    changed: bool
-    """Whether the backbone writes to its inputs."""
-
-    @classmethod
-    def of(cls, model: EarlyExit, x: Any) -> _Staged:
-        leaves = call(lambda *args, **kwargs: model._inputs.flatten(args, kwargs), x)
-        return cls(call(model.stages_for, x), leaves, model._inputs.num_rows(leaves), model._changes_inputs)
-
-
-def _run_stages(batches: Sequence[_Staged], last: int, heads: Mapping[int, nn.Module]) -> None:
+def _run_stages(batches: Sequence[StagedBatch], last: int, heads: Mapping[int, nn.Module]) -> None:
     """The stages up to exit ``last``, and some heads, without any decision."""
     for batch in batches:
-        leaves = copies(batch.leaves) if batch.changed else batch.leaves
-        sizes = batch.program.input_sizes(leaves)
-        values = [leaves[index] for index in batch.program.entry]
-        for k, stage in enumerate(batch.program.stages[: last + 1]):
-            output = stage.run(batch.rows, *sizes, *values)
-            if k == len(batch.program.stages) - 1:
-                break  # logits
-            feature, *values = output
-            if k in heads:
-                heads[k](feature)
+        run_prefix(batch.program, batch.inputs, batch.num_rows, last, heads)
+
+
+def _exit_profiles(model: EarlyExit, plan: _Plan, counts: _Counts, measurement: Measurement) -> tuple[ExitProfile, ...]:
+    rates, flops = counts.rates(plan.names), _flops(model, plan.opened)
+    columns = (_splits(measurement, plan.profiled, quantity) for quantity in QUANTITIES)
+    profiles = []
+    for name, *splits in zip(plan.profiled, *columns, strict=True):
+        index = plan.names.index(name)
+        accuracy = counts.accuracy(counts.right[index])
+        profiles.append(ExitProfile(name, rates[name], accuracy, None if flops is None else flops[index], *splits))
+    return tuple(profiles)
 
 
 def _splits(measurement: Measurement, profiled: Sequence[str], quantity: Quantity) -> list[Split]:
@@ -299,13 +309,14 @@ def _splits(measurement: Measurement, profiled: Sequence[str], quantity: Quantit
     ]
 
 
-def _prediction(
-    measurement: Measurement, terms: Mapping[str, float], unpredictable: str | None, quantity: Quantity
-) -> Prediction:
+def _prediction(measurement: Measurement, plan: _Plan, counts: _Counts, quantity: Quantity) -> Prediction:
     measured = measurement.estimate(MIXED, quantity)
+    rates = counts.rates(plan.names)
+    unpredictable = plan.unpredictable(rates)
     if unpredictable is not None:
         unknown = Estimate(None, None, None, measured.unit, 0, reason=unpredictable)
         return Prediction(unknown, measured, unknown, replace(unknown, unit="1"))
+    terms = {f"forced:{name}": rates[name] for name in plan.profiled}
     return Prediction(
         predicted=measurement.estimate(terms, quantity),
         measured=measured,

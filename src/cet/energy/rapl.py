@@ -109,7 +109,7 @@ def zones(root: Path, clock: Clock) -> tuple[list[Zone], list[Unavailable]]:
             zone = Zone(name, folder, clock)
             zone.check()
         except ReadingError as error:
-            unavailable.append(Unavailable(name, error.reason, error.mend))
+            unavailable.append(Unavailable(name, error.reason, error.fix))
         else:
             running.append(zone)
     return running, unavailable
@@ -137,7 +137,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _range(folder: Path) -> int | None:
-    """uJ after which the counter starts again at 0; ``None`` if the kernel does not tell."""
+    """uJ after which the counter starts again at 0; ``None`` if the kernel does not show it."""
     try:
         return int((folder / "max_energy_range_uj").read_text()) or None
     except (OSError, ValueError):

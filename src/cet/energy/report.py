@@ -1,7 +1,7 @@
 """What `cet energy` writes: one document with every figure and the raw windows behind it, as JSON, CSV and metrics.
 
-The document is plain data. Its ``figures`` are a flat list from which tables, CSV, metrics and plots are made; its
-``measurements`` hold settings, devices and the windows with the counters as they were read.
+The document is plain data of schema 1. Its ``figures`` are those of :mod:`cet.energy.figures`; its ``measurements``
+hold settings, devices and the windows with the counters as they were read.
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import cet
-from cet.energy.domains import SYSTEMATIC, EnergyReading, Flag, Source, with_domain
+from cet.energy.domains import EnergyReading, Flag
+from cet.energy.figures import Figure
 
 if TYPE_CHECKING:
-    from cet.energy.comparison import Comparison, Verdict
-    from cet.energy.measurement import Block, Measurement
-    from cet.energy.profile import BatchProfile
-    from cet.energy.statistics import Estimate
+    from cet.energy.measurement import Measurement, WindowRecord
 
 SCHEMA = "cet-energy"
 SCHEMA_VERSION = 1
@@ -30,81 +27,8 @@ SCHEMA_VERSION = 1
 JSON_START, PROMETHEUS_START = f'{{\n  "schema": "{SCHEMA}"', "# HELP cet_energy_"
 """How every document and every metrics file begins."""
 
-POLICY = "policy"
-"""In the place of an exit's name: the figures of the policy."""
-
-UNLABELLED = "the data has no labels"
-UNCOUNTED = "the model has no operation whose FLOPs are counted"
-UNFINISHED = "not finished"
-"""Why a document is partial that was written amid a measurement."""
-
 Kind = Literal["run", "profile", "compare", "benchmark"]
 Document = dict[str, Any]
-PlainFigure = Mapping[str, Any]
-"""A :class:`Figure` as it stands in a document."""
-
-_PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure with what it is of.
-
-    Attributes:
-        name: ``"joules"``, ``"net_joules"`` (above idle), ``"seconds"``, ``"watts"``, ``"flops"``, ``"rate"``,
-            ``"accuracy"``.
-        unit: ``"J"``, ``"s"``, ``"W"``, ``"FLOP"``, or ``"1"``.
-        value: ``None`` if unknown, never 0 for it.
-        low: lower end of the interval of the statistical error, or in a lone window, by how much the ticks of the
-            counter at its ends can be wrong at most; ``None`` without one.
-        high: its upper end.
-        systematic: half width of the error that repetition does not show; ``None`` where nobody knows it.
-        rounds: that the figure is of.
-        source: ``"counter"``, ``"integral"``, ``"model"``, joined by ``+`` where it has several.
-        reason: why ``value`` is ``None``, or else why it has no interval.
-        per: ``"window"`` or ``"sample"``.
-        batch: rows per batch.
-        exit: the exit, ``"policy"`` for the mixed run.
-        part: ``"cumulative"``, ``"marginal"``, ``"backbone"``, ``"head"``, ``"gate"``; ``"predicted"``, ``"measured"``,
-            ``"residual"``, ``"ratio"``.
-        workload: what was run.
-        domain: of this domain alone; ``None`` for the total.
-        verdict: of a comparison: whether the first workload takes ``"less"`` or ``"more"``, they are ``"not
-            distinguishable"``, or it is ``"unknown"``.
-    """
-
-    name: str
-    unit: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    systematic: float | None = None
-    rounds: int | None = None
-    source: str | None = None
-    reason: str | None = None
-    per: str | None = None
-    batch: int | None = None
-    exit: str | None = None
-    part: str | None = None
-    workload: str | None = None
-    domain: str | None = None
-    verdict: Verdict | None = None
-
-    @classmethod
-    def of(cls, name: str, estimate: Estimate, **labels: Any) -> Figure:
-        """From an estimate."""
-        return cls(
-            name,
-            estimate.unit,
-            estimate.value,
-            estimate.low,
-            estimate.high,
-            estimate.systematic,
-            estimate.rounds,
-            "+".join(estimate.sources) or None,
-            estimate.reason,
-            **labels,
-        )
 
 
 def document(
@@ -141,181 +65,47 @@ def document(
     }
 
 
+_SCHEMA_NAMES = {
+    "rounds": "blocks",
+    "windows": "blocks",
+    "round_index": "round",
+    "update_period": "tick",
+    "update_periods": "ticks",
+    "assume_watts": "estimate_watts",
+    "fix": "mend",
+}
+"""What schema 1 calls attributes that have better names since."""
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass by the names of schema 1."""
+    return {_SCHEMA_NAMES.get(name, name): value for name, value in asdict(record).items()}
+
+
 def plain_reading(reading: EnergyReading) -> dict[str, Any]:
-    """A window as the meter read it, with the sum over its domains; what is not available is said once, elsewhere."""
-    domains = [asdict(part) for part in reading.domains]
+    """A window as the meter read it, with the sum over its domains; what is unavailable stands once, elsewhere."""
+    domains = [plain(part) for part in reading.domains]
     return {"start": reading.start, "seconds": reading.seconds, "joules": reading.joules, "domains": domains}
 
 
-def plain_block(block: Block) -> dict[str, Any]:
+def plain_window(window: WindowRecord) -> dict[str, Any]:
     """A window of the protocol."""
-    return {**asdict(block), "reading": plain_reading(block.reading), "seconds": block.seconds, "watts": block.watts}
+    return {**plain(window), "reading": plain_reading(window.reading), "seconds": window.seconds, "watts": window.watts}
 
 
 def plain_measurement(measurement: Measurement, **labels: Any) -> dict[str, Any]:
     """A measurement with its windows."""
-    plain = {field.name: getattr(measurement, field.name) for field in fields(measurement)}
     return {
         **labels,
-        **plain,
-        "settings": asdict(measurement.settings),
-        "domains": [asdict(domain) for domain in measurement.domains],
-        "unavailable": [asdict(missing) for missing in measurement.unavailable],
-        "preflight": {name: asdict(facts) for name, facts in measurement.preflight.items()},
-        "blocks": [plain_block(block) for block in measurement.blocks],
+        **{
+            _SCHEMA_NAMES.get(field.name, field.name): getattr(measurement, field.name) for field in fields(measurement)
+        },
+        "settings": plain(measurement.settings),
+        "domains": [plain(domain) for domain in measurement.domains],
+        "unavailable": [plain(missing) for missing in measurement.unavailable],
+        "preflight": {name: plain(facts) for name, facts in measurement.preflight.items()},
+        "blocks": [plain_window(window) for window in measurement.windows],
     }
-
-
-def profile_figures(profile: BatchProfile) -> Iterator[Figure]:
-    """Of one batch size."""
-    batch = profile.batch_size
-    for row in profile.exits:
-        labels: dict[str, Any] = {"batch": batch, "exit": row.name}
-        yield Figure("rate", "1", row.rate, **labels)
-        yield Figure("accuracy", "1", row.accuracy, reason=_unless(row.accuracy, UNLABELLED), **labels)
-        yield Figure("flops", "FLOP", row.flops, per="sample", reason=_unless(row.flops, UNCOUNTED), **labels)
-        for name in ("seconds", "joules", "net_joules"):
-            split = getattr(row, name)
-            for field in fields(split):
-                yield Figure.of(name, getattr(split, field.name), per="sample", part=field.name, **labels)
-    policy: dict[str, Any] = {"batch": batch, "exit": POLICY}
-    yield Figure(
-        "accuracy", "1", profile.accuracy, reason=_unless(profile.accuracy, "the data has no labels"), **policy
-    )
-    for name in ("seconds", "joules", "net_joules"):
-        prediction = getattr(profile, name)
-        for field in fields(prediction):
-            yield Figure.of(name, getattr(prediction, field.name), per="sample", part=field.name, **policy)
-
-
-def comparison_figures(comparison: Comparison) -> Iterator[Figure]:
-    """Of both models and of their ratio."""
-    for contrast in comparison.contrasts:
-        name, domain = contrast.quantity, contrast.domain
-        for workload, estimate in ((comparison.a, contrast.a), (comparison.b, contrast.b)):
-            yield Figure.of(name, estimate, per="sample", workload=workload, domain=domain)
-        labels: dict[str, Any] = {
-            "workload": f"{comparison.a}/{comparison.b}",
-            "domain": domain,
-            "verdict": contrast.verdict,
-        }
-        yield Figure.of(name, contrast.ratio, part="ratio", **labels)
-
-
-def window_figures(reading: EnergyReading, idle: Sequence[EnergyReading] = ()) -> Iterator[Figure]:
-    """Of a lone window: its length, and joules and mean watts of each domain and in total.
-
-    Args:
-        reading: the window.
-        idle: windows of the idle machine, for the joules above idle; their mean power is taken off.
-    """
-    yield Figure("seconds", "s", reading.seconds, per="window")
-    for domain in (*(part.domain for part in reading.domains), None):
-        power = _Power.of(reading, domain)
-        yield power.figure("joules", "J", domain, reading.seconds)
-        yield power.figure("watts", "W", domain)
-        yield power.above([_Power.of(each, domain) for each in idle]).figure("net_joules", "J", domain, reading.seconds)
-    for missing in reading.unavailable:
-        for name, unit in (("joules", "J"), ("watts", "W"), ("net_joules", "J")):
-            yield Figure(name, unit, None, reason=missing.reason, per="window", domain=missing.domain)
-
-
-@dataclass(frozen=True)
-class _Power:
-    """Mean power over a window, or why it is not known.
-
-    Attributes:
-        watts: ``None`` if unknown.
-        hidden: W that the counter can be wrong by, as it moves by one tick at a time; ``None`` if unknown.
-        sources: of the joules.
-        reason: why ``watts`` are unknown, or else ``hidden``.
-    """
-
-    watts: float | None
-    hidden: float | None
-    sources: frozenset[Source]
-    reason: str | None
-
-    @classmethod
-    def of(cls, reading: EnergyReading, domain: str | None) -> _Power:
-        """Of a domain, or in total."""
-        parts = [part for part in reading.domains if (part.in_total if domain is None else part.domain == domain)]
-        sources = frozenset(part.source for part in parts if part.source)
-        joules = reading.joules if domain is None else reading[domain].joules
-        if joules is None:
-            if domain is not None:
-                return cls(None, None, frozenset(), reading[domain].reason)
-            missing = {part.domain: part.reason for part in parts if part.joules is None} or reading.reasons
-            reasons = [with_domain(name, reason) for name, reason in missing.items()]
-            return cls(None, None, frozenset(), "; ".join(reasons) or "no domain was to be measured")
-        hidden = 0.0
-        for part in parts:
-            if part.source != "counter" or part.tick is None or part.joules is None:
-                return cls(joules / reading.seconds, None, sources, f"no counter of {part.domain} has a known tick")
-            hidden += part.joules * part.tick / reading.seconds**2
-        return cls(joules / reading.seconds, hidden, sources, None)
-
-    def above(self, idle: Sequence[_Power]) -> _Power:
-        """Less the mean of some others."""
-        if not idle:
-            return replace(self, watts=None, reason=self._why_unknown or "the idle machine was not measured")
-        watts, hidden = self.watts, self.hidden
-        for each in idle:
-            if watts is None or each.watts is None:
-                return replace(self, watts=None, reason=self._why_unknown or each.reason)
-            watts -= each.watts / len(idle)
-            hidden = None if hidden is None or each.hidden is None else hidden + each.hidden / len(idle)
-        reason = self.reason or next((each.reason for each in idle if each.reason), None)
-        return _Power(watts, hidden, self.sources, reason)
-
-    def figure(self, name: str, unit: str, domain: str | None, factor: float = 1.0) -> Figure:
-        """``factor`` times the power."""
-        value = low = high = systematic = None
-        if self.watts is not None:
-            value = factor * self.watts
-            if self.hidden is not None:
-                low, high = value - factor * self.hidden, value + factor * self.hidden
-            systematic = None if "model" in self.sources else SYSTEMATIC * abs(value)
-        source = None if value is None else "+".join(sorted(self.sources)) or None
-        return Figure(
-            name, unit, value, low, high, systematic, source=source, reason=self.reason, per="window", domain=domain
-        )
-
-    @property
-    def _why_unknown(self) -> str | None:
-        return self.reason if self.watts is None else None
-
-
-class Figures:
-    """The figures of a document, found by their labels."""
-
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self._figures: list[PlainFigure] = document["figures"]
-
-    def __call__(self, name: str, **labels: Any) -> PlainFigure:
-        """The one figure with these labels; those that are not named are None."""
-        wanted = {"batch": None, "exit": None, "part": None, "workload": None, "domain": None, **labels}
-        return next(
-            figure
-            for figure in self._figures
-            if figure["name"] == name and all(figure[key] == value for key, value in wanted.items())
-        )
-
-    @property
-    def modelled(self) -> bool:
-        """Whether joules are assumed watts times time."""
-        return any(figure["source"] == "model" for figure in self._figures)
-
-    def values(self, label: str) -> list[Any]:
-        """The values of a label, each once, in order."""
-        return list(dict.fromkeys(figure[label] for figure in self._figures if figure[label] is not None))
-
-
-def si_prefix(value: float) -> tuple[int, str]:
-    """The power of ten and the SI prefix with which a value has one to three digits before the point."""
-    power = 3 * math.floor(math.log10(abs(value)) / 3) if value else 0
-    power = min(max(power, min(_PREFIXES)), max(_PREFIXES))
-    return power, _PREFIXES[power]
 
 
 def to_json(document: Mapping[str, Any]) -> str:
@@ -337,6 +127,8 @@ def to_csv(document: Mapping[str, Any]) -> str:
 _LABELS = ("per", "batch", "exit", "part", "workload", "domain", "source")
 _BOUNDS = {"value": "", "low": "_low", "high": "_high"}
 _HELP = {
+    "complete": "Whether nothing stopped the measurement.",
+    "unknown": "A figure that is not known, and why.",
     "joules": "Energy, gross.",
     "net_joules": "Energy above that of the idle machine.",
     "seconds": "Time.",
@@ -355,35 +147,39 @@ def to_prometheus(document: Mapping[str, Any]) -> str:
     ``cet_energy_NAME_low`` and ``_high``. An unknown one has a sample of ``cet_energy_unknown`` with the reason as a
     label, and none else.
     """
-    kind, complete = document["kind"], int(document["status"] == "complete")
-    metrics = {"complete": ("Whether nothing stopped the measurement.", [({"kind": kind}, complete)])}
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import Metric
+
+    metrics: dict[str, Metric] = {}
+
+    def add(name: str, labels: Mapping[str, Any], value: float, bound: str = "value") -> None:
+        full = f"cet_energy_{name}{_BOUNDS[bound]}"
+        text = _HELP[name] if bound == "value" else f"{_HELP[name]} The {bound} end of the interval."
+        metric = metrics.setdefault(full, Metric(full, text, "gauge"))
+        metric.add_sample(full, {key: str(label) for key, label in labels.items()}, value)
+
+    add("complete", {"kind": document["kind"]}, document["status"] == "complete")
     for figure in document["figures"]:
-        labels = {"kind": kind, **{key: figure[key] for key in _LABELS if figure[key] is not None}}
+        labels = {"kind": document["kind"], **{key: figure[key] for key in _LABELS if figure[key] is not None}}
         name = figure["name"]
         if figure["part"] == "ratio":
             name, labels["of"] = "ratio", name
         if figure["value"] is None:
-            labels |= {"of": figure["name"], "reason": figure["reason"]}
-            metrics.setdefault("unknown", ("A figure that is not known, and why.", []))[1].append((labels, 1))
+            add("unknown", labels | {"of": figure["name"], "reason": figure["reason"]}, 1)
             continue
-        for bound, suffix in _BOUNDS.items():
+        for bound in _BOUNDS:
             if figure[bound] is not None:
-                text = f"{_HELP[name]} The {bound} end of the interval." if suffix else _HELP[name]
-                metrics.setdefault(name + suffix, (text, []))[1].append((labels, figure[bound]))
-    return "".join(
-        f"# HELP cet_energy_{name} {text}\n# TYPE cet_energy_{name} gauge\n"
-        + "".join(f"cet_energy_{name}{{{_inside(labels)}}} {value!r}\n" for labels, value in samples)
-        for name, (text, samples) in metrics.items()
-    )
+                add(name, labels, figure[bound], bound)
+    registry = CollectorRegistry()
+    registry.register(_Metrics(metrics.values()))
+    return generate_latest(registry).decode()
 
 
-def _inside(labels: Mapping[str, Any]) -> str:
-    return ",".join(f'{key}="{_escaped(str(value))}"' for key, value in labels.items())
+class _Metrics:
+    """What prometheus-client takes for a collector."""
 
+    def __init__(self, metrics: Iterable[Any]) -> None:
+        self._metrics = metrics
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _unless(value: float | None, reason: str) -> str | None:
-    return reason if value is None else None
+    def collect(self) -> Iterable[Any]:
+        return self._metrics

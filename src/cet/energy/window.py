@@ -70,12 +70,12 @@ class Window:
             self.abandon()
             raise
 
-    def end(self, unavailable: Sequence[Unavailable], ticks: Mapping[str, float]) -> EnergyReading:
+    def end(self, unavailable: Sequence[Unavailable], update_periods: Mapping[str, float]) -> EnergyReading:
         """The energy of all domains.
 
         Args:
             unavailable: what the meter cannot measure, to be passed on.
-            ticks: s between updates of the counters, where known, by domain.
+            update_periods: s between two changes of the counters, where known, by domain.
 
         Raises:
             DeviceLostError: when a GPU was lost; its ``reading`` is that of the window without it.
@@ -89,7 +89,7 @@ class Window:
             name = meterable.domain.name
             if isinstance(last, DeviceLostError):
                 lost[name] = last
-            rows.append(self._energy(meterable, first, lost.get(name, last), stop, ticks.get(name)))
+            rows.append(self._energy(meterable, first, lost.get(name, last), stop, update_periods.get(name)))
         reading = EnergyReading(self._start, stop - self._start, tuple(rows), tuple(unavailable))
         for error in lost.values():
             error.reading = reading
@@ -100,10 +100,12 @@ class Window:
         """Stop sampling."""
         self._sampler.stop()
 
-    def _energy(self, meterable: Meterable, first: Edge, last: Edge, stop: float, tick: float | None) -> DomainEnergy:
+    def _energy(
+        self, meterable: Meterable, first: Edge, last: Edge, stop: float, update_period: float | None
+    ) -> DomainEnergy:
         domain = meterable.domain
         samples = self._sampler.samples.get(domain.name)
-        by_counter, flag, reason = _by_counter(meterable, first, last, tick or 0.0)
+        by_counter, flag, reason = _by_counter(meterable, first, last, update_period or 0.0)
         by_integral = None if samples is None else integral(samples, self._start, stop)
         flags = [] if flag is None else [flag]
         if samples is not None and by_integral is None:
@@ -135,7 +137,7 @@ class Window:
             start=first if isinstance(first, CounterReading) else None,
             end=last if isinstance(last, CounterReading) else None,
             samples=tuple(samples or ()),
-            tick=tick,
+            update_period=update_period,
             flags=tuple(flags),
         )
 
@@ -170,7 +172,7 @@ class PowerSampler:
             try:
                 watts = gpu.power.watts()
             except ReadingError:
-                continue  # the gap tells
+                continue  # the gap in the samples shows it
             except DeviceLostError as error:
                 self.lost[gpu.label] = error
                 self._gpus.remove(gpu)
@@ -198,9 +200,9 @@ def _edge(meterable: Meterable) -> Edge:
 
 
 def _by_counter(
-    meterable: Meterable, first: Edge, last: Edge, tick: float
+    meterable: Meterable, first: Edge, last: Edge, update_period: float
 ) -> tuple[float | None, Flag | None, str | None]:
-    """Joules by a counter that moves every ``tick`` s; if there are none, what to flag, and why."""
+    """Joules by a counter that moves every ``update_period`` s; if there are none, what to flag, and why."""
     domain = meterable.domain
     if domain.source == "integral" and not isinstance(last, DeviceLostError):
         return None, None, domain.reason
@@ -210,9 +212,9 @@ def _by_counter(
         return None, *fault
     if last.raw == first.raw:
         seconds = last.time - first.time
-        if seconds < 2 * tick:
+        if seconds < 2 * update_period:
             reason = f"the window of {1e3 * seconds:.3g} ms is too short for a counter that moves every"
-            return None, Flag.SHORT_WINDOW, f"{domain.name}: {reason} {1e3 * tick:.3g} ms"
+            return None, Flag.SHORT_WINDOW, f"{domain.name}: {reason} {1e3 * update_period:.3g} ms"
         reason = f"{domain.name}: the counter stood at {last.raw} {last.unit} for {seconds:.2f} s"
         return None, Flag.COUNTER_FROZEN, reason
     return last.joules - first.joules, None, None

@@ -2,49 +2,65 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Self
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from cet.model.checkpoint import read_checkpoint, write_checkpoint
+from cet.model.building import (
+    build_head,
+    check_backbone,
+    check_logits,
+    check_train_output,
+    refuse_second_names,
+    requested_heads,
+    submodule,
+    warn_of_unused_masks,
+)
+from cet.model.checkpoint import write_checkpoint
 from cet.model.heads import ExitHead, HeadSpec
+from cet.model.output import ExitOutput, Explanation, LossOutput
+from cet.model.taps import observing
+from cet.ops import exit_score
 from cet.ops.backend import is_tracing
-from cet.partition.cache import TRACE_LOCK, Staging
-from cet.partition.inputs import Call, InputFormat, copies
-from cet.partition.stages import StagedProgram, evaluating, first_tensor, logits_of
+from cet.partition.cache import StageCache, level_of_caller
+from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
+from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of
 from cet.runtime import Capture, GraphRunner, RunnerName, check_runner, runner_for
-from cet.runtime.eager import run_batch
+from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
+from cet.runtime.exits import head_logits
 from cet.runtime.graphs import Request
-from cet.runtime.policy import ExitPolicy
+from cet.runtime.policy import ExitPolicy, policy_from_tensor, policy_to_tensor
 
 FINAL = "final"
 
+_EXTRA_STATE = "_extra_state"  # the name that PyTorch gives to what get_extra_state returns
 
-@dataclass(frozen=True)
-class ExitOutput:
-    """One answer per row of the batch, in the order of the input.
+
+class StagedBatch(NamedTuple):
+    """The inputs of a call as the stages take them.
 
     Attributes:
-        logits: ``(B, K)``, from the exit that the row took.
-        exit_index: ``(B,)`` int64, that exit; ``E - 1`` is the final one.
-        score: ``(B,)`` float32, the policy's score of the row at that exit.
+        program: the stages.
+        inputs: in the order of the backbone's signature; copies where the backbone changes its inputs.
+        num_rows: of the batch.
     """
 
-    logits: Tensor
-    exit_index: Tensor
-    score: Tensor
+    program: Program
+    inputs: Sequence[Any]
+    num_rows: int
 
-    @property
-    def labels(self) -> Tensor:
-        """``(B,)`` int64, the most likely class of each row."""
-        return self.logits.argmax(dim=1)
+
+class _Way(NamedTuple):
+    """How calls with one set of inputs are answered."""
+
+    input_format: InputFormat
+    cache: StageCache
 
 
 class EarlyExit(nn.Module):
@@ -55,17 +71,21 @@ class EarlyExit(nn.Module):
     passes the policy's threshold, else from the last, in the order of the input. A row's answer does not depend on the
     other rows, and a row whose score is NaN never leaves early.
 
-    The backbone stays the user's own module: its parameters are shared, never copied, and whatever changes them
-    (an optimiser, ``load_state_dict``, ``.to()``, ``.half()``) shows in the next call. Its forward hooks and plain
-    attributes, such as a stride, are in the stages as they were when these were cut: set them before.
+    The backbone stays the user's own module: its parameters are shared, never copied, and whatever changes it shows in
+    the next call: an optimiser, ``load_state_dict``, ``.to()``, adapters, parametrizations, added or replaced
+    submodules, the mode of one submodule, a hook, an attribute (:mod:`cet.partition.fingerprint` lists what is followed
+    and what is not). Where it cannot be cut into stages any more, or not for the sizes of an input, the uncut backbone
+    answers, with the same exits and nothing saved, and :class:`cet.UncutWarning` gives the reason once; :meth:`explain`
+    gives it at any time. Any number of threads may call one model.
 
     Args:
-        backbone: a module that returns logits ``(B, K)`` or an object with ``.logits``, or :class:`cet.Stages`.
+        backbone: a module that returns logits ``(B, K)`` or an object with ``.logits``, or :class:`cet.Stages`. A
+            single logit ``(B, 1)`` counts as two classes with logits 0 and itself. The model takes over its mode.
         exits: the paths of the submodules after which a sample may leave, in the order of execution; or a mapping from
             path to head: an ``nn.Module`` that turns the first tensor that the submodule returns into ``(B, K)``, a
             :class:`cet.HeadSpec`, or ``None`` for the default, mean pooling and a linear layer.
         example_inputs: what one call of the backbone takes, with ``B >= 2`` rows: a tuple of positional inputs or a
-            dict of keyword inputs. Sizes other than the batch may differ later; the stages are then cut again.
+            dict of keyword inputs. Sizes other than the batch may differ later.
         policy: when samples leave; every exit is closed when not given.
         runner: how batches run in eval mode, see :mod:`cet.runtime`: ``"eager"`` anywhere, ``"graphs"`` or ``"device"``
             on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run eagerly. It can be
@@ -74,7 +94,8 @@ class EarlyExit(nn.Module):
     Raises:
         ValueError: for an exit that is unknown, repeated, out of order or whose features the head cannot pool, for a
             value that crosses an exit without the batch as a dimension, and for a backbone that cannot be exported.
-        TypeError: for inputs that do not fit the backbone and a backbone that returns no logits.
+        TypeError: for inputs that do not fit the backbone, a backbone that returns no logits in train or eval mode, and
+            one that is compiled, scripted or exported.
         RuntimeError: for ``runner="device"`` where it cannot run, with the reason. Whether inputs are on a CUDA device
             shows when they come.
     """
@@ -90,21 +111,37 @@ class EarlyExit(nn.Module):
     ) -> None:
         super().__init__()
         self.runner = runner
-        requested = _requested_heads(exits)
-        modules = [_submodule(backbone, path) for path in requested]
-        self.backbone = backbone
+        requested = requested_heads(exits)
+        modules = [submodule(check_backbone(backbone), path) for path in requested]
+        refuse_second_names(requested, modules)
         self.exit_names = (*requested, FINAL)
         self._graphs = GraphRunner(self.exit_names)
-        self._inputs = InputFormat(backbone, example_inputs)
-        features, logits = self._run_example()
-        self.num_classes = logits.shape[1]
-        self.heads = nn.ModuleList(
-            _build_head(head, path, module, feature, self.num_classes)
-            for (path, head), module, feature in zip(requested.items(), modules, features, strict=True)
-        )
-        self.policy = policy or ExitPolicy.closed(self.num_exits)
-        self._staging = Staging(backbone, tuple(requested), self._inputs)
-        self._staging.program(backbone, self._inputs.example_for(next(backbone.parameters(), None)))
+        self._ignored_inputs: set[str] = set()
+        self._ways: list[_Way] = []
+        self.backbone = backbone
+        input_format = InputFormat(backbone, example_inputs)
+        with evaluating(backbone):
+            features, logits = self._run_example(input_format)
+            self.num_classes = logits.shape[1]
+            self.heads = nn.ModuleList(
+                build_head(head, path, module, feature, self.num_classes, backbone, input_format)
+                for (path, head), module, feature in zip(requested.items(), modules, features, strict=True)
+            )
+            warn_of_unused_masks(requested, list(self.heads), features, input_format)
+            self.policy = policy or ExitPolicy.closed(self.num_exits)
+            self._ways = [self._way(input_format)]
+            try:
+                self._ways[0].cache.cut_now(self._example_values(input_format))
+            except CutError:
+                if self._ways[0].cache.obstacle is None:
+                    raise
+        self.training = backbone.training
+        self.heads.train(backbone.training)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "backbone":
+            check_backbone(value)
+        super().__setattr__(name, value)
 
     @property
     def num_exits(self) -> int:
@@ -112,14 +149,23 @@ class EarlyExit(nn.Module):
         return len(self.exit_names)
 
     @property
+    def input_format(self) -> InputFormat:
+        """The inputs of the example: their names, and which of them hold one row per sample."""
+        return self._ways[0].input_format
+
+    @property
     def policy(self) -> ExitPolicy:
-        """When samples leave. Assigning a policy with another number of thresholds is refused."""
+        """When samples leave; part of ``state_dict()``. A :class:`cet.Calibration` may be assigned too.
+
+        A policy with another number of thresholds is refused.
+        """
         return self._policy
 
     @policy.setter
-    def policy(self, policy: ExitPolicy) -> None:
+    def policy(self, policy: Any) -> None:
+        policy = getattr(policy, "policy", policy)
         if not isinstance(policy, ExitPolicy):
-            raise TypeError(f"policy is {policy!r}; give a cet.ExitPolicy")
+            raise TypeError(f"policy is {policy!r}; give a cet.ExitPolicy or a cet.Calibration")
         policy.check_num_exits(self.num_exits)
         self._policy = policy
 
@@ -145,14 +191,21 @@ class EarlyExit(nn.Module):
     @property
     def example_inputs(self) -> Call:
         """The example call ``(args, kwargs)``, on the device and in the dtype that the weights have now."""
-        weight = next(self.backbone.parameters(), None)
-        return self._inputs.unflatten(self._inputs.example_for(weight))
+        return self.input_format.unflatten(self._example_values(self.input_format))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """Logits of every exit in train mode; one answer per row in eval mode."""
-        if self.training:
-            return self.exit_logits(*args, **kwargs)
-        return self._answer(args, kwargs, with_scores=False)[0]
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Logits of every exit in train mode; one answer per row in eval mode.
+
+        With ``labels``, ``(B,)`` int64, -100 for rows to ignore, a :class:`cet.model.output.LossOutput` with the
+        cross-entropy too: in train mode the mean over all exits, and the logits of the final one, else of the answers.
+        """
+        if labels is not None and "labels" in self.input_format.names:
+            kwargs["labels"], labels = labels, None
+        if labels is None:
+            return self.exit_logits(*args, **kwargs) if self.training else self._answer(args, kwargs)[0]
+        exits = self.exit_logits(*args, **kwargs) if self.training else (self._answer(args, kwargs)[0],)
+        losses = [F.cross_entropy(logits.float(), labels.view(-1)) for logits in exits]
+        return LossOutput(loss=torch.stack(losses).mean(), logits=exits[-1])
 
     @torch.no_grad()
     def predict(self, *args: Any, **kwargs: Any) -> ExitOutput:
@@ -161,35 +214,87 @@ class EarlyExit(nn.Module):
         Raises:
             RuntimeError: in train mode.
         """
-        if self.training:
-            raise RuntimeError("model is in train mode; call model.eval() before predict")
+        self._require_eval("predict")
         logits, exit_index, score = self._answer(args, kwargs, with_scores=True)
         assert exit_index is not None
         assert score is not None
         return ExitOutput(logits, exit_index, score)
 
     def exit_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """The logits of all ``E`` exits, tensors ``(B, K)``, shallow first, in either mode; no sample leaves."""
-        logits: list[Tensor | None] = [None] * (self.num_exits - 1)
+        """The logits of all ``E`` exits, tensors ``(B, K)``, shallow first, in either mode; no sample leaves.
 
-        def classify(k: int, module_output: Any) -> None:
-            # At once, before the backbone may change the features in place.
-            feature = first_tensor(module_output)
-            logits[k] = self.heads[k](feature.clone() if k in self._rewritten else feature)
+        They are computed by the backbone itself, and carry gradients. Behind an exit inside a reentrant
+        ``torch.utils.checkpoint`` these reach the head alone.
+        """
+        way, inputs = self._bind(args, kwargs)
+        return self._exit_logits(way, inputs)
 
-        if self._changes_inputs:
-            args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        output = self._run_backbone(args, kwargs, classify)
-        for path, value in zip(self.exit_names, logits, strict=False):
-            if value is None:
-                raise RuntimeError(
-                    f"exit {path!r} was not reached in this forward pass; name a submodule that every pass calls"
-                )
-        return (*(value for value in logits if value is not None), logits_of(output))
+    @torch.no_grad()
+    def exit_answers(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Logits ``(B, K)`` and scores ``(B,)`` of all ``E`` exits, computed as :meth:`predict` computes them.
 
-    def stages_for(self, *args: Any, **kwargs: Any) -> StagedProgram:
-        """The stages that a call with such inputs runs, at least one row; for those who time or export them."""
-        return self._staging.program(self.backbone, self._inputs.flatten(args, kwargs))
+        Raises:
+            RuntimeError: in train mode.
+        """
+        self._require_eval("exit_answers")
+        way, inputs = self._bind(args, kwargs)
+        rows = way.input_format.num_rows(inputs)
+        program = way.cache.program(inputs) if rows else None
+        if program is not None:
+            given = copied(inputs) if self._changes_inputs else inputs
+            return tuple(every_exit(program, list(self.heads), self._policy, given, rows))
+        exit_logits = self._exit_logits(way, inputs)
+        score, temperature = self._policy.score, self._policy.temperature
+        return tuple((logits, exit_score(logits, score, temperature(k))) for k, logits in enumerate(exit_logits))
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the stages, which :meth:`predict` runs, with the backbone itself, at every exit and for such inputs.
+
+        Raises:
+            AnswerMismatchError: naming the first exit whose logits differ by more than rounding.
+            RuntimeError: in train mode.
+        """
+        from cet.model.check import check_answers
+
+        self._require_eval("check")
+        check_answers(self, args, kwargs)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """How a call with such inputs is answered now: by which stages, or why by the uncut backbone.
+
+        Raises:
+            RuntimeError: in train mode.
+        """
+        self._require_eval("explain")
+        (input_format, cache), inputs = self._bind(args, kwargs)
+        reason = cache.reason(inputs)
+        programs = cache.programs
+        program = next((program for program in programs if program.matches(inputs)), None)
+        sizes = program.sizes if program else ()
+        return Explanation(
+            stages=self.exit_names if reason is None else (),
+            dynamic_sizes=tuple(f"{input_format.names[index]}[{dim}]" for index, dim in sizes),
+            num_programs=len(programs),
+            reason=reason,
+        )
+
+    def stages_for(self, *args: Any, **kwargs: Any) -> Program:
+        """The stages for such inputs, see :meth:`staged`."""
+        return self.staged(*args, **kwargs).program
+
+    def staged(self, *args: Any, **kwargs: Any) -> StagedBatch:
+        """A batch of at least one row with its stages, which are cut now if need be: that may take seconds.
+
+        Raises:
+            CutError: where the uncut backbone has to answer, with the reason.
+            RuntimeError: in train mode.
+        """
+        self._require_eval("staged")
+        way, inputs = self._bind(args, kwargs)
+        program = way.cache.cut_now(inputs)
+        return StagedBatch(
+            program, copied(inputs) if self._changes_inputs else inputs, way.input_format.num_rows(inputs)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, heads, policy and input format to one safetensors file, atomically; the runner is not saved.
@@ -198,82 +303,182 @@ class EarlyExit(nn.Module):
 
         Raises:
             OSError: when the file cannot be written; an older file of this name is then untouched.
+            TypeError: for weights that are no plain tensors, as quantised ones.
         """
         heads = {
             name: head.to_dict() if type(head) is ExitHead else None
             for name, head in zip(self.exit_names, self.heads, strict=False)
         }
-        description = {
-            "heads": heads,
-            "policy": self.policy.to_dict(),
-            "inputs": self._inputs.to_dict(),
-        }
-        write_checkpoint(path, self.state_dict(), description)
+        description = {"heads": heads, "policy": self.policy.to_dict(), "inputs": self.input_format.to_dict()}
+        tensors = {name: value for name, value in self.state_dict().items() if name != _EXTRA_STATE}
+        write_checkpoint(path, tensors, description)
+
+    def get_extra_state(self) -> Tensor:
+        """The policy, as a tensor: every way to save a state dict takes tensors."""
+        return policy_to_tensor(self.policy)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the policy out of a state dict.
+
+        Raises:
+            ValueError: when it is for other exits, or damaged.
+        """
+        self.policy = policy_from_tensor(state)
 
     def extra_repr(self) -> str:
         return f"exits={self.exit_names}, policy={self.policy}"
 
-    def _answer(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        leaves = self._inputs.flatten(args, kwargs)
-        batch_size = self._inputs.num_rows(leaves)
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all submodules; in eval mode the next call compares the whole backbone with its stages."""
+        for way in self._ways:
+            way.cache.revalidate()
+        return super().train(mode)
+
+    def _require_eval(self, method: str) -> None:
+        if self.training:
+            raise RuntimeError(f"model is in train mode; call model.eval() before {method}")
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = False) -> Answers:
+        way, inputs = self._bind(args, kwargs)
+        batch_size = way.input_format.num_rows(inputs)
         if batch_size == 0:
-            weight = next(self.heads.parameters(), leaves[0])
+            weight = next(self.heads.parameters(), inputs[0])
             empty = weight.new_empty((0, self.num_classes))
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
-        for may_have_changed in (True, False):
-            program = self._staging.program(self.backbone, leaves)
-            try:
-                with TRACE_LOCK:
-                    return self._run_batch(program, leaves, batch_size, with_scores=with_scores)
-            except KeyError:
-                # A weight has another name since the cut: pruning and parametrizations rename them.
-                if not may_have_changed:
-                    raise
-                self._staging.forget()
-        raise AssertionError("unreachable: the second turn returns or raises")
-
-    def _run_batch(
-        self, program: StagedProgram, leaves: Sequence[Any], batch_size: int, *, with_scores: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        runner = runner_for(way.input_format.device(inputs), self._runner)
+        program = way.cache.program(inputs)
+        if program is None:
+            with way.cache.timed(inputs):
+                return choose_answers(self._exit_logits(way, inputs), self._policy, with_scores=with_scores)
         heads = list(self.heads)
-        runner = runner_for(self._inputs.device(leaves), self._runner)
         if runner != "eager" and not is_tracing():
-            inputs = self._inputs
-            request = Request(
-                program, (self.backbone, *heads), self._policy, leaves, inputs.is_batched, inputs.names, batch_size
-            )
+            is_batched, names = way.input_format.is_batched, way.input_format.names
+            modules = (self.backbone, *heads)
+            request = Request(program, modules, self._policy, inputs, is_batched, names, batch_size)
             answers = self._graphs.run(request, linked=runner == "device", with_scores=with_scores)
             if answers is not None:
                 return answers
-        given = copies(leaves) if self._changes_inputs else leaves
+        given = copied(inputs) if self._changes_inputs else inputs
         return run_batch(program, heads, self._policy, given, batch_size, with_scores=with_scores)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Way, Sequence[Any]]:
+        """How to answer a call, and its inputs.
+
+        A call may leave out optional inputs that the example had, or add some. Of a call by keywords alone, as a dict
+        from a data collator, names that the backbone does not take are ignored with a warning.
+        """
+        ways = self._ways
+        if ways[0].cache.backbone is not self._modules["backbone"]:
+            ways = self._ways = [self._way(way.input_format) for way in ways]
+        try:
+            return ways[0], ways[0].input_format.flatten(args, kwargs)
+        except TypeError as error:
+            if kwargs and not args:
+                ignored = ways[0].input_format.unknown(kwargs)
+                if ignored and len(ignored) < len(kwargs):
+                    self._warn_of_ignored(ignored)
+                    return self._bind((), {name: value for name, value in kwargs.items() if name not in ignored})
+            if not isinstance(error, OtherInputsError):
+                raise
+            return self._bind_variant(args, kwargs, error)
+
+    def _bind_variant(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], error: OtherInputsError
+    ) -> tuple[_Way, Sequence[Any]]:
+        for way in self._ways[1:]:
+            try:
+                return way, way.input_format.flatten(args, kwargs)
+            except OtherInputsError:
+                continue
+        variant = self.input_format.variant(args, kwargs)
+        if variant is None:
+            raise error
+        way = self._way(variant)
+        self._ways = [*self._ways, way]
+        return way, variant.flatten(args, kwargs)
+
+    def _warn_of_ignored(self, names: Iterable[str]) -> None:
+        new = [name for name in names if name not in self._ignored_inputs]
+        if new:
+            self._ignored_inputs.update(new)
+            warnings.warn(
+                f"the backbone's forward takes no {', '.join(map(repr, new))}, which is ignored",
+                stacklevel=level_of_caller(),
+            )
+
+    def _way(self, input_format: InputFormat) -> _Way:
+        return _Way(
+            input_format, StageCache(self.backbone, self.exit_names[:-1], input_format, self._masks(input_format))
+        )
+
+    def _masks(self, input_format: InputFormat) -> list[int | None]:
+        """For each early exit which of the inputs is the mask of its head."""
+        wanted = [head.spec.mask if isinstance(head, ExitHead) else False for head in self.heads]
+        return [input_format.names.index(name) if name in input_format.names else None for name in wanted]
+
+    def _example_values(self, input_format: InputFormat) -> list[Any]:
+        return input_format.example_for(next(self.backbone.parameters(), None))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``.to()`` and the like call: the weights move, so that graphs which read them are of no more use."""
         self.free_graphs()
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _run_backbone(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
-        """Run the eager backbone and hand the output of each exit's submodule to ``at_exit``."""
-        with TRACE_LOCK, ExitStack() as hooks:
-            for k, path in enumerate(self.exit_names[:-1]):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *more: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *more)
+        if prefix + _EXTRA_STATE in missing_keys:  # saved before the policy was part of the state
+            missing_keys.remove(prefix + _EXTRA_STATE)
 
-                def hook(_module: nn.Module, _inputs: Any, output: Any, k: int = k) -> None:
-                    at_exit(k, output)
-
-                hooks.callback(self.backbone.get_submodule(path).register_forward_hook(hook).remove)
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], at_exit: Callable[[int, Any], None]) -> Any:
+        """Run the backbone, and call ``at_exit(k, output)`` with what the submodule of each early exit returns."""
+        observers = {
+            self.backbone.get_submodule(path): partial(at_exit, k) for k, path in enumerate(self.exit_names[:-1])
+        }
+        with observing(observers):
             return self.backbone(*args, **kwargs)
+
+    def _exit_logits(self, way: _Way, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        features: dict[int, Tensor] = {}
+
+        def keep(k: int, module_output: Any) -> None:
+            if k in features:
+                raise RuntimeError(
+                    f"exit {self.exit_names[k]!r} is called twice in this forward pass, so it does not say where to "
+                    "leave; name a submodule that is called once"
+                )
+            feature = first_tensor(module_output)
+            features[k] = feature.clone() if k in self._rewritten else feature
+
+        args, kwargs = way.input_format.unflatten(copied(inputs) if self._changes_inputs else inputs)
+        output = self.observe(args, kwargs, keep)
+        for k, path in enumerate(self.exit_names[:-1]):
+            if k not in features:
+                raise RuntimeError(
+                    f"exit {path!r} was not reached in this forward pass; name a submodule that every pass calls"
+                )
+        # Behind the backbone, so that what it checkpoints or compiles holds the backbone alone.
+        masks = [None if index is None else inputs[index] for index in way.cache.masks]
+        early = [head_logits(head, features[k], masks[k]) for k, head in enumerate(self.heads)]
+        return (*early, logits_of(output))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _run_example(self) -> tuple[list[Tensor], Tensor]:
+    def _run_example(self, input_format: InputFormat) -> tuple[list[Tensor], Tensor]:
         """Features of the early exits and logits for the example inputs; notes whether the backbone changes them."""
         features: dict[int, Tensor] = {}
-        written: dict[int, tuple[Tensor, int]] = {}
+        versions: dict[int, tuple[Tensor, int]] = {}
+        num_calls = [0] * (self.num_exits - 1)
 
         def keep(k: int, module_output: Any) -> None:
+            num_calls[k] += 1
             feature = first_tensor(module_output)
             if feature.is_nested:
                 raise ValueError(
@@ -281,172 +486,37 @@ class EarlyExit(nn.Module):
                     "enable_nested_tensor=False"
                 )
             features[k] = feature.clone()
-            written[k] = feature, feature._version
+            versions[k] = feature, feature._version
 
-        given = copies(self._inputs.example_for(next(self.backbone.parameters(), None)))
-        versions = [leaf._version if isinstance(leaf, Tensor) else None for leaf in given]
-        args, kwargs = self._inputs.unflatten(given)
-        with evaluating(self.backbone):
-            try:
-                output = self._run_backbone(args, kwargs, keep)
-            except (RuntimeError, IndexError) as error:
-                batched = zip(self._inputs.names, self._inputs.is_batched, strict=True)
-                raise ValueError(
-                    f"the backbone fails on {self._inputs.batch_size} rows of example_inputs ({error}), where "
-                    f"{', '.join(name for name, held in batched if held)} were taken to hold one row per sample; "
-                    "give an example that the backbone takes"
-                ) from error
-        self._changes_inputs = any(
-            isinstance(leaf, Tensor) and leaf._version != version for leaf, version in zip(given, versions, strict=True)
-        )
-        self._rewritten = {k for k, (feature, version) in written.items() if feature._version != version}
-        logits = logits_of(output)
-        if logits.ndim != 2 or logits.shape[0] != self._inputs.batch_size or logits.shape[1] < 2:
+        given = copied(self._example_values(input_format))
+        before = [value._version if isinstance(value, Tensor) else None for value in given]
+        args, kwargs = input_format.unflatten(given)
+        try:
+            output = self.observe(args, kwargs, keep)
+        except (RuntimeError, IndexError) as error:
+            batched = zip(input_format.names, input_format.is_batched, strict=True)
             raise ValueError(
-                f"the backbone returns logits of shape {tuple(logits.shape)} for {self._inputs.batch_size} rows; "
-                "it must return (B, K) with at least two classes"
-            )
-        for k, path in enumerate(self.exit_names[:-1]):
-            if k not in features:
+                f"the backbone fails on {input_format.batch_size} rows of example_inputs ({error}), where "
+                f"{', '.join(name for name, held in batched if held)} were taken to hold one row per sample; "
+                "give an example that the backbone takes"
+            ) from error
+        self._changes_inputs = any(
+            isinstance(value, Tensor) and value._version != version
+            for value, version in zip(given, before, strict=True)
+        )
+        self._rewritten = {k for k, (feature, version) in versions.items() if feature._version != version}
+        logits = logits_of(output)
+        check_logits(logits, input_format.batch_size)
+        for path, calls in zip(self.exit_names, num_calls, strict=False):
+            if calls == 0:
                 raise ValueError(
                     f"exit {path!r} is not called in the forward pass; name a submodule that every pass calls"
                 )
+            if calls > 1:
+                raise ValueError(
+                    f"exit {path!r} is called {calls} times in one forward pass, so it does not say where to leave; "
+                    "name a submodule that is called once"
+                )
+        args, kwargs = input_format.unflatten(copied(self._example_values(input_format)))
+        check_train_output(self.backbone, args, kwargs)
         return [features[k] for k in range(self.num_exits - 1)], logits
-
-
-def load(
-    path: str | os.PathLike[str],
-    backbone: nn.Module,
-    *,
-    heads: Mapping[str, nn.Module] | None = None,
-) -> EarlyExit:
-    """Read what :meth:`EarlyExit.save` wrote, into a backbone of the same architecture.
-
-    Args:
-        path: the file.
-        backbone: a module whose parameters and buffers have the names and shapes of the saved ones; they are
-            overwritten.
-        heads: the modules of those exits whose heads were the user's own, by exit path.
-
-    Returns:
-        The model in eval mode, with its policy.
-
-    Raises:
-        ValueError: when the file is damaged or of another kind, or backbone or heads differ from the saved ones; the
-            differences are named and ``backbone`` is unchanged.
-        OSError: when the file cannot be read.
-    """
-    tensors, description = read_checkpoint(path)
-    weight = next(backbone.parameters(), None)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            saved_heads = {name: head and ExitHead(**head) for name, head in description["heads"].items()}
-            example = InputFormat.example_from(description["inputs"], weight)
-        policy = ExitPolicy(**description["policy"])
-        policy.check_num_exits(len(saved_heads) + 1)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged: its header cannot be read ({error}); save it again") from error
-    exits = _with_own_heads(path, saved_heads, heads or {})
-    wanted = {"backbone." + name: value for name, value in backbone.state_dict().items()}
-    for index, head in enumerate(exits.values()):
-        wanted |= {f"heads.{index}.{name}": value for name, value in head.state_dict().items()}
-    _check_same_tensors(path, wanted, tensors)
-    if weight is not None:
-        for head in exits.values():
-            head.to(device=weight.device, dtype=weight.dtype)
-    model = EarlyExit(backbone, exits, example)
-    model.load_state_dict(tensors)
-    model.policy = policy
-    return model.eval()
-
-
-def _with_own_heads(
-    path: str | os.PathLike[str], saved: Mapping[str, nn.Module | None], own: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
-    """The heads of all exits: those that the file describes, and the user's own for the others."""
-    wanted = [name for name, head in saved.items() if head is None]
-    for name in wanted:
-        if name not in own:
-            raise ValueError(
-                f"{path}: the head of exit {name!r} was a module of your own; pass it as heads={{{name!r}: ...}}"
-            )
-    for name in own:
-        if name not in wanted:
-            raise ValueError(f"{path} asks for no head of exit {name!r}; leave it out of heads")
-    return {name: own[name] if head is None else head for name, head in saved.items()}
-
-
-def _check_same_tensors(path: Any, wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    missing = [f"{name} is not in the file" for name in wanted.keys() - saved.keys()]
-    surplus = [f"{name} is not in the model" for name in saved.keys() - wanted.keys()]
-    reshaped = [
-        f"{name} is {tuple(saved[name].shape)} in the file and {tuple(wanted[name].shape)} in the model"
-        for name in wanted.keys() & saved.keys()
-        if saved[name].shape != wanted[name].shape
-    ]
-    differences = sorted(missing + surplus + reshaped)
-    if differences:
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise ValueError(
-            f"{path} was saved from another architecture: {'; '.join(differences[:4])}{more}; "
-            "pass the backbone that it was saved from"
-        )
-
-
-def _requested_heads(
-    exits: Sequence[str] | Mapping[str, nn.Module | HeadSpec | None],
-) -> dict[str, nn.Module | HeadSpec | None]:
-    if isinstance(exits, str):
-        raise TypeError(f"exits is the string {exits!r}; give a list of submodule paths")
-    requested: dict[str, nn.Module | HeadSpec | None] = {}
-    for path in exits:
-        if not isinstance(path, str):
-            raise TypeError(f"exits holds {path!r}; give submodule paths as strings")
-        if path in requested:
-            raise ValueError(f"exit {path!r} is repeated; name each submodule once")
-        head = exits[path] if isinstance(exits, Mapping) else None
-        if not (head is None or isinstance(head, (nn.Module, HeadSpec))):
-            raise TypeError(f"exit {path!r} has the head {head!r}; give an nn.Module, a cet.HeadSpec or None")
-        requested[path] = head
-    if not requested:
-        raise ValueError("exits is empty; name at least one submodule after which a sample may leave")
-    return requested
-
-
-def _submodule(backbone: nn.Module, path: str) -> nn.Module:
-    try:
-        if path:
-            return backbone.get_submodule(path)
-    except AttributeError:
-        pass
-    known = [name for name, _ in backbone.named_modules() if name]
-    close = difflib.get_close_matches(path, known, n=3) or known[:3]
-    raise ValueError(
-        f"exit {path!r} is no submodule of {type(backbone).__name__}; did you mean {' or '.join(map(repr, close))}?"
-    )
-
-
-def _build_head(
-    head: nn.Module | HeadSpec | None, path: str, module: nn.Module, feature: Tensor, num_classes: int
-) -> nn.Module:
-    if not isinstance(head, nn.Module):
-        return (head or HeadSpec()).build(path, module, feature, num_classes)
-    with evaluating(head):
-        try:
-            logits = head(feature)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"the head of exit {path!r} fails on its features of shape {tuple(feature.shape)}: {error}"
-            ) from error
-    expected = (feature.shape[0], num_classes)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
-    with evaluating(head), torch.no_grad():
-        alone = torch.cat([head(feature[row : row + 1]) for row in range(len(feature))])
-    logits = logits.detach()
-    if not torch.allclose(alone, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().nan_to_num().max()), equal_nan=True):
-        raise ValueError(
-            f"the head of exit {path!r} mixes the rows of a batch; compute the logits of each row on its own"
-        )
-    return head

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from cet.model.masks import Resampler, real_positions
 from cet.ops.definitions import Layout, Pool, pool_features
+from cet.runtime.exits import LinearHead
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,17 @@ class HeadSpec:
             ``(B, T, C)``.
         hidden: width of an optional hidden layer with GELU.
         norm: whether a LayerNorm follows the pooling.
+        mask: the input that tells real positions from padding, which are left out of the mean: ``attention_mask`` and
+            any other name is nonzero at real positions, ``src_key_padding_mask``, ``key_padding_mask`` and
+            ``padding_mask`` are true at padding, ``lengths`` counts the real positions of each row. ``None`` looks for
+            an input of one of these names, ``False`` takes none.
     """
 
     layout: Layout | None = None
     pool: Pool = "mean"
     hidden: int | None = None
     norm: bool = False
+    mask: str | Literal[False] | None = None
 
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in get_args(Layout):
@@ -37,6 +44,12 @@ class HeadSpec:
             raise ValueError(f"pool {self.pool!r} is unknown; choose one of {', '.join(get_args(Pool))}")
         if self.pool == "first" and self.layout == "channels_first":
             raise ValueError("pool 'first' takes the first token of (B, T, C) features; give layout='channels_last'")
+        if not (self.mask is None or self.mask is False or isinstance(self.mask, str)):
+            raise TypeError(
+                f"mask is {self.mask!r}; give the name of an input, None to look for one, or False for none"
+            )
+        if isinstance(self.mask, str) and self.pool != "mean":
+            raise ValueError("a mask says which positions the mean is taken over; give pool='mean', or mask=False")
         if self.hidden is not None and self.hidden < 1:
             raise ValueError(f"hidden is {self.hidden}; give a positive width, or None for no hidden layer")
 
@@ -48,7 +61,15 @@ class HeadSpec:
         """
         layout = self._layout_of(path, module, feature)
         width = feature.shape[1 if layout == "channels_first" else -1]
-        head = ExitHead(width, num_classes, layout=layout, pool=self.pool, hidden=self.hidden, norm=self.norm)
+        head = ExitHead(
+            width,
+            num_classes,
+            layout=layout,
+            pool=self.pool,
+            hidden=self.hidden,
+            norm=self.norm,
+            mask=self.mask or False,
+        )
         return head.to(device=feature.device, dtype=feature.dtype)
 
     def _layout_of(self, path: str, module: nn.Module, feature: Tensor) -> Layout:
@@ -82,7 +103,9 @@ class HeadSpec:
 class ExitHead(nn.Module):
     """Pooling, then an optional LayerNorm and hidden layer, then a linear classifier.
 
-    Shape: features ``(B, C, ...)`` or ``(B, ..., C)``, as ``layout`` says, to logits ``(B, num_classes)``.
+    Shape: features ``(B, C, ...)`` or ``(B, ..., C)``, as ``layout`` says, and the input that is the mask, if there is
+    one (see :class:`HeadSpec`), to logits ``(B, num_classes)``. ``mask_stride`` is how many positions of that input
+    each position of the features stands for.
     """
 
     def __init__(
@@ -94,9 +117,14 @@ class ExitHead(nn.Module):
         pool: Pool = "mean",
         hidden: int | None = None,
         norm: bool = False,
+        mask: str | Literal[False] = False,
+        mask_stride: int = 1,
     ) -> None:
         super().__init__()
-        self.spec = HeadSpec(layout=layout, pool=pool, hidden=hidden, norm=norm)
+        self.spec = HeadSpec(layout=layout, pool=pool, hidden=hidden, norm=norm, mask=mask)
+        self.mask_stride = mask_stride
+        self.resampler: Resampler | None = None
+        """Shortens the mask as the backbone shortens its features, where the backbone has a method for it."""
         self.in_features = in_features
         self.norm = nn.LayerNorm(in_features) if norm else None
         self.hidden = None if hidden is None else nn.Sequential(nn.Linear(in_features, hidden), nn.GELU())
@@ -104,27 +132,50 @@ class ExitHead(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's arguments, in a form that JSON can hold."""
-        return {"in_features": self.in_features, "num_classes": self.linear.out_features, **asdict(self.spec)}
+        return {
+            "in_features": self.in_features,
+            "num_classes": self.linear.out_features,
+            "mask_stride": self.mask_stride,
+            **asdict(self.spec),
+        }
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         assert self.spec.layout is not None
-        feature = pool_features(feature, self.spec.layout, self.spec.pool)
+        real = None if mask is None else self.real_positions(features, mask)
+        pooled = pool_features(features, self.spec.layout, self.spec.pool, real)
         if self.norm is not None:
-            feature = self.norm(feature)
+            pooled = self.norm(pooled)
         if self.hidden is not None:
-            feature = self.hidden(feature)
-        logits: Tensor = self.linear(feature)
+            pooled = self.hidden(pooled)
+        logits: Tensor = self.linear(pooled)
         return logits
 
+    def real_positions(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Which positions of the features are real, ``(B, T)`` bool, by the input that is the mask."""
+        positions = features.shape[2 if self.spec.layout == "channels_first" else 1]
+        if self.resampler is not None and mask.ndim == 2 and mask.shape[1] != positions:
+            return self.resampler(positions, mask).bool()
+        assert isinstance(self.spec.mask, str)
+        return real_positions(self.spec.mask, mask, positions, self.mask_stride)
+
     @property
-    def is_plain(self) -> bool:
-        """Whether the head is pooling and a linear layer, with nothing hooked in between."""
-        return (
-            self.norm is None
-            and self.hidden is None
-            and type(self.linear) is nn.Linear
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.linear))
-        )
+    def as_linear(self) -> LinearHead | None:
+        """The head as the fused operations take it: pooling and a linear layer, with nothing hooked in between."""
+        linear = self.linear
+        if (
+            self.norm is not None
+            or self.hidden is not None
+            or type(linear) is not nn.Linear
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or linear._forward_hooks
+            or linear._forward_pre_hooks
+            or "forward" in self.__dict__
+            or "forward" in linear.__dict__
+        ):
+            return None
+        assert self.spec.layout is not None
+        return LinearHead(linear.weight, linear.bias, self.spec.layout, self.spec.pool)
 
 
 # Layers that put their channels into dimension 1, and layers that put them last, with the attribute that counts them.

@@ -1,211 +1,292 @@
-"""Keeps the stages of a backbone right for the inputs and the weights of each call."""
+"""Keeps the programs of a backbone right for the inputs of each call and the state of the backbone."""
 
 from __future__ import annotations
 
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cet.partition.cut import cut
-from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copies
-from cet.partition.stages import CutError, StagedProgram, Stages, children_of, evaluating, logits_of
+from cet.partition.export import CUTTING
+from cet.partition.fingerprint import Fingerprint, Path, changed_paths
+from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
+from cet.partition.obstacles import obstacle_to_cutting
+from cet.partition.private_copy import private_copy
+from cet.partition.stages import CutError, Program, Stages, evaluating, logits_of
+from cet.partition.verify import refuse_mixed_rows, verify
 
-_MAX_PROGRAMS = 8
+MAX_PROGRAMS = 8
+"""How many programs are kept for one state of the backbone."""
+
+_UNSEEN = "no program has been cut for inputs of these sizes, as that takes long and pays only where they recur"
+
+_MAX_STATES = 4
+_PATIENCE = 3
+"""A kind of input that has come so often is worth a cut."""
+_SHORT_CUT = 1.0
+"""Seconds. A cut that takes longer waits until as much time has been spent without it."""
+_PROMPT_CUTS = 8
+"""How many states of the backbone are cut at their first call; later ones wait as new sizes do."""
 
 
-class _TraceLock:
-    """Many threads may run models at once, but none while one of them traces a backbone.
+class UncutWarning(UserWarning):
+    """Samples are answered rightly, but by the whole backbone: nothing is saved."""
 
-    ``torch.export`` patches torch, and the backbone's parameters, for all threads while it traces: so there is one lock
-    for the process. It is entered by those who run.
+
+@dataclass
+class _Waiting:
+    """Calls of one kind that no program matched."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _State:
+    """One state of the backbone, and what is known of it."""
+
+    fingerprint: Fingerprint
+    obstacle: str | None
+    programs: list[Program] = field(default_factory=list)
+    waiting: dict[Any, _Waiting] = field(default_factory=dict)
+    failures: dict[Any, str] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+    has_own_rows: bool = False
+
+
+class StageCache:
+    """Owns the programs of one backbone, for one format of its inputs.
+
+    A program holds for a state of the backbone (:class:`Fingerprint`) and for the dtypes and sizes of inputs that it
+    was cut for. Where none matches, the call is answered without one, and the backbone is cut once such calls
+    recur: a cut takes from a third of a second to a few seconds. Each cut is checked against the backbone itself.
+
+    Args:
+        backbone: the module.
+        exits: submodule paths in the order of execution.
+        input_format: the format of its inputs.
+        masks: for each exit which of the inputs its head takes beside the features, if any.
     """
 
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._running = 0
-        self._here = threading.local()
-
-    def __enter__(self) -> None:
-        with self._condition:
-            self._running += 1
-            self._here.running = getattr(self._here, "running", 0) + 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._condition:
-            self._running -= 1
-            self._here.running -= 1
-            self._condition.notify_all()
-
-    @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Wait until no other thread runs, and keep them from starting."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._running == getattr(self._here, "running", 0))
-            yield
-
-
-TRACE_LOCK = _TraceLock()
-
-
-class Staging:
-    """The staged programs of one backbone.
-
-    A program holds for the dtypes and sizes of inputs, and the dtype and device of weights, that it was cut for. A
-    call that none fits has the backbone cut again, with every input size that was seen to change allowed to vary; each
-    cut is checked against the backbone itself.
-    """
-
-    def __init__(self, backbone: nn.Module, exits: Sequence[str], inputs: InputFormat) -> None:
+    def __init__(
+        self, backbone: nn.Module, exits: Sequence[str], input_format: InputFormat, masks: Sequence[int | None]
+    ) -> None:
         self.backbone = backbone
         self.exits = tuple(exits)
-        self.inputs = inputs
-        self._programs: list[StagedProgram] = []
+        self.input_format = input_format
+        self.masks = tuple(masks)
+        self._states: list[_State] = []
+        self._volatile: frozenset[Path] = frozenset()
+        self._num_states = 0
+        self._last_cut = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Programs refer to the weights of one backbone: a copy makes its own."""
-        return {**self.__dict__, "_programs": []}
+        return {**self.__dict__, "_states": []}
 
-    def program(self, backbone: nn.Module, leaves: Sequence[Any]) -> StagedProgram:
-        """The stages of ``backbone``, of which there is but one at a time, for such inputs with at least one row."""
-        if backbone is not self.backbone:
-            self.backbone, self._programs = backbone, []
-        program = self._fitting(leaves)
-        if program is not None:
-            return program
-        with TRACE_LOCK.tracing():
-            return self._fitting(leaves) or self._new_program(leaves)
-
-    def forget(self) -> None:
-        """Cut again at the next call."""
-        self._programs = []
-
-    def _fitting(self, leaves: Sequence[Any]) -> StagedProgram | None:
-        for program in self._programs:
-            if program.fits(leaves):
-                return program
-        return None
-
-    def _new_program(self, leaves: Sequence[Any]) -> StagedProgram:
-        # Whatever the caller has switched on is no part of the backbone.
-        device = leaves[self.inputs.is_batched.index(True)].device
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            evaluating(self.backbone),
-        ):
-            example = self._example_rows(leaves)
-            args, kwargs = self.inputs.unflatten(copies(example))
-            expected = logits_of(self.backbone(*args, **kwargs))  # first, for its own error on a wrong input
-            program = self._cut(example)
-            self._verify(program, example, expected)
-            program = replace(program, modules=children_of(self.backbone))
-        if len(self._programs) == _MAX_PROGRAMS:
-            warnings.warn(
-                f"more than {_MAX_PROGRAMS} kinds of inputs were seen, and cutting the backbone for each takes long; "
-                "pad inputs to few sizes",
-                stacklevel=level_of_caller(),
-            )
-        self._programs = [program, *self._programs[: _MAX_PROGRAMS - 1]]
-        return program
-
-    def _example_rows(self, leaves: Sequence[Any]) -> list[Any]:
-        """A few rows of a call, the last one repeated where it has too few, and made different where they are alike:
-        with equal rows nothing would show whether the backbone keeps them apart."""
-        last = self.inputs.num_rows(leaves) - 1
-        noise = torch.Generator().manual_seed(0)
-        rows = []
-        for leaf, batched in zip(leaves, self.inputs.is_batched, strict=True):
-            if batched:
-                leaf = leaf.detach()[torch.arange(EXAMPLE_ROWS, device=leaf.device).clamp(max=last)]
-                if leaf.is_floating_point() and _has_equal_rows(leaf):
-                    drawn = torch.randn(leaf.shape, generator=noise)
-                    leaf = leaf.nan_to_num(0, 0, 0) + drawn.to(leaf.device, leaf.dtype)
-            rows.append(leaf)
-        return rows
-
-    def _cut(self, leaves: list[Any]) -> StagedProgram:
-        if isinstance(self.backbone, Stages):
-            return self.backbone.program(self.exits, copies(leaves), EXAMPLE_ROWS)
-        varying = self._sizes_that_changed(leaves)
-        try:
-            return cut(self.backbone, self.exits, self.inputs, leaves, varying)
-        except CutError:
-            if not varying:
-                raise
-            return cut(self.backbone, self.exits, self.inputs, leaves)
-
-    def _sizes_that_changed(self, leaves: Sequence[Any]) -> frozenset[tuple[int, int]]:
-        changed: set[tuple[int, int]] = set()
-        for program in self._programs:
-            changed.update(program.sizes)
-            for index, (leaf, expected) in enumerate(zip(leaves, program.shapes, strict=True)):
-                if expected is not None:
-                    sizes = enumerate(zip(leaf.shape, expected[1], strict=True))
-                    changed.update((index, dim) for dim, (size, old) in sizes if old is not None and size != old)
-        return frozenset(changed)
-
-    def _verify(self, program: StagedProgram, leaves: list[Any], expected: Tensor) -> None:
-        """Run the stages beside the backbone: all rows, and each row alone from each cut on.
+    def program(self, inputs: Sequence[Any]) -> Program | None:
+        """The program for such inputs with at least one row; None where the uncut backbone has to answer.
 
         Raises:
-            CutError: when they disagree, which they do when the backbone mixes the rows of a batch or writes to values
-                that cross an exit.
+            ValueError: where the backbone is in a state in which rows depend on each other.
         """
-        leaves = copies(leaves)
-        sizes = program.input_sizes(leaves)
-        values: Sequence[Any] = [leaves[index] for index in program.entry]
-        *early, last = program.stages
-        dims: Sequence[int | None] = [0 if self.inputs.is_batched[index] else None for index in program.entry]
-        self._verify_single_rows(program, 0, values, dims, sizes, expected)
-        for k, stage in enumerate(early):
-            _, *values = stage.run(EXAMPLE_ROWS, *sizes, *values)
-            self._verify_single_rows(program, k + 1, values, stage.row_dims, sizes, expected)
-        self._compare(last.run(EXAMPLE_ROWS, *sizes, *values), expected, "run in one piece")
+        state = self._current_state()
+        if state.obstacle is not None:
+            self._refuse_mixed_rows(state, inputs)
+            _warn_once(state, state.obstacle)
+            return None
+        return _matching(state, inputs) or self._new_program(inputs)
 
-    def _verify_single_rows(
-        self,
-        program: StagedProgram,
-        start: int,
-        values: Sequence[Any],
-        dims: Sequence[int | None],
-        sizes: list[int],
-        expected: Tensor,
-    ) -> None:
-        where = f" behind exit {self.exits[start - 1]!r}" if start else ""
-        for row in range(EXAMPLE_ROWS):
-            alone: Sequence[Any] = copies(  # later stages may write to them
-                [value if dim is None else value.narrow(dim, row, 1) for value, dim in zip(values, dims, strict=True)]
-            )
+    def cut_now(self, inputs: Sequence[Any]) -> Program:
+        """The program for such inputs, cut if need be.
+
+        Raises:
+            CutError: when the backbone cannot be cut for them, with the reason.
+        """
+        with CUTTING:
+            state = self._current_state()
+            if state.obstacle is not None:
+                raise CutError(state.obstacle)
+            return _matching(state, inputs) or self._cut(state, inputs)
+
+    @contextmanager
+    def timed(self, inputs: Sequence[Any]) -> Iterator[None]:
+        """Count the time of a call that runs without a program."""
+        start = time.perf_counter()
+        yield
+        states = self._states
+        if states and states[0].obstacle is None:
+            waiting = states[0].waiting.setdefault(self._kind(states[0], inputs), _Waiting())
+            waiting.seconds += time.perf_counter() - start
+
+    def revalidate(self) -> None:
+        """Compare the whole state of the backbone at the next call."""
+        for state in self._states:
+            state.fingerprint.expire()
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The programs for the present state of the backbone, latest first."""
+        return tuple(self._current_state().programs)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the backbone must not be cut as it is now."""
+        return self._current_state().obstacle
+
+    def reason(self, inputs: Sequence[Any]) -> str | None:
+        """Why no program serves such inputs now; None where one does."""
+        state = self._current_state()
+        if state.obstacle is not None or _matching(state, inputs):
+            return state.obstacle
+        return state.failures.get(self._kind(state, inputs), _UNSEEN)
+
+    def _current_state(self) -> _State:
+        states = self._states
+        if states and states[0].fingerprint.is_current():
+            return states[0]
+        for state in states[1:]:
+            if state.fingerprint.is_current():
+                return self._first(state)
+        fingerprint = Fingerprint(self.backbone, self._volatile)
+        for state in states:
+            if state.fingerprint.matches(fingerprint):
+                state.fingerprint = fingerprint
+                return self._first(state)
+        self._num_states += 1
+        return self._first(_State(fingerprint, obstacle_to_cutting(self.backbone)))
+
+    def _first(self, state: _State) -> _State:
+        others = [other for other in self._states if other is not state]
+        self._states = [state, *others[: _MAX_STATES - 1]]
+        return state
+
+    def _new_program(self, inputs: Sequence[Any]) -> Program | None:
+        """Cut the backbone if that is worth it; never wait for another thread that cuts."""
+        if not CUTTING.acquire(blocking=False):
+            return None
+        try:
+            state = self._current_state()
+            program = _matching(state, inputs)  # another thread may have been faster
+            kind = self._kind(state, inputs)
+            if program is not None or kind in state.failures or not self._is_worth_a_cut(state, kind):
+                return program
             try:
-                for stage in program.stages[start:-1]:
-                    _, *alone = stage.run(1, *sizes, *alone)
-                logits = program.stages[-1].run(1, *sizes, *alone)
-            except RuntimeError as error:
-                raise CutError(
-                    f"{type(self.backbone).__name__} fails for one row{where} "
-                    f"({str(error).splitlines()[0]}); its code must work for any number of rows"
-                ) from error
-            self._compare(logits, expected[row : row + 1], f"when a row goes on alone{where}")
+                return self._cut(state, inputs)
+            except CutError as error:
+                state.failures[kind] = str(error)
+                _warn_once(state, str(error))
+                return None
+        finally:
+            CUTTING.release()
 
-    def _compare(self, got: Tensor, expected: Tensor, when: str) -> None:
-        scale = float(expected.float().abs().nan_to_num(0, 0, 0).max().clamp(min=0.1))
-        tolerance = scale * min(64 * torch.finfo(expected.dtype).eps ** 0.75, 0.125)
-        if got.shape != expected.shape or not torch.allclose(
-            got.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True
-        ):
-            raise CutError(
-                f"the stages of {type(self.backbone).__name__} answer otherwise than the backbone {when}, as they do "
-                "where it mixes rows, changes values in place across an exit, is random or keeps state; let each row "
-                "depend on itself alone"
-            )
+    def _is_worth_a_cut(self, state: _State, kind: Any) -> bool:
+        if not state.programs and not state.failures and self._num_states <= _PROMPT_CUTS:
+            return True
+        waiting = state.waiting.setdefault(kind, _Waiting())
+        waiting.calls += 1
+        if waiting.calls >= _PATIENCE and self._last_cut < _SHORT_CUT and len(state.programs) < MAX_PROGRAMS:
+            return True
+        _warn_once(state, _UNSEEN)
+        return waiting.calls >= _PATIENCE and waiting.seconds >= self._last_cut
+
+    def _refuse_mixed_rows(self, state: _State, inputs: Sequence[Any]) -> None:
+        """Where the backbone runs as it is, once per state, see that its rows do not depend on each other."""
+        if not state.has_own_rows:
+            with torch.no_grad():
+                refuse_mixed_rows(self.backbone, self.input_format, self._example_rows(inputs), state.obstacle or "")
+            state.has_own_rows = True
+
+    def _kind(self, state: _State, inputs: Sequence[Any]) -> Any:
+        """What calls have in common that one program would serve: their sizes where the last program fixes them."""
+        fixed = state.programs[0].shapes if state.programs else [None] * len(inputs)
+        kind: list[Any] = []
+        for value, expected in zip(inputs, fixed or [None] * len(inputs), strict=False):
+            if isinstance(value, Tensor):
+                shape = (None,) * value.ndim if expected is None else expected[1]
+                kind.append((value.dtype, *(n for n, s in zip(value.shape, shape, strict=True) if s is not None)))
+        return tuple(kind)
+
+    def _cut(self, state: _State, inputs: Sequence[Any]) -> Program:
+        start = time.perf_counter()
+        program = self._cut_and_verify(state, inputs)
+        self._last_cut = time.perf_counter() - start
+        state.programs = [program, *state.programs[: MAX_PROGRAMS - 1]]
+        state.waiting.clear()
+        return program
+
+    def _cut_and_verify(self, state: _State, inputs: Sequence[Any]) -> Program:
+        # Whatever the caller has switched on is no part of the backbone.
+        device = inputs[self.input_format.is_batched.index(True)].device
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            example = self._example_rows(inputs)
+            args, kwargs = self.input_format.unflatten(copied(example))
+            if isinstance(self.backbone, Stages):
+                with evaluating(self.backbone):
+                    expected = logits_of(self.backbone(*args, **kwargs))
+                    program = self.backbone.program(self.exits, copied(example), EXAMPLE_ROWS)
+                    verify(program, self.backbone, self.exits, self.input_format, example, expected)
+                return program
+            if _has_closures(self.backbone):  # a copy would go on calling the original
+                with evaluating(self.backbone):
+                    expected = logits_of(self.backbone(*args, **kwargs))
+                    program = cut(self.backbone, self.backbone, *self._how(example), dynamic=True)
+                    verify(program, self.backbone, self.exits, self.input_format, example, expected)
+                return program
+            traced = private_copy(self.backbone, state.fingerprint.tensors).eval()
+            before = Fingerprint(traced).entries
+            expected = logits_of(traced(*args, **kwargs))  # first, for its own error on a wrong input
+            self._note_volatile(state, changed_paths(before, Fingerprint(traced).entries))
+            program = self._cut_dynamic_or_fixed(state, traced, example)
+            verify(program, self.backbone, self.exits, self.input_format, example, expected)
+        return program
+
+    def _note_volatile(self, state: _State, paths: frozenset[Path]) -> None:
+        volatile = self._volatile | {path[:2] for path in paths}  # attributes as wholes
+        if volatile != self._volatile:
+            self._volatile = volatile
+            state.fingerprint = Fingerprint(self.backbone, volatile)
+
+    def _cut_dynamic_or_fixed(self, state: _State, traced: nn.Module, example: Sequence[Any]) -> Program:
+        """Sizes other than the batch vary where the code allows it."""
+        try:
+            return cut(self.backbone, traced, *self._how(example), dynamic=True)
+        except CutError:
+            # A failed export may have left its symbols behind in attributes of the copy.
+            fresh = private_copy(self.backbone, state.fingerprint.tensors).eval()
+            return cut(self.backbone, fresh, *self._how(example), dynamic=False)
+
+    def _how(self, example: Sequence[Any]) -> tuple[Sequence[str], InputFormat, Sequence[Any], Sequence[int | None]]:
+        return self.exits, self.input_format, example, self.masks
+
+    def _example_rows(self, inputs: Sequence[Any]) -> list[Any]:
+        """A few rows of a call, the last one repeated where it has too few, and made different where they are alike:
+        with equal rows nothing would show whether the backbone keeps them apart."""
+        last = self.input_format.num_rows(inputs) - 1
+        noise = torch.Generator().manual_seed(0)
+        rows = []
+        for value, batched in zip(inputs, self.input_format.is_batched, strict=True):
+            if batched:
+                value = value.detach()[torch.arange(EXAMPLE_ROWS, device=value.device).clamp(max=last)]
+                if value.is_floating_point() and _has_equal_rows(value):
+                    drawn = torch.randn(value.shape, generator=noise)
+                    value = value.nan_to_num(0, 0, 0) + drawn.to(value.device, value.dtype)
+            rows.append(value)
+        return rows
+
+
+def _matching(state: _State, inputs: Sequence[Any]) -> Program | None:
+    for program in state.programs:
+        if program.matches(inputs):
+            return program
+    return None
 
 
 def level_of_caller() -> int:
@@ -214,6 +295,20 @@ def level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _has_closures(backbone: nn.Module) -> bool:
+    """Whether a submodule was given a ``forward`` of its own that is no method of a module."""
+    forwards = (module.__dict__.get("forward") for module in backbone.modules())
+    return any(f is not None and not isinstance(getattr(f, "__self__", None), nn.Module) for f in forwards)
+
+
+def _warn_once(state: _State, reason: str) -> None:
+    if reason not in state.warned:
+        state.warned.add(reason)
+        warnings.warn(
+            f"the uncut backbone answers, which saves nothing: {reason}", UncutWarning, stacklevel=level_of_caller()
+        )
 
 
 def _has_equal_rows(batch: Tensor) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from cet.partition.opaque_ops import IMPLEMENTATIONS
+
 # Operators whose Python binding takes the operator's own arguments in the same order.
 _IN_TORCH = (
     "abs add addmm adaptive_avg_pool1d argmax avg_pool1d baddbmm batch_norm bmm cat clamp clone conv1d conv2d conv3d "
@@ -87,7 +89,9 @@ class StageWriter:
         if isinstance(target, torch._ops.OpOverload):
             packet = target._schema.name.removeprefix("aten::")
             name = packet
-            if target.namespace == "aten" and "out" not in target._overloadname:
+            if target in IMPLEMENTATIONS:
+                name, function = target._schema.name.rpartition("::")[2], IMPLEMENTATIONS[target]
+            elif target.namespace == "aten" and "out" not in target._overloadname:
                 function = BINDINGS.get(packet, target)
         else:
             name = getattr(target, "__name__", "function")
@@ -105,7 +109,8 @@ class StageWriter:
         if isinstance(value, fx.Node):
             return self._expressions.get(value, value.name)
         if isinstance(value, (tuple, list)):
-            return "(" + "".join(f"{self._format(v)}, " for v in value) + ")"
+            open_, close = "[]" if isinstance(value, list) else "()"
+            return open_ + "".join(f"{self._format(v)}, " for v in value) + close
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key!r}: {self._format(v)}" for key, v in value.items()) + "}"
         if isinstance(value, slice):

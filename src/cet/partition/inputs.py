@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,20 @@ from torch.utils import _pytree as pytree
 EXAMPLE_ROWS = 3
 """How many rows are kept of an example: more than two, so that the batch is seldom taken for another dimension."""
 
+_DENSE = "give dense tensors, padded to one size with a mask where rows differ in length"
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class OtherInputsError(TypeError):
+    """A call has other inputs than the example had."""
 
 
 class InputFormat:
     """What the backbone is called with, learned from one example call.
 
-    A call is flattened to *leaves*: its tensors and constants in the order of the backbone's signature, whether they
-    were given by position or by name. Tensors with as many rows as the batch hold one row per sample; all other leaves
+    A call is flattened to *inputs*: its tensors and constants in the order of the backbone's signature, whether they
+    were given by position or by name. Tensors with as many rows as the batch hold one row per sample; all other inputs
     are common to all rows.
 
     Args:
@@ -35,73 +42,106 @@ class InputFormat:
         self._signature = inspect.signature(backbone.forward)
         self._given = _as_call(example_inputs)
         arguments = self._arguments(*self._given)
-        leaves, self._structure = pytree.tree_flatten(arguments)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs, self._structure = pytree.tree_flatten(arguments)
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        for value in tensors:
+            if value.is_nested or value.layout is not torch.strided:
+                raise TypeError(f"example_inputs holds {_kind_of(value)}; {_DENSE}")
         if not tensors or tensors[0].ndim == 0:
             raise TypeError("example_inputs holds no batch; its first tensor must have one row per sample")
         rows = tensors[0].shape[0]
         if rows < 2:
             raise ValueError(f"example_inputs has {rows} rows; give at least 2, so that the batch can be told apart")
-        paths: list[Any] = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
-        self.names = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
-        self.is_batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows for leaf in leaves]
+        self.names = _names(arguments)
+        self.is_batched = [isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows for value in inputs]
         self.batch_size = min(rows, EXAMPLE_ROWS)
-        self.leaves = [
-            leaf.detach()[: self.batch_size].clone() if batched else leaf
-            for leaf, batched in zip(leaves, self.is_batched, strict=True)
+        self.example = [
+            value.detach()[: self.batch_size].clone() if batched else value
+            for value, batched in zip(inputs, self.is_batched, strict=True)
         ]
+        self._example_arguments = pytree.tree_unflatten(self.example, self._structure)
         weight = next(backbone.parameters(), None)
         self._weight_dtype = None if weight is None else weight.dtype
-        # Most calls are a few positional tensors, one per leaf: those need no look at the signature.
-        args, kwargs = self.unflatten(leaves)
+        # Most calls are a few positional tensors, one per value: those need no look at the signature.
+        args, kwargs = self.unflatten(inputs)
         self._num_plain_args = -1 if kwargs or not all(isinstance(a, Tensor) for a in args) else len(args)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-        """The leaves of one call, checked for structure and for one common number of rows.
+        """The inputs of one call, checked for structure and for one common number of rows.
 
         Raises:
-            TypeError: when the call has other inputs than the example had.
+            OtherInputsError, a TypeError: when the call has other inputs than the example had.
             ValueError: when a constant differs from the example's or tensors disagree on the number of rows.
         """
-        leaves: Sequence[Any] = args
+        inputs: Sequence[Any] = args
         if kwargs or len(args) != self._num_plain_args:
             arguments = self._arguments(args, kwargs)
-            leaves, structure = pytree.tree_flatten(arguments)
+            inputs, structure = pytree.tree_flatten(arguments)
             if structure != self._structure:
-                expected = pytree.tree_unflatten(self.leaves, self._structure)
-                raise TypeError(
-                    f"the model was called with {_describe(arguments)} but example_inputs had {_describe(expected)}; "
-                    "give the same inputs"
+                raise OtherInputsError(
+                    f"the model was called with {_describe(arguments)} but example_inputs had "
+                    f"{_describe(self._example_arguments)}; give the same inputs"
                 )
-        self._check(leaves)
-        return leaves
+        self._check(inputs)
+        return inputs
 
-    def unflatten(self, leaves: Sequence[Any]) -> Call:
-        """The call ``(args, kwargs)`` that has these leaves."""
+    def variant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputFormat | None:
+        """The format of a call that leaves optional inputs out or adds some; None where it differs in another way."""
+        arguments = self._arguments(args, kwargs)
+        known = self._example_arguments
+        common = arguments.keys() & known.keys()
+        if any(pytree.tree_structure(arguments[name]) != pytree.tree_structure(known[name]) for name in common):
+            return None
+        batched = dict(zip(self.names, self.is_batched, strict=True))
+        example = dict(zip(self.names, self.example, strict=True))
+        inputs, structure = pytree.tree_flatten(arguments)
+        names = _names(arguments)
+        rows = {value.shape[0] for name, value in zip(names, inputs, strict=True) if batched.get(name)}
+        if len(rows) != 1 or structure == self._structure:
+            return None
+        variant = copy.copy(self)
+        variant._structure, variant.names, variant._num_plain_args = structure, names, -1
+        variant.is_batched = [
+            batched.get(name, isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] in rows)
+            for name, value in zip(names, inputs, strict=True)
+        ]
+        variant.example = [example.get(name, value) for name, value in zip(names, inputs, strict=True)]
+        variant._example_arguments = pytree.tree_unflatten(variant.example, structure)
+        return variant
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Those names that the backbone's forward does not take."""
+        parameters = self._signature.parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return []
+        return [name for name in names if name not in parameters]
+
+    def unflatten(self, inputs: Sequence[Any]) -> Call:
+        """The call ``(args, kwargs)`` that has these inputs."""
         bound = self._signature.bind_partial()
-        bound.arguments.update(pytree.tree_unflatten(list(leaves), self._structure))
+        bound.arguments.update(pytree.tree_unflatten(list(inputs), self._structure))
         return bound.args, bound.kwargs
 
-    def num_rows(self, leaves: Sequence[Any]) -> int:
+    def num_rows(self, inputs: Sequence[Any]) -> int:
         """Rows of a call that :meth:`flatten` returned."""
-        rows: int = leaves[self.is_batched.index(True)].shape[0]
+        rows: int = inputs[self.is_batched.index(True)].shape[0]
         return rows
 
-    def device(self, leaves: Sequence[Any]) -> torch.device:
+    def device(self, inputs: Sequence[Any]) -> torch.device:
         """Where the rows of such a call are."""
-        device: torch.device = leaves[self.is_batched.index(True)].device
+        device: torch.device = inputs[self.is_batched.index(True)].device
         return device
 
     def example_for(self, weight: Tensor | None) -> list[Any]:
-        """The example's leaves on the device of ``weight``; those that had the dtype of the weights when the example
+        """The example's inputs on the device of ``weight``; those that had the dtype of the weights when the example
         was given are in the dtype of ``weight``."""
         if weight is None:
-            return self.leaves
+            return self.example
         return [
-            leaf.to(weight.device, weight.dtype if leaf.dtype == self._weight_dtype else leaf.dtype)
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in self.leaves
+            value.to(weight.device, weight.dtype if value.dtype == self._weight_dtype else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for value in self.example
         ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputFormat:
@@ -135,28 +175,35 @@ class InputFormat:
             if value is not parameters[name].default
         }
 
-    def _check(self, leaves: Sequence[Any]) -> None:
+    def _check(self, inputs: Sequence[Any]) -> None:
         rows = None
-        for index, (leaf, example, batched) in enumerate(zip(leaves, self.leaves, self.is_batched, strict=True)):
+        for index, (value, example, batched) in enumerate(zip(inputs, self.example, self.is_batched, strict=True)):
             if isinstance(example, Tensor):
-                if not isinstance(leaf, Tensor) or leaf.ndim != example.ndim:
-                    got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"type {type(leaf).__name__}"
+                if not isinstance(value, Tensor) or value.ndim != example.ndim:
+                    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                     raise TypeError(
                         f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; "
                         "give a tensor with as many dimensions"
                     )
+                if value.layout is not torch.strided or value.is_nested:
+                    raise TypeError(f"{self.names[index]} is {_kind_of(value)}; {_DENSE}")
                 if batched:
-                    rows = leaf.shape[0] if rows is None else rows
-                    if leaf.shape[0] != rows:
+                    rows = value.shape[0] if rows is None else rows
+                    if value.shape[0] != rows:
                         raise ValueError(
-                            f"{self.names[index]} has {leaf.shape[0]} rows where other inputs have {rows}; "
+                            f"{self.names[index]} has {value.shape[0]} rows where other inputs have {rows}; "
                             "give every input one row per sample"
                         )
-            elif isinstance(leaf, Tensor) or leaf != example:
+            elif isinstance(value, Tensor) or value != example:
                 raise ValueError(
-                    f"{self.names[index]} is {leaf!r} but was {example!r} in example_inputs, where the stages were cut "
-                    "with it as a constant; make another cet.EarlyExit for other constants"
+                    f"{self.names[index]} is {value!r} but was {example!r} in example_inputs, where the stages were "
+                    "cut with it as a constant; make another cet.EarlyExit for other constants"
                 )
+
+
+def _names(arguments: Mapping[str, Any]) -> list[str]:
+    paths: list[Any] = [path for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
 
 
 def _in_key_order(value: Any) -> Any:
@@ -164,9 +211,13 @@ def _in_key_order(value: Any) -> Any:
     return {key: _in_key_order(value[key]) for key in sorted(value)} if isinstance(value, dict) else value
 
 
-def copies(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves with every tensor cloned."""
-    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+def _kind_of(tensor: Tensor) -> str:
+    return "a nested tensor" if tensor.is_nested else f"a tensor with layout {tensor.layout}"
+
+
+def copied(inputs: Sequence[Any]) -> list[Any]:
+    """The inputs with every tensor cloned."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in inputs]
 
 
 def _as_call(inputs: Any) -> Call:

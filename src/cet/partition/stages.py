@@ -22,56 +22,52 @@ class Stage:
     """One stage.
 
     ``run(n, *sizes, *values)`` takes the number of rows, the sizes of the inputs that vary, and what crosses the cut
-    before it. It returns ``(feature, *values)``: the feature of its exit and what crosses the cut behind it; the last
+    before it. It returns ``(features, *values)``: the features of its exit and what crosses the cut behind it; the last
     stage returns the logits.
     """
 
     run: Callable[..., Any]
     row_dims: tuple[int | None, ...]
     """For each value that crosses the cut behind the stage, the dimension that holds the rows, or None."""
+    mask: int | None = None
+    """Which of these values is the mask of the exit's head, if it takes one."""
     source: str = ""
     """The Python source of ``run`` where it was generated."""
 
 
 @dataclass(frozen=True)
-class StagedProgram:
-    """A backbone as stages, for inputs of certain dtypes and shapes and weights of one dtype and device."""
+class Program:
+    """A backbone as stages, for inputs of certain dtypes and shapes."""
 
     stages: tuple[Stage, ...]
     entry: tuple[int, ...]
-    """Which leaves of the inputs the first stage takes."""
+    """Which of the inputs the first stage takes."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """The (leaf, dimension) of each input size that may vary besides the batch."""
+    """The (input, dimension) of each input size that may vary besides the batch."""
     shapes: tuple[tuple[torch.dtype, tuple[int | None, ...]] | None, ...] = ()
-    """Per leaf its dtype and shape, None for sizes that may vary; None for leaves that may be anything."""
-    weight: Callable[[], Tensor | None] = lambda: None
-    """The weight whose dtype and device stand for all of them."""
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...] = ()
-    """The submodules that the stages were cut from, each with where its parent keeps it."""
+    """Per input its dtype and shape, None for sizes that may vary; None for inputs that may be anything."""
+    guard: Callable[..., bool] | None = None
+    """Tests the sizes that vary; None where the stages hold for all."""
 
-    def fits(self, leaves: Sequence[Any]) -> bool:
-        """Whether the stages were cut for such inputs and for the weights as they are now."""
-        for children, name, module in self.modules:
-            if children.get(name) is not module:
-                return False
-        weight = self.weight()
-        if weight is not None and (weight.dtype != self.dtype or weight.device != self.device):
-            return False
-        for leaf, expected in zip(leaves, self.shapes, strict=False):
+    def matches(self, inputs: Sequence[Any]) -> bool:
+        """Whether the stages were cut for such inputs."""
+        for value, expected in zip(inputs, self.shapes, strict=False):
             if expected is not None:
                 dtype, shape = expected
-                if leaf.dtype != dtype:
+                if value.dtype != dtype:
                     return False
-                for size, wanted in zip(leaf.shape, shape, strict=True):
+                for size, wanted in zip(value.shape, shape, strict=True):
                     if wanted is not None and size != wanted:
                         return False
-        return True
+        return self.guard is None or self.guard(*self.input_sizes(inputs))
 
-    def input_sizes(self, leaves: Sequence[Any]) -> list[int]:
+    def input_sizes(self, inputs: Sequence[Any]) -> list[int]:
         """The sizes that every stage takes after the number of rows."""
-        return [leaves[leaf].shape[dim] for leaf, dim in self.sizes]
+        return [inputs[index].shape[dim] for index, dim in self.sizes]
+
+    def entry_values(self, inputs: Sequence[Any]) -> list[Any]:
+        """What the first stage takes after the number of rows and the sizes."""
+        return [inputs[index] for index in self.entry]
 
 
 class Stages(nn.Module):
@@ -95,8 +91,8 @@ class Stages(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         return _call_in_turn(list(self.children()), inputs)
 
-    def program(self, exits: Sequence[str], leaves: Sequence[Any], num_rows: int) -> StagedProgram:
-        """The stages between these exits, for inputs like ``leaves``.
+    def program(self, exits: Sequence[str], inputs: Sequence[Any], num_rows: int) -> Program:
+        """The stages between these exits, for inputs like ``inputs``.
 
         Raises:
             CutError: for an exit that is no stage or out of order, and for a value without one row per sample.
@@ -111,13 +107,13 @@ class Stages(nn.Module):
             raise CutError(f"exits {', '.join(exits)} are not in the order of execution, {', '.join(names)}; sort them")
         modules = list(self.children())
         stages: list[Stage] = []
-        values: Sequence[Any] = leaves
+        values: Sequence[Any] = inputs
         for start, end in zip([0, *ends], ends, strict=False):
             run = partial(_run_to_exit, names[end - 1], modules[start:end])
             _, *values = run(num_rows, *values)
             stages.append(Stage(run, row_dims=(0,) * len(values)))
         stages.append(Stage(partial(_run_to_end, modules[ends[-1] :]), row_dims=()))
-        return StagedProgram(stages=tuple(stages), entry=tuple(range(len(leaves))))
+        return Program(stages=tuple(stages), entry=tuple(range(len(inputs))))
 
 
 def _call_in_turn(modules: Sequence[nn.Module], values: Any) -> Any:
@@ -140,11 +136,6 @@ def _run_to_end(modules: Sequence[nn.Module], _: int, *values: Any) -> Tensor:
     return logits_of(_call_in_turn(modules, values))
 
 
-def children_of(module: nn.Module) -> tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]:
-    """Every submodule, with the dictionary of its parent and its name there."""
-    return tuple((m._modules, name, child) for m in module.modules() for name, child in m.named_children())
-
-
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode for all submodules; each gets its own mode back."""
@@ -158,18 +149,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a backbone returns: the tensor itself, or its attribute ``logits``."""
+    """The logits ``(B, K)`` in what a backbone returns: the tensor itself, or its attribute ``logits``.
+
+    A single logit ``(B, 1)``, as binary cross-entropy takes, becomes the logits ``(B, 2)`` of two classes: 0, itself.
+
+    Raises:
+        TypeError: for any other output.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the backbone returns {type(output).__name__}; it must return logits (B, K) or an object with .logits"
+            f"the backbone returns {type(output).__name__}; it must return logits (B, K) or an object with .logits, so "
+            "wrap it in a module that does"
         )
+    if logits.ndim == 2 and logits.shape[1] == 1:
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
     return logits
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The feature of an exit: the first tensor that its submodule returned."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            return leaf
+    """The features of an exit: the first tensor that its submodule returned."""
+    for value in pytree.tree_leaves(output):
+        if isinstance(value, Tensor):
+            return value
     raise TypeError(f"an exit's submodule returned {type(output).__name__} without a tensor; name another submodule")

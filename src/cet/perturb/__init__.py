@@ -12,8 +12,9 @@ from .audio import Gain, Noise, SpecMask, TimeShift
 from .base import Perturbation, TensorPerturbation
 from .compose import Compose, On, RandomApply, RandomChoice
 from .images import ColorJitter, Crop, Erase, Flip
-from .presets import audio_spectrogram, audio_waveform, image, sensor
+from .presets import audio_spectrogram, audio_waveform, image, sensor, text
 from .sensors import AxisRotation, ChannelDropout, Drift, Jitter, Scaling, TimeMask, TimeWarp
+from .tokens import EmbeddingNoise, TokenDropout, TokenMask
 
 __all__ = [
     "AxisRotation",
@@ -22,6 +23,7 @@ __all__ = [
     "Compose",
     "Crop",
     "Drift",
+    "EmbeddingNoise",
     "Erase",
     "Flip",
     "Gain",
@@ -37,8 +39,11 @@ __all__ = [
     "TimeMask",
     "TimeShift",
     "TimeWarp",
+    "TokenDropout",
+    "TokenMask",
     "audio_spectrogram",
     "audio_waveform",
     "image",
     "sensor",
+    "text",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .base import Draws, TensorPerturbation, along, count, masked, number, shift
+from .base import Draws, TensorPerturbation, along, count, masked, mean, number, shift
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Noise(TensorPerturbation):
     amplitude: the ratio is snr_db - 20 log10(severity). Gradients pass as if the noise were a constant.
 
     Args:
-        snr_db: power of the row over power of its noise, channels taken together, in dB.
+        snr_db: power of the row over power of its noise, channels taken together and missing values left out,
+            in dB.
     """
 
     layouts = ("(B, L)", "(B, C, L)")
@@ -26,7 +28,9 @@ class Noise(TensorPerturbation):
 
     def _perturb(self, x: Tensor, draws: Draws) -> Tensor:
         noise = draws.normal(*x.shape[1:])
-        return x + noise * (rms(x.detach()) / rms(noise) * (self.severity * 10 ** (-self.snr_db / 20)))
+        finite = x.isfinite()
+        ratio = rms(x.detach(), finite) / rms(noise, finite)
+        return x + noise * (ratio.nan_to_num() * (self.severity * 10 ** (-self.snr_db / 20)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,6 @@ class SpecMask(TensorPerturbation):
         return masked(x, along(bands, x, -2) | along(spans, x, -1), self.fill, (-2, -1))
 
 
-def rms(x: Tensor) -> Tensor:
-    """Root mean square of each row, broadcastable to x."""
-    return x.square().mean(tuple(range(1, x.ndim)), keepdim=True).sqrt()
+def rms(x: Tensor, where: Tensor) -> Tensor:
+    """Root mean square of each row, broadcastable to x, of the values at the positions `where`."""
+    return mean(torch.where(where, x.square(), math.nan), tuple(range(1, x.ndim))).sqrt()

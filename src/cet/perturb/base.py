@@ -50,6 +50,9 @@ class Perturbation(ABC):
     Instances are immutable. A call returns new storage with the shape, dtype and device of its input,
     which it never modifies. Every row has draws of its own and depends on no other row. The host never
     waits for the device.
+
+    A value that is not finite is missing, as NaN in recordings: it stays what it is, wherever it is moved to; means
+    and deviations leave it out; and no other value becomes missing by it.
     """
 
     @abstractmethod
@@ -57,13 +60,13 @@ class Perturbation(ABC):
         """Perturb a batch.
 
         Args:
-            x: a floating-point tensor (B, ...), B >= 0; for `On` and a `Compose` of them, a mapping with such
-                tensors.
+            x: a floating-point tensor (B, ...), B >= 0; for `On`, perturbations of tokens and a `Compose` of them,
+                a mapping with tensors.
             generator: where the draws come from, on the device of x; None is torch's global generator of that
                 device. The same generator state gives the same output.
 
         Raises:
-            TypeError: x is not a floating-point tensor (or not a mapping, for `On`).
+            TypeError: x is not a floating-point tensor (or not a mapping, where one is taken).
             ValueError: x has a layout this perturbation does not know, or the generator is on another device.
         """
 
@@ -199,6 +202,12 @@ def shift(x: Tensor, offset: Tensor, dim: int, *, reflect: bool = False) -> Tens
     return torch.where(along(inside, x, dim), take(x, source.clamp(0, last), dim), 0.0)
 
 
+def mean(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean of the finite values over `dims`, which are kept; 0 where there is none."""
+    finite = x.isfinite()
+    return torch.where(finite, x, 0.0).sum(dims, keepdim=True) / finite.sum(dims, keepdim=True).clamp(min=1)
+
+
 def masked(x: Tensor, mask: Tensor, fill: float | None, dims: tuple[int, ...]) -> Tensor:
-    """x with `fill`, or for None its mean over `dims`, where the mask is set."""
-    return torch.where(mask, x.mean(dims, keepdim=True) if fill is None else fill, x)
+    """x with `fill`, or for None its mean over `dims`, where the mask is set and x is not missing."""
+    return torch.where(mask & x.isfinite(), mean(x, dims) if fill is None else fill, x)

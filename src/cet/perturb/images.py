@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Draws, TensorPerturbation, along, masked, number, shift, span
+from .base import Draws, TensorPerturbation, along, masked, mean, number, shift, span
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,10 @@ class ColorJitter(TensorPerturbation):
             limit = self.severity * amount
             return draws.uniform(1, 1, 1, low=1 - limit, high=1 + limit).clamp(min=0)
 
-        x = x * factor(self.brightness)
-        x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, factor(self.contrast))
-        return torch.lerp(x.mean(1, keepdim=True), x, factor(self.saturation))
+        brighter = x * factor(self.brightness)
+        stretched = torch.lerp(mean(brighter, (1, 2, 3)), brighter, factor(self.contrast))
+        saturated = torch.lerp(mean(stretched, (1,)), stretched, factor(self.saturation))
+        return torch.where(x.isfinite(), saturated, x)
 
 
 @dataclass(frozen=True)

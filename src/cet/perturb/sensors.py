@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Draws, TensorPerturbation, along, count, masked, number, take
+from .base import Draws, TensorPerturbation, along, count, masked, mean, number, take
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class AxisRotation(TensorPerturbation):
     """Rotates x, y, z triples of channels, all triples of a row by one 3-D rotation: how a device is worn.
 
     The axis is uniform on the sphere, the angle uniform from 0 to `max_degrees`. Um et al., "rotation".
-    Severity scales the angle.
+    Severity scales the angle. A missing value takes part as the mean of its row's channel.
 
     Args:
         max_degrees: largest angle.
@@ -109,7 +109,10 @@ class AxisRotation(TensorPerturbation):
         rotation = identity + angle.sin() * cross + (1 - angle.cos()) * (cross @ cross)
         rotated = x.clone()
         for start in range(0, x.shape[1], 3) if self.triples is None else self.triples:
-            rotated[:, start : start + 3] = rotation @ x[:, start : start + 3]
+            triple = x[:, start : start + 3]
+            finite = triple.isfinite()
+            filled = torch.where(finite, triple, mean(triple, (-1,)))
+            rotated[:, start : start + 3] = torch.where(finite, rotation @ filled, triple)
         return rotated
 
 
@@ -175,7 +178,7 @@ class ChannelDropout(TensorPerturbation):
         chance = draws.uniform(x.shape[1], 1)
         survivor = chance.argmax(1, keepdim=True)
         dropped = (chance < self.severity * self.probability).scatter(1, survivor, False)
-        return x.masked_fill(dropped, 0.0)
+        return masked(x, dropped, 0.0, ())
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,8 @@ class TimeWarp(TensorPerturbation):
     """Plays each window at a smoothly changing speed with its ends in place: movements done faster or slower.
 
     The logarithm of the speed is piecewise linear through Gaussian knots, so that time never runs
-    backwards; samples are interpolated linearly, alike in all channels. Um et al., "time-warping".
-    Severity scales `std`.
+    backwards; samples are interpolated linearly, alike in all channels. Between a sample and a missing
+    one it is the nearer of the two. Um et al., "time-warping". Severity scales `std`.
 
     Args:
         std: standard deviation of the knots: of the natural logarithm of the local speed.
@@ -202,13 +205,16 @@ class TimeWarp(TensorPerturbation):
         log_speed = draws.curve(1, self.knots, last).squeeze(1) * (self.severity * self.std)
         travelled = F.pad(log_speed.softmax(-1).cumsum(-1), (1, 0))
         position = travelled / travelled[:, -1:] * last
-        left = position.long().clamp(max=last - 1)
-        return torch.lerp(take(x, left, -1), take(x, left + 1, -1), along(position - left, x, -1))
+        index = position.long().clamp(max=last - 1)
+        left, right, weight = take(x, index, -1), take(x, index + 1, -1), along(position - index, x, -1)
+        between = left.isfinite() & right.isfinite()
+        return torch.where(between, torch.lerp(left, right, weight), torch.where(weight < 0.5, left, right))
 
 
 def channel_std(x: Tensor) -> Tensor:
-    """Standard deviation of each row and channel, broadcastable to x.
+    """Standard deviation of the values of each row and channel that are not missing, broadcastable to x.
 
     A constant for autograd: the gradient of a standard deviation is undefined for a flat channel.
     """
-    return x.detach().std(tuple(range(2, x.ndim)), correction=0, keepdim=True)
+    x, dims = x.detach(), tuple(range(2, x.ndim))
+    return mean((x - mean(x, dims)).square(), dims).sqrt()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cet.ops.backend import needs_grad
 from cet.partition.cache import level_of_caller
-from cet.partition.stages import StagedProgram, children_of
+from cet.partition.stages import Program
 from cet.runtime.buckets import choose_buckets
 from cet.runtime.cuda_graphs import CudaGraphs
+from cet.runtime.eager import Answers
 from cet.runtime.graph_backend import CaptureError, Graph, GraphBackend, GraphMemoryError
 from cet.runtime.padded import PaddedProgram
 from cet.runtime.policy import ExitPolicy
@@ -29,8 +30,6 @@ MAX_BUCKETS = 8
 MAX_CAPTURES = 4
 """For how many kinds of calls graphs are kept."""
 
-Answers = tuple[Tensor, Tensor | None, Tensor | None]
-
 
 class Request(NamedTuple):
     """A batch of at least one row, and what is to be done with it.
@@ -39,23 +38,23 @@ class Request(NamedTuple):
         program: the stages.
         modules: the backbone and the heads.
         policy: when rows leave.
-        leaves: the inputs, as :meth:`cet.partition.inputs.InputFormat.flatten` gives them.
+        inputs: the inputs, as :meth:`cet.partition.inputs.InputFormat.flatten` gives them.
         is_batched: which of them hold one row per sample.
         names: of the inputs, for errors.
         rows: how many.
     """
 
-    program: StagedProgram
+    program: Program
     modules: Sequence[nn.Module]
     policy: ExitPolicy
-    leaves: Sequence[Any]
+    inputs: Sequence[Any]
     is_batched: Sequence[bool]
     names: Sequence[str]
     rows: int
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.leaves[self.is_batched.index(True)].device
+        device: torch.device = self.inputs[self.is_batched.index(True)].device
         return device
 
 
@@ -93,8 +92,8 @@ class _Kind(NamedTuple):
     def of(cls, request: Request, *, linked: bool) -> _Kind:
         device = request.device.type
         inputs = tuple(
-            (leaf.dtype, leaf.device, leaf.shape[batched:]) if isinstance(leaf, Tensor) else leaf
-            for leaf, batched in zip(request.leaves, request.is_batched, strict=True)
+            (value.dtype, value.device, value.shape[batched:]) if isinstance(value, Tensor) else value
+            for value, batched in zip(request.inputs, request.is_batched, strict=True)
         )
         open_exits = tuple(threshold is not None for threshold in request.policy.thresholds)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -105,7 +104,7 @@ class _Weights:
     """The parameters and buffers of some modules, kept where the graphs read them."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._children = [child for module in modules for child in children_of(module)]
+        self._children = [child for module in modules for child in _children_of(module)]
         self._modules = modules
         self._slots: list[tuple[dict[str, Any], str]] = []
         # Held, so that a graph that runs before the check reads them, and nothing else takes their place.
@@ -173,7 +172,7 @@ class _Captured:
 
     def run(self, request: Request, *, with_scores: bool) -> Answers:
         with self._backend.in_order():
-            self.program.load(request.leaves, request.rows, request.policy)
+            self.program.load(request.inputs, request.rows, request.policy)
             if self._whole is not None:
                 self._whole.replay()
             else:
@@ -208,7 +207,7 @@ class _Captured:
 
 
 class _Entry(NamedTuple):
-    program: StagedProgram
+    program: Program
     kind: _Kind
     capacity: int
     captured: _Captured | None
@@ -235,7 +234,7 @@ class GraphRunner:
         self._exit_names = exit_names
         self._backend = backend
         self._entries: list[_Entry] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Graphs refer to the weights of one model: a copy makes its own."""
@@ -267,7 +266,7 @@ class GraphRunner:
             ValueError: for inputs on several devices.
         """
         parameters = (parameter for module in request.modules for parameter in module.parameters())
-        inputs = (leaf for leaf in request.leaves if isinstance(leaf, Tensor))
+        inputs = (value for value in request.inputs if isinstance(value, Tensor))
         if needs_grad(itertools.chain(inputs, parameters)):
             _warn("graphs hold no gradients, so this call runs eagerly; use torch.no_grad() or predict")
             return None
@@ -322,7 +321,7 @@ class GraphRunner:
         with torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext():
             weights = _Weights(request.modules)
             program = PaddedProgram(
-                request.program, request.modules[1:], request.policy, request.leaves, request.is_batched, request.rows
+                request.program, request.modules[1:], request.policy, request.inputs, request.is_batched, request.rows
             )
             exits = [segment.exit_index for segment in program.segments[:-1]]
             buckets = choose_buckets(request.rows, exits, request.policy.survival, limit)
@@ -337,11 +336,16 @@ class GraphRunner:
                 entry.captured.close()
 
 
+def _children_of(module: nn.Module) -> tuple[tuple[dict[str, nn.Module | None], str, nn.Module], ...]:
+    """Every submodule, with the dictionary of its parent and its name there."""
+    return tuple((m._modules, name, child) for m in module.modules() for name, child in m.named_children())
+
+
 def _check_devices(request: Request) -> None:
-    for name, leaf in zip(request.names, request.leaves, strict=True):
-        if isinstance(leaf, Tensor) and leaf.device != request.device:
+    for name, value in zip(request.names, request.inputs, strict=True):
+        if isinstance(value, Tensor) and value.device != request.device:
             first = request.names[request.is_batched.index(True)]
-            raise ValueError(f"{name} is on {leaf.device} but {first} on {request.device}; move one")
+            raise ValueError(f"{name} is on {value.device} but {first} on {request.device}; move one")
 
 
 def _warn(message: str) -> None:

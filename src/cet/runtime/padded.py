@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cet.model.heads import ExitHead
 from cet.ops.compact import memory_order
-from cet.ops.padded import RowPairs, gather_and_scatter_rows, padded_exit_gate, padded_gate
-from cet.partition.inputs import copies
-from cet.partition.stages import Stage, StagedProgram
+from cet.ops.padded import RowPairs, gather_and_scatter_rows, padded_gate
+from cet.partition.inputs import copied
+from cet.partition.stages import Program
+from cet.runtime.exits import take_padded_exit
 from cet.runtime.policy import ExitPolicy
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Stages between which no row may leave."""
-
-    stages: tuple[Stage, ...]
-    exit_index: int
-    """The exit behind them: an open one, or the final one."""
-
-
-def segments_of(program: StagedProgram, thresholds: Sequence[float | None]) -> list[Segment]:
-    """The stages between open exits."""
-    open_exits = [k for k, threshold in enumerate(thresholds) if threshold is not None]
-    ends = [*open_exits, len(program.stages) - 1]
-    starts = [0, *(k + 1 for k in open_exits)]
-    return [Segment(program.stages[start : end + 1], end) for start, end in zip(starts, ends, strict=True)]
+from cet.runtime.segments import segments_of
 
 
 class RowBuffer:
@@ -149,26 +132,26 @@ class PaddedProgram:
         program: the stages.
         heads: one per early exit.
         policy: its open exits part the segments, its score is part of them; thresholds and temperatures may change.
-        leaves: the inputs of a call with ``capacity`` rows, run once to learn what crosses the cuts.
+        inputs: the inputs of a call with ``capacity`` rows, run once to learn what crosses the cuts.
         is_batched: which of these hold one row per sample.
         capacity: how many.
     """
 
     def __init__(
         self,
-        program: StagedProgram,
+        program: Program,
         heads: Sequence[nn.Module],
         policy: ExitPolicy,
-        leaves: Sequence[Any],
+        inputs: Sequence[Any],
         is_batched: Sequence[bool],
         capacity: int,
     ) -> None:
         self.segments = segments_of(program, policy.thresholds)
         self._heads = heads
-        self._score = policy.score
-        self._sizes = program.input_sizes(leaves)
+        self._gating = policy
+        self._sizes = program.input_sizes(inputs)
         self._entry = program.entry
-        device = leaves[is_batched.index(True)].device
+        device = inputs[is_batched.index(True)].device
         numbers = {"dtype": torch.int32, "device": device}
         self.counts = torch.zeros(len(self.segments) + 1, **numbers)
         """How many rows enter each segment; the last entry means nothing."""
@@ -178,19 +161,19 @@ class PaddedProgram:
         self._decisions = torch.zeros(len(program.stages), 2, device=device)
         self._policy: ExitPolicy | None = None
         # Of copies: other inputs need not be expanded where these are.
-        given = copies(leaves)
+        given = copied(inputs)
         self._crossing = [[buffer_for(given[i], 0 if is_batched[i] else None, capacity) for i in program.entry]]
         for index, segment in enumerate(self.segments[:-1]):
-            _, *values = self._compute(index, capacity)
-            dims = segment.stages[-1].row_dims
-            self._crossing.append([buffer_for(v, dim, capacity) for v, dim in zip(values, dims, strict=True)])
-        (logits,) = self._compute(len(self.segments) - 1, capacity)
+            _, values = self._compute(index, capacity)
+            pairs = zip(values, segment.row_dims, strict=True)
+            self._crossing.append([buffer_for(value, dim, capacity) for value, dim in pairs])
+        logits, _ = self._compute(len(self.segments) - 1, capacity)
         self._logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         self._scores = torch.empty(capacity, device=device)
         self._exits = torch.empty(capacity, dtype=torch.int64, device=device)
         self._exit_indices = torch.arange(len(program.stages), device=device)
 
-    def load(self, leaves: Sequence[Any], rows: int, policy: ExitPolicy) -> None:
+    def load(self, inputs: Sequence[Any], rows: int, policy: ExitPolicy) -> None:
         """Put a batch and the thresholds where the segments find them."""
         if policy is not self._policy:
             pairs = [
@@ -200,7 +183,7 @@ class PaddedProgram:
             self._decisions.copy_(torch.tensor(pairs))
             self._policy = policy
         for buffer, index in zip(self._crossing[0], self._entry, strict=True):
-            buffer.load(leaves[index])
+            buffer.load(inputs[index])
         self.counts[0].fill_(rows)
 
     def run(self, index: int, rows: int, sending: Sending) -> None:
@@ -210,15 +193,22 @@ class PaddedProgram:
         count, num_kept = self.counts[index], self.counts[index + 1]
         positions = self._positions[index][:rows]
         decision = self._decisions[exit_index]
-        outputs = self._compute(index, rows)
+        features, values = self._compute(index, rows)
         if index == len(self.segments) - 1:
-            (logits,) = outputs
-            scores, _ = padded_gate(logits, decision, count, num_kept, score=self._score)
+            logits = features
+            scores, _ = padded_gate(logits, decision, count, num_kept, score=self._gating.score)
             leave = self._answers(logits, scores, exit_index)
             gather_and_scatter_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
             return
-        feature, *values = outputs
-        logits, scores, order = self._gate(self._heads[exit_index], feature, decision, count, num_kept)
+        logits, scores, order = take_padded_exit(
+            self._heads[exit_index],
+            features,
+            self.segments[index].mask(values),
+            decision,
+            count,
+            num_kept,
+            self._gating,
+        )
         with sending(index, num_kept):
             stay = [(positions, self._positions[index + 1])]
             for buffer, value in zip(self._crossing[index + 1], values, strict=True):
@@ -232,27 +222,9 @@ class PaddedProgram:
             return logits, None, None
         return logits, self._exits[:rows].clone(), self._scores[:rows].clone()
 
-    def _compute(self, index: int, rows: int) -> tuple[Any, ...]:
-        """What the last stage of a segment returns, as a tuple."""
-        values: Sequence[Any] = [buffer.take(rows) for buffer in self._crossing[index]]
-        *before, last = self.segments[index].stages
-        for stage in before:
-            _, *values = stage.run(rows, *self._sizes, *values)
-        outputs = last.run(rows, *self._sizes, *values)
-        return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-    def _gate(
-        self, head: nn.Module, feature: Tensor, decision: Tensor, count: Tensor, num_kept: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if type(head) is ExitHead and head.is_plain and not torch.is_autocast_enabled(feature.device.type):
-            layout, pool = head.spec.layout, head.spec.pool
-            assert layout is not None
-            weight, bias = head.linear.weight, head.linear.bias
-            return padded_exit_gate(
-                feature, weight, bias, decision, count, num_kept, layout=layout, pool=pool, score=self._score
-            )
-        logits = head(feature)
-        return logits, *padded_gate(logits, decision, count, num_kept, score=self._score)
+    def _compute(self, index: int, rows: int) -> tuple[Tensor, list[Any]]:
+        """Features and crossing values of a segment, or the logits."""
+        return self.segments[index].run(rows, self._sizes, [buffer.take(rows) for buffer in self._crossing[index]])
 
     def _answers(self, logits: Tensor, scores: Tensor, exit_index: int) -> RowPairs:
         exits = self._exit_indices[exit_index].expand(len(scores))

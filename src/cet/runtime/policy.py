@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cet.ops.definitions import SCORE_NAMES, ScoreName
 
 
@@ -27,7 +30,8 @@ class ExitPolicy:
             ``None``: nothing is known.
 
     Raises:
-        ValueError: for an unknown score, a NaN threshold, a temperature that is not positive and finite, a survival
+        ValueError: for an unknown score, a NaN threshold, a confidence or margin that was given in percent,
+            a temperature that is not positive and finite, a survival
             outside [0, 1], or lengths that disagree.
     """
 
@@ -40,6 +44,12 @@ class ExitPolicy:
         if self.score not in SCORE_NAMES:
             raise ValueError(f"score {self.score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
+        for index, threshold in enumerate(self.thresholds):
+            if self.score != "entropy" and threshold is not None and math.isfinite(threshold) and abs(threshold) > 2:
+                raise ValueError(
+                    f"thresholds[{index}] is {threshold}, but {self.score} is at most 1; give a fraction, "
+                    f"{threshold / 100:g} for {threshold:g} %"
+                )
         if self.survival is not None:
             object.__setattr__(self, "survival", _numbers("survival", self.survival, optional=False))
             if len(self.survival) != len(self.thresholds):
@@ -89,6 +99,44 @@ class ExitPolicy:
             "temperatures": self.temperatures,
             "survival": self.survival,
         }
+
+
+def policy_to_tensor(policy: ExitPolicy) -> Tensor:
+    """A policy as float64 numbers ``(1 + E, 3)``, for state dicts: what averages or casts their values does no harm.
+
+    The first row holds the number of the score; each other row the threshold, temperature and survival of an exit, NaN
+    for none.
+    """
+    num_exits = len(policy.thresholds) + 1
+    missing = (None,) * num_exits
+    rows = zip(
+        (*policy.thresholds, None),
+        policy.temperatures or missing,
+        (*(policy.survival or missing[1:]), None),
+        strict=True,
+    )
+    numbers = [[SCORE_NAMES.index(policy.score), math.nan, math.nan], *rows]
+    return torch.tensor([[math.nan if n is None else n for n in row] for row in numbers], dtype=torch.float64)
+
+
+def policy_from_tensor(numbers: Tensor) -> ExitPolicy:
+    """The policy that :func:`policy_to_tensor` wrote.
+
+    Raises:
+        ValueError: when the numbers are damaged.
+    """
+    try:
+        (number, *_), *rows = numbers.double().tolist()
+        thresholds, temperatures, survival = zip(*rows, strict=True)
+        score = SCORE_NAMES[int(number)]
+        return ExitPolicy(
+            score,
+            tuple(None if math.isnan(threshold) else threshold for threshold in thresholds[:-1]),
+            None if math.isnan(temperatures[0]) else temperatures,
+            None if len(survival) == 1 or math.isnan(survival[0]) else survival[:-1],
+        )
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"the policy in the state dict is damaged ({error}); save the model again") from error
 
 
 def _numbers(name: str, values: Sequence[float | None], *, optional: bool) -> tuple[float | None, ...]:

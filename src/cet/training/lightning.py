@@ -15,8 +15,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from cet.data.batches import BatchFn, call, class_indices, split_batch
 from cet.model.checkpoint import write_atomically
 from cet.model.early_exit import EarlyExit
+from cet.ops.consistent_exit_loss import UNLABELLED
 from cet.training.loss import ConsistentExitLoss
 
 CHECKPOINT_KEY = "cet_training"
@@ -27,9 +29,10 @@ class MultiExitTraining(LightningModule):
 
     All randomness of a step, of the perturbation and of the model's own layers, comes from torch's global generators,
     which every step starts from a seed of its own: a run that goes on from the checkpoint of any epoch ends with the
-    weights of a run that was never interrupted. Processes that train together draw differently. Batches are ``(x, y)``
-    as :class:`cet.ConsistentExitLoss` takes them. Each epoch logs ``train_loss``; validation logs the accuracy of every
-    exit as ``accuracy_<exit>``.
+    weights of a run that was never interrupted. Processes that train together draw differently. Batches are what
+    :mod:`cet.data.batches` tells. Each epoch logs ``train_loss``; validation logs the accuracy of every exit on the
+    labelled rows as ``accuracy_<exit>``. What is frozen stays as it is: ``model.backbone.eval().requires_grad_(False)``
+    leaves the heads to be trained, as :func:`cet.train_heads` does without Lightning.
 
     Args:
         model: the model to train.
@@ -38,7 +41,8 @@ class MultiExitTraining(LightningModule):
         learning_rate: the peak of the one-cycle schedule (Smith & Topin 2018, arXiv 1708.07120).
         weight_decay: decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
         augment: changes the input of every training step, before the loss sees it.
-        identity: plain values that say what is trained; a checkpoint with other ones is refused.
+        identity: plain values that tell what is trained; a checkpoint with other ones is refused.
+        batch_fn: takes a batch apart, ``batch_fn(batch) -> (x, y)``, see :func:`cet.data.batches.split_batch`.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class MultiExitTraining(LightningModule):
         weight_decay: float = 1e-2,
         augment: Callable[[Any], Any] | None = None,
         identity: Mapping[str, Any] | None = None,
+        batch_fn: BatchFn | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,9 +65,10 @@ class MultiExitTraining(LightningModule):
         self.weight_decay = weight_decay
         self.augment = augment
         self.identity = dict(identity or {})
+        self.batch_fn = batch_fn
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = split_batch(batch, self.batch_fn)
         torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx) + self.global_rank)
         loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
         self.log(
@@ -70,11 +76,14 @@ class MultiExitTraining(LightningModule):
         )
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        for name, logits in zip(self.model.exit_names, self.model.exit_logits(x), strict=True):
-            accuracy = (logits.argmax(1) == y).float().mean()
-            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=len(y), sync_dist=True)
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = split_batch(batch, self.batch_fn)
+        y = class_indices(x, y, self.model.num_classes)
+        is_labelled = y != UNLABELLED
+        num_labelled = int(is_labelled.sum())
+        for name, logits in zip(self.model.exit_names, call(self.model.exit_logits, x), strict=True):
+            accuracy = ((logits.argmax(1) == y) & is_labelled).sum() / max(num_labelled, 1)
+            self.log(f"accuracy_{name}", accuracy, prog_bar=True, batch_size=num_labelled, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch import Callback
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from cet import perturb
@@ -20,11 +15,10 @@ from cet.data.smartwatch import Split
 from cet.model.early_exit import EarlyExit
 from cet.model.heads import HeadSpec
 from cet.ops.consistent_exit_loss import Target, Teacher
-from cet.training.lightning import AtomicCheckpointIO, MultiExitTraining, ShuffledBatches, batches
+from cet.training.fit import fit
+from cet.training.lightning import MultiExitTraining, ShuffledBatches, batches
 from cet.training.loss import ConsistentExitLoss
 from cet.training.sensor_net import EXITS, SensorNet
-
-CHECKPOINT = "last"
 
 
 @dataclass(frozen=True)
@@ -132,53 +126,12 @@ def train(
     )
     shuffled = ShuffledBatches(len(split.train), recipe.batch_size, seed=seed)
     in_order = BatchSampler(SequentialSampler(split.calibration.y), 1024, drop_last=False)
-    checkpoints: list[Callback] = []
-    resumed: Path | None = None
-    if directory is not None:
-        checkpoints = [
-            ModelCheckpoint(directory, CHECKPOINT, save_on_train_epoch_end=True, enable_version_counter=False)
-        ]
-        written = directory / f"{CHECKPOINT}.ckpt"
-        resumed = written if resume and written.is_file() else None
-    with _lightning_manners(), torch.random.fork_rng():
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
-            max_epochs=epochs,
-            callbacks=[*checkpoints, *callbacks],
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=bool(checkpoints),
-            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(
-            training,
-            batches(split.train.x, split.train.y, shuffled),
-            batches(split.calibration.x, split.calibration.y, in_order),
-            ckpt_path=resumed,
-        )
-    return model.cpu().eval()
-
-
-@contextmanager
-def _lightning_manners() -> Iterator[None]:
-    """Lightning without its advice, none of which applies to data in memory, and with Ctrl-C as usual.
-
-    Lightning turns Ctrl-C into an exit and leaves the signal ignored.
-    """
-    logger = logging.getLogger("lightning.pytorch")
-    level, on_ctrl_c = logger.level, signal.getsignal(signal.SIGINT)
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    except SystemExit as exit_:
-        if not isinstance(exit_.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, on_ctrl_c)
-        raise exit_.__context__ from None
-    finally:
-        logger.setLevel(level)
+    return fit(
+        training,
+        batches(split.train.x, split.train.y, shuffled),
+        batches(split.calibration.x, split.calibration.y, in_order),
+        epochs=epochs,
+        directory=directory,
+        resume=resume,
+        callbacks=callbacks,
+    )

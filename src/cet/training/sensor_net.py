@@ -37,12 +37,12 @@ class SensorNet(nn.Module):
     Deep blocks cost more than shallow ones and see more of the window, so that leaving early saves compute and costs
     accuracy. The kernels of the first block are longer, so that its exit sees half a second at 50 Hz.
 
-    Shape: windows ``(B, 6, L)`` to logits ``(B, num_classes)``.
+    Shape: windows ``(B, in_channels, L)`` to logits ``(B, num_classes)``.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 6) -> None:
         super().__init__()
-        self.block1 = ResidualBlock(6, 24, kernel_size=9)
+        self.block1 = ResidualBlock(in_channels, 24, kernel_size=9)
         self.block2 = ResidualBlock(24, 32, kernel_size=5)
         self.block3 = ResidualBlock(32, 64, kernel_size=5)
         self.block4 = ResidualBlock(64, 128, kernel_size=5)
@@ -51,4 +51,32 @@ class SensorNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.block4(self.block3(self.block2(self.block1(x))))
         logits: Tensor = self.classifier(features.mean(2))
+        return logits
+
+
+class Standardized(nn.Module):
+    """A net whose input channels are brought to mean 0 and standard deviation 1 first, as they were in training.
+
+    Mean and scale are buffers, so that they are saved with the weights.
+
+    Shape: ``(B, C, ...)`` to what the net makes of it.
+
+    Args:
+        net: takes inputs of that shape.
+        mean: ``(C,)``.
+        scale: ``(C,)``, the standard deviations, > 0.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (x.ndim - 2))
+        logits: Tensor = self.net((x - self.mean.view(shape)) / self.scale.view(shape))
         return logits

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cet.cli.parameters import PATH, FiniteRange, is_checkpoint
+
 if TYPE_CHECKING:
-    from cet.energy import EnergyMeter, Unavailable
+    from cet.energy import EnergyMeter
+    from cet.energy.measurement import Settings
+    from cet.energy.recorder import Outputs, Recorder
+    from cet.energy.report import Kind
 
 Command = Callable[..., Any]
-
-
-class FiniteRange(click.FloatRange):
-    """A range of finite numbers: click's own lets NaN through, which is neither below nor above anything."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = click.FLOAT.convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return float(super().convert(number, param, ctx))
 
 
 MOST_SECONDS, MOST_WATTS, MOST_THREADS = 1e6, 1e6, 1024  # beyond these it is a slip
@@ -47,7 +45,7 @@ METER = (
     NO_RAPL,
     click.option("--integral", is_flag=True, help="Sample power as well, to check the counter and to plot it."),
     click.option(
-        "--estimate-watts",
+        "--assume-watts",
         type=WATTS,
         metavar="W",
         help="Where nothing can be measured, assume so many watts; all joules are then marked as modelled.",
@@ -57,13 +55,13 @@ METER = (
 FILES = (
     click.option(
         "--output",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Write everything as JSON.",
     ),
     click.option(
         "--prometheus",
-        type=click.Path(path_type=Path),
+        type=PATH,
         metavar="FILE",
         help="Write metrics for the text-file collector.",
     ),
@@ -73,7 +71,14 @@ FILES = (
 )
 
 MEASUREMENT = (
-    click.option("--blocks", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Rounds."),
+    click.option(
+        "--rounds",
+        type=click.IntRange(min=1),
+        default=10,
+        show_default=True,
+        metavar="N",
+        help="Windows of each thing that is compared.",
+    ),
     click.option("--window", type=SECONDS, metavar="S", help="Least seconds of a window.  [default: 5]"),
     click.option(
         "--warm-up", type=SECONDS, default=3.0, show_default=True, metavar="S", help="Least seconds before each window."
@@ -82,12 +87,12 @@ MEASUREMENT = (
     click.option(
         "--threads", type=click.IntRange(1, MOST_THREADS), metavar="N", help="CPU threads.  [default: torch's choice]"
     ),
-    click.option("--plots", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw PNG files into it."),
+    click.option("--plots", type=PATH, metavar="FOLDER", help="Draw PNG files into it."),
 )
 
 BACKBONE = click.option("--backbone", metavar="MODULE:NAME", help="The backbone of a checkpoint, which holds no code.")
-BATCH = click.option(
-    "--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Rows of a batch."
+BATCH_SIZE = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Samples of a batch."
 )
 SAMPLES = click.option(
     "--samples",
@@ -112,14 +117,9 @@ DATA = (
 )
 
 
-def options(*groups: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def decorated(*groups: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several decorators as one, in the order in which help shows them."""
     return lambda command: reduce(lambda decorated, option: option(decorated), reversed(groups), command)
-
-
-def is_checkpoint(model: str) -> bool:
-    """Whether this names a file, not MODULE:NAME."""
-    return model.endswith(".safetensors") or Path(model).is_file()
 
 
 def check_backbone(backbone: str | None, models: Sequence[str]) -> None:
@@ -132,51 +132,132 @@ def check_backbone(backbone: str | None, models: Sequence[str]) -> None:
         raise click.UsageError(f"--backbone {backbone} is for a checkpoint, and no model here is one; leave it out.")
 
 
-def check_samples(samples: int, batches: Iterable[int]) -> None:
+def check_samples(samples: int, batch_sizes: Iterable[int]) -> None:
     """Refuse batches that cannot be filled, whatever the data.
 
     Raises:
-        click.UsageError: for a batch of more rows than samples are taken.
+        click.UsageError: for a batch of more samples than are taken.
     """
-    largest = max(batches)
+    largest = max(batch_sizes)
     if largest > samples:
         raise click.UsageError(
-            f"--samples {samples} is too few for a batch of {largest}; raise it, or give a smaller --batch."
+            f"--samples {samples} is too few for a batch of {largest}; raise it, or give a smaller --batch-size."
         )
 
 
-def check_meter(meter: EnergyMeter, *, require_gpu: bool, estimate_watts: float | None) -> None:
-    """Refuse to measure with what an open meter has.
+def check_assumption(meter: EnergyMeter, assume_watts: float | None) -> None:
+    """Refuse to assume what an open meter can measure.
 
     Raises:
-        DeviceLostError: for a GPU that was lost before.
-        NoCounterError: when a GPU is required and none can be measured.
-        click.UsageError: for an estimate where there is a measurement.
+        click.UsageError: then.
     """
-    from cet.energy import DeviceLostError
-
-    for missing in meter.unavailable:
-        if missing.lost:
-            raise DeviceLostError(missing.reason)
-    measured = [domain.name for domain in meter.domains]
-    if require_gpu:
-        check_gpu(measured, meter.unavailable)
-    if estimate_watts is not None and measured:
+    if assume_watts is not None and meter.domains:
+        measured = ", ".join(domain.name for domain in meter.domains)
         raise click.UsageError(
-            f"--estimate-watts is for machines without a counter; here {', '.join(measured)} can be measured, so "
-            "leave it out."
+            f"--assume-watts is for machines without a counter; here {measured} can be measured, so leave it out."
         )
 
 
-def check_gpu(measured: Iterable[str], unavailable: Iterable[Unavailable]) -> None:
-    """Refuse a machine on which no GPU is among the measured domains.
+def checked_outputs(output: Path | None, prometheus: Path | None, plots: Path | None, *, overwrite: bool) -> Outputs:
+    """The files to write, before anything is measured.
 
     Raises:
-        NoCounterError: with the reasons.
+        click.UsageError: for two that are the same file or folder, by whatever spelling or link.
+        OutputError: for one that cannot be written.
+        ModuleNotFoundError: for plots without matplotlib.
     """
-    from cet.energy import NoCounterError
-    from cet.energy.domains import with_domain
+    options = {"--output": output, "--prometheus": prometheus, "--plots": plots}
+    given = {name: os.path.realpath(path) for name, path in options.items() if path is not None}
+    for first, second in combinations(given, 2):
+        if given[first] == given[second]:
+            raise click.UsageError(
+                f"{first} {options[first]} and {second} {options[second]} are the same; give each its own."
+            )
+    from cet.energy.recorder import Outputs
 
-    if not any(name.startswith("gpu") for name in measured):
-        reasons = "; ".join(with_domain(row.domain, row.reason) for row in unavailable if row.domain.startswith("gpu"))
-        raise NoCounterError(f"no GPU's joules can be measured ({reasons}); cet energy doctor shows the mend")
+    if plots is not None:
+        from cet.measure.host import require
+
+        require("--plots", ["matplotlib"], extra="demo")
+    outputs = Outputs(output, prometheus, plots)
+    outputs.check(overwrite=overwrite)
+    return outputs
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """The values of :data:`DATA`, :data:`MEASUREMENT`, :data:`METER` and :data:`FILES`, by the names of the options."""
+
+    data: str
+    samples: int
+    device: str | None
+    rounds: int
+    window: float | None
+    warm_up: float
+    seed: int
+    threads: int | None
+    plots: Path | None
+    require_gpu: bool
+    no_rapl: bool
+    integral: bool
+    assume_watts: float | None
+    output: Path | None
+    prometheus: Path | None
+    overwrite: bool
+
+    @property
+    def settings(self) -> Settings:
+        """Of the protocol."""
+        from cet.energy.measurement import Settings
+
+        return Settings(
+            rounds=self.rounds,
+            window=self.window,
+            warmup=self.warm_up,
+            seed=self.seed,
+            assume_watts=self.assume_watts,
+        )
+
+    def outputs(self) -> Outputs:
+        """As :func:`checked_outputs`."""
+        return checked_outputs(self.output, self.prometheus, self.plots, overwrite=self.overwrite)
+
+    @contextmanager
+    def meter(self, *, any_domain: bool = False) -> Iterator[EnergyMeter]:
+        """An open meter, with as many threads of torch as were asked for.
+
+        Args:
+            any_domain: whether it must measure joules of something, where no watts are assumed.
+
+        Raises:
+            NoCounterError: when a GPU is required and none can be measured, or none of the domains can.
+            click.UsageError: when watts are assumed where joules can be measured.
+        """
+        from cet.energy import EnergyMeter
+
+        with EnergyMeter(rapl=not self.no_rapl, integral=self.integral).opened() as meter:
+            check_assumption(meter, self.assume_watts)
+            meter.require(gpu=self.require_gpu, any_domain=any_domain and self.assume_watts is None)
+            if self.threads is not None:
+                import torch
+
+                torch.set_num_threads(self.threads)
+            yield meter
+
+    def recorder(self, kind: Kind, outputs: Outputs, meter: EnergyMeter, **models: Any) -> Recorder:
+        """What keeps the results, with what is measured and where."""
+        import torch
+
+        from cet.energy.recorder import Recorder
+        from cet.energy.report import plain
+        from cet.measure.host import host_facts
+
+        about = {
+            **models,
+            "data": self.data,
+            "samples": self.samples,
+            "settings": plain(self.settings),
+            "host": host_facts(),
+            "torch": torch.__version__,
+        }
+        return Recorder(kind, outputs, meter, about)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from cet.cli.energy.options import FILES, FORMAT, METER, MOST_SECONDS, FiniteRange, check_meter, options
+from cet.cli.energy.options import FILES, FORMAT, METER, MOST_SECONDS, check_assumption, checked_outputs, decorated
 from cet.cli.errors import debug_option
+from cet.cli.parameters import FiniteRange
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -21,7 +22,7 @@ from cet.cli.errors import debug_option
     metavar="S",
     help="Measure the idle machine for S seconds before and after, and take it off.  [default: 0]",
 )
-@options(*METER, *FILES, FORMAT, debug_option)
+@decorated(*METER, *FILES, FORMAT, debug_option)
 @click.pass_context
 def command(
     context: click.Context,
@@ -30,7 +31,7 @@ def command(
     require_gpu: bool,
     no_rapl: bool,
     integral: bool,
-    estimate_watts: float | None,
+    assume_watts: float | None,
     output: Path | None,
     prometheus: Path | None,
     overwrite: bool,
@@ -47,26 +48,25 @@ def command(
       cet energy run -- python train.py
       cet energy run --idle 5 --output run.json -- ./server --port 80
     """
-    if idle and estimate_watts is not None:
-        raise click.UsageError("--idle measures what --estimate-watts assumes; leave one of them out.")
+    if idle and assume_watts is not None:
+        raise click.UsageError("--idle measures what --assume-watts assumes; leave one of them out.")
     if not hasattr(signal, "sigtimedwait"):
         raise click.UsageError("cet energy run passes signals on by what only Linux has; run it there.")
-    from cet.cli.energy import process
+    from cet.energy import process
 
     process.check_command(arguments[0])
     with process.signals_held() as mask:
         # Not before: what starts threads must find the signals held.
-        from cet.cli.energy.output import Outputs
         from cet.cli.energy.tables import show
         from cet.cli.energy.text import of_run
-        from cet.cli.energy.window import measure
         from cet.energy import EnergyMeter
+        from cet.energy.run import measure
 
-        outputs = Outputs(output, prometheus)
-        outputs.check(overwrite=overwrite)
+        outputs = checked_outputs(output, prometheus, None, overwrite=overwrite)
         with EnergyMeter(rapl=not no_rapl, integral=integral).opened() as meter:
-            check_meter(meter, require_gpu=require_gpu, estimate_watts=estimate_watts)
-            measured = measure(meter, arguments, mask, idle=idle, estimate_watts=estimate_watts)
+            check_assumption(meter, assume_watts)
+            meter.require(gpu=require_gpu)
+            measured = measure(meter, arguments, mask, idle=idle, assume_watts=assume_watts)
         document = measured.document()
         outputs.save(document)
     with suppress(OSError):  # a stderr that is closed or full takes nothing from the command's exit code

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cet.energy import report
-from cet.energy.report import PlainFigure as Figure
+from cet.energy.figures import PlainFigure as Figure
+from cet.energy.figures import si_prefix
 
 UNKNOWN = "–"
 
@@ -29,7 +30,7 @@ class Scale:
 
     def __init__(self, figures: Sequence[Figure]) -> None:
         largest = max((abs(figure["value"]) for figure in figures if figure["value"] is not None), default=0.0)
-        self._power, prefix = report.si_prefix(largest)
+        self._power, prefix = si_prefix(largest)
         self.unit = prefix + figures[0]["unit"] if figures else ""
         errors = [half for figure in figures if (half := _half(figure))]
         last_digit = max(_order(median(errors)) - 1, _order(largest) - 3) if errors else _order(largest) - 2

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cet.cli.energy.tables import UNKNOWN, Scale, columns, interval, one, percent
 from cet.energy.domains import with_domain
-from cet.energy.report import POLICY, Figures, PlainFigure
+from cet.energy.figures import POLICY, Figures, PlainFigure
 
 VERDICTS = {
     "less": "A takes less than B",
@@ -40,10 +40,10 @@ def of_run(document: Document) -> Iterator[Table | str]:
     notes = [with_domain(part["domain"], part["reason"]) for part in window["domains"] if part["reason"]]
     above_idle = figures("net_joules")
     if above_idle["value"] is None and figures("joules")["value"] is not None:
-        mend = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
-        notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{mend}")
+        fix = "" if figures.modelled or document["measurements"][0]["idle"] else "; --idle 5 does that"
+        notes.append(f"{UNKNOWN} above idle: {above_idle['reason']}{fix}")
     if any(figure["low"] is not None for figure in document["figures"]):
-        notes.append("±: what the ticks of the counter at both ends can hide at most, beside about 5 % of its gain.")
+        notes.append("±: what an update of the counter at each end can hide at most, beside about 5 % of its gain.")
     yield _remarks(document, notes)
 
 
@@ -166,7 +166,7 @@ def _errors(document: Document) -> str:
         )
     window, asked = max(measurement["window"] for measurement in document["measurements"]), settings["window"]
     if asked and window > asked:
-        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, to hold enough ticks of the counter.")
+        sentences.append(f"Windows are {window:.3g} s long, not {asked:g} s, to hold enough updates of the counter.")
     return " ".join(sentences)
 
 
@@ -187,8 +187,8 @@ def _remarks(document: Document, notes: Iterable[str] = ()) -> str:
     lines = list(notes)
     for measurement in document["measurements"]:
         for missing in measurement["unavailable"]:
-            mend = f"; {missing['mend']}" if missing["mend"] else ""
-            lines.append(f"{UNKNOWN} {with_domain(missing['domain'], missing['reason'])}{mend}")
+            fix = f"; {missing['mend']}" if missing["mend"] else ""
+            lines.append(f"{UNKNOWN} {with_domain(missing['domain'], missing['reason'])}{fix}")
     lines += [f"! {name}: {explanation}" for name, explanation in document["flags"].items()]
     if document["stopped"]:
         lines.append(f"! partial: {document['stopped']}")

@@ -1,0 +1,1 @@
+"""One module per question, run from the root of the repository as ``python -m benchmarks.NAME``; see README.md here."""

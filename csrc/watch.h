@@ -1,0 +1,108 @@
+// Notices that dictionaries and lists of Python objects have changed, without a look at what they hold.
+#pragma once
+
+#include <Python.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace cet {
+
+// Remembers the contents of containers by address. `unchanged()` is exact for everything but an object that was replaced
+// by another at the same address, which cannot happen while the owner of the watch keeps the first one alive.
+class Watch {
+ public:
+  // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, or a list.
+  explicit Watch(const pybind11::list& entries) {
+    for (const pybind11::handle entry : entries) {
+      const auto pair = pybind11::cast<pybind11::tuple>(entry);
+      Watched watched;
+      watched.container = pybind11::reinterpret_borrow<pybind11::object>(pair[0]);
+      watched.skipped = pybind11::reinterpret_borrow<pybind11::object>(pair[1]);
+      record(watched);
+      watched_.push_back(std::move(watched));
+    }
+  }
+
+  bool unchanged() {
+    for (Watched& watched : watched_) {
+      if (!same(watched)) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Watched {
+    pybind11::object container, skipped;
+    std::vector<std::pair<PyObject*, PyObject*>> items;  // of a list: (nullptr, item)
+    uint64_t version = 0;
+  };
+
+  // CPython 3.11 and 3.12 number each state of a dictionary. Later versions do not do so reliably.
+  static uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+    (void)dict;
+    return 0;
+#endif
+  }
+
+  static void record(Watched& watched) {
+    PyObject* container = watched.container.ptr();
+    if (PyDict_Check(container)) {
+      watched.version = version_of(container);
+      Py_ssize_t position = 0;
+      PyObject *key, *value;
+      while (PyDict_Next(container, &position, &key, &value)) watched.items.emplace_back(key, value);
+    } else {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+        watched.items.emplace_back(nullptr, PyList_GET_ITEM(container, i));
+      }
+    }
+  }
+
+  static bool same(Watched& watched) {
+    PyObject* container = watched.container.ptr();
+    const auto size = static_cast<Py_ssize_t>(watched.items.size());
+    if (PyList_Check(container)) {
+      if (PyList_GET_SIZE(container) != size) return false;
+      for (Py_ssize_t i = 0; i < size; ++i) {
+        if (PyList_GET_ITEM(container, i) != watched.items[i].second) return false;
+      }
+      return true;
+    }
+    const uint64_t version = version_of(container);
+    if (version != 0 && version == watched.version) return true;
+    if (PyDict_Size(container) != size) return false;
+    Py_ssize_t position = 0, i = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(container, &position, &key, &value)) {
+      const auto& [old_key, old_value] = watched.items[i++];
+      if (key != old_key) return false;
+      if (value != old_value) {
+        if (watched.skipped.is_none()) return false;
+        const int skipped = PySet_Contains(watched.skipped.ptr(), key);
+        if (skipped < 0) throw pybind11::error_already_set();
+        if (skipped == 0) return false;
+      }
+    }
+    watched.version = version;
+    return true;
+  }
+
+  std::vector<Watched> watched_;
+};
+
+inline void bind_watch(pybind11::module_& module) {
+  pybind11::class_<Watch>(module, "Watch", "Notices changes of dictionaries and lists.")
+      .def(pybind11::init<const pybind11::list&>(), pybind11::arg("entries"))
+      .def("unchanged", &Watch::unchanged, "Whether every container still holds the same objects.");
+}
+
+}  // namespace cet

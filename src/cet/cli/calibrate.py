@@ -1,0 +1,222 @@
+"""`cet calibrate`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cet.cli.demo import NEEDED
+from cet.cli.errors import debug_option
+from cet.cli.parameters import PATH, FiniteRange
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cet.calibration import Calibration, ExitCosts
+    from cet.cli.runs import Run, TrainingFolder
+    from cet.data.arrays import Arrays
+    from cet.demo.figures import Progress, Stages
+    from cet.demo.report import Report
+
+SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+@click.command("calibrate")
+@click.argument("run", type=PATH)
+@click.option(
+    "--data",
+    metavar="FILE|MODULE:NAME",
+    help="Labelled samples: an .npz file, or a function that returns batches.  [default: what the run kept]",
+)
+@click.option(
+    "--max-drop",
+    type=FiniteRange(0, 1, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="How much the metric may fall on these samples, as a fraction.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "balanced", "per_class"]),
+    default="accuracy",
+    show_default=True,
+    help="What may fall: accuracy, the mean recall, or the recall of each class.",
+)
+@click.option("--score", type=click.Choice(["entropy", "confidence", "margin"]), default="entropy", show_default=True)
+@click.option(
+    "--severity",
+    type=FiniteRange(0, 10),
+    default=0.0,
+    show_default=True,
+    help="Calibrate on samples that are perturbed as in training, too; 0: on the samples as they are.",
+)
+@click.option("--quick", is_flag=True, help="Measure time and energy for a moment only.")
+@debug_option
+def command(run: Path, data: str | None, quick: bool, severity: float, **options: Any) -> None:
+    """Choose when samples leave: the cheapest thresholds that keep what is asked for.
+
+    RUN is the folder of a run of cet train. Its model gets the thresholds, and calibration.json what they do on the
+    samples, by exit and by class. A run on arrays also gets a report, with plots, of accuracy, compute, time and energy
+    on the samples that it kept for testing.
+
+    \b
+    Examples:
+      cet calibrate runs/mine
+      cet calibrate runs/mine --data val.npz --max-drop 0.01
+      cet calibrate runs/mine --metric per_class --max-drop 0.02
+    """
+    from rich.console import Console
+
+    from cet.cli.progress import show
+    from cet.cli.runs import TrainingFolder
+    from cet.files import check_folder
+    from cet.measure.host import require
+
+    folder = TrainingFolder(run)
+    folder.read_run()
+    check_folder(run)
+    require("cet calibrate", NEEDED, extra="demo")
+    console = Console(highlight=False)
+    with show(console) as progress:
+        written = _calibrate(folder, data, quick, severity, options, progress, console)
+    console.print(f"\nIn {run}: {', '.join(written)}", markup=False, soft_wrap=True)
+
+
+def _calibrate(
+    folder: TrainingFolder,
+    data: str | None,
+    quick: bool,
+    severity: float,
+    options: dict[str, Any],
+    progress: Progress,
+    console: Console,
+) -> list[str]:
+    """Calibrate the run and report on it; the names of the files that were written."""
+    from cet.calibration import calibrate, exit_costs
+    from cet.cli.runs import CALIBRATION, MODEL, call_function, check_same, load_run, read_parts
+    from cet.data.arrays import Arrays, check_disjoint, listed
+    from cet.demo.figures import Stages, made_with, threads, write_report
+    from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY
+    from cet.demo.markdown import calibration_verdict, energy_verdict, time_verdict
+
+    stages = Stages(progress)
+    run = load_run(folder)
+    settings, model, parts = run.settings, run.model, None
+    if severity and (settings.preset is None or settings.is_function):
+        raise click.UsageError("--severity needs a run on arrays that was trained with a perturbation; leave it out.")
+    with threads(settings.threads):
+        with stages.stage("Read data") as step:
+            if not settings.is_function:
+                check_same(run.facts["made_with"], made_with(Path(settings.data)), folder.path)
+                parts = read_parts(settings)
+            if data is not None:
+                samples: Any = run.read(data)
+            else:
+                samples = parts.calibration if parts else call_function(settings)[2]
+            if isinstance(samples, Arrays):
+                check_disjoint([("training", run.facts["groups"].get("train", [])), ("calibration", samples.groups())])
+                step.note(f"{len(samples)} samples")
+            loader = run.labelled(samples)
+            if severity and isinstance(samples, Arrays):
+                loader = [*loader, *run.labelled(run.perturbed(samples, severity))]
+        with stages.stage("Calibrate"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report says it
+            costs = exit_costs(model)
+            calibration = calibrate(
+                model, loader, options["max_drop"], score=options["score"], metric=options["metric"], costs=costs
+            )
+        model.policy = calibration.policy
+        report = None
+        if parts is not None and parts.test is not None and isinstance(samples, Arrays):
+            report = _report(run, calibration, costs, samples, parts.test, severity, quick, stages)
+        with stages.stage("Write"):
+            model.save(folder / MODEL)
+            classes = [str(label) for label in run.classes]
+            folder.write_json(CALIBRATION, {"classes": classes, **calibration.report.to_dict()})
+            if report is not None:
+                write_report(folder, report)
+    console.print(f"\n{calibration.report}", markup=False, soft_wrap=True)
+    if not settings.is_function:
+        names = ", ".join(f"{index} is {name}" for index, name in enumerate(run.classes))
+        console.print(f"of the classes, {names}", markup=False, soft_wrap=True)
+    absent = sorted(set(range(len(run.classes))) - {row.label for row in calibration.report.classes})
+    if absent:
+        missing = listed([run.classes[index] for index in absent])
+        console.print(
+            f"warning: no sample of {missing}: nothing is known of their recall", markup=False, soft_wrap=True
+        )
+    if report is not None:
+        for text in (calibration_verdict(report), time_verdict(report), energy_verdict(report)):
+            console.print(f"\n{text}", markup=False, soft_wrap=True)
+    return [MODEL, CALIBRATION, *([SUMMARY, REPORT, ACCURACY_PLOT, EXITS_PLOT] if report is not None else [])]
+
+
+def _report(
+    run: Run,
+    calibration: Calibration,
+    costs: ExitCosts,
+    samples: Arrays,
+    test: Arrays,
+    severity: float,
+    quick: bool,
+    stages: Stages,
+) -> Report:
+    """The demonstration's report, on the samples that the run kept for testing."""
+    from cet.demo.figures import evaluate, measure, sha256, versions
+    from cet.demo.report import SCHEMA_VERSION, Condition, Data, Report
+    from cet.perturb import Compose
+
+    settings, recipe = run.settings, run.settings.recipe()
+    preset = settings.preset or (lambda _severity: Compose())
+    conditions: dict[Condition, float] = {"clean": 0.0, **({"perturbed": severity} if severity else {})}
+    severities = sorted({*conditions.values(), *(SEVERITIES if settings.preset else (0.0,))})
+    windows = run.windows(test)
+    with stages.stage("Evaluate"):
+        evaluated = evaluate(
+            run.model,
+            recipe,
+            calibration,
+            costs,
+            run.windows(samples),
+            windows,
+            severities=tuple(severities),
+            conditions=conditions,
+            seed=settings.seed,
+            preset=preset,
+        )
+    timing = measure(
+        {recipe.name: run.model},
+        recipe.name,
+        windows,
+        stages,
+        conditions=conditions,
+        timed_batches=10 if quick else 100,
+        timed_windows=40 if quick else 400,
+        energy_rounds=1 if quick else 5,
+        energy_window=0.1 if quick else 5.0,
+        seed=settings.seed,
+        preset=preset,
+    )
+    groups = {**run.facts["groups"], "calibration": samples.groups()}
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        title=f"Early exit on {Path(settings.data).name}",
+        scope="One split and one seed: this shows what early exit does to one model, not what it gains on average.",
+        settings={**asdict(settings), "data": Path(settings.data).name},
+        versions=versions(),
+        exits=[name.removeprefix("net.") for name in run.model.exit_names],
+        conditions=conditions,
+        data=Data(
+            sha256=sha256(Path(settings.data)),
+            classes=list(map(str, run.classes)),
+            length=windows.x.shape[2],
+            persons=groups,
+            windows={"train": run.facts["samples"]["train"], "calibration": len(samples), "test": len(windows)},
+        ),
+        recipes={recipe.name: evaluated},
+        timing=timing,
+    )

@@ -1,0 +1,248 @@
+"""The checks and the parts that make an :class:`cet.EarlyExit` out of a backbone and its exits."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cet.model.heads import ExitHead, HeadSpec
+from cet.model.masks import find_mask, looks_like_mask, real_positions, resampler_of, stride_of
+from cet.partition.cache import level_of_caller
+from cet.partition.inputs import InputFormat
+from cet.partition.private_copy import private_copy
+from cet.partition.stages import evaluating, logits_of
+
+Heads = Mapping[str, nn.Module | HeadSpec | None]
+
+
+def check_backbone(backbone: Any) -> nn.Module:
+    """Refuse what cannot be a backbone.
+
+    Raises:
+        TypeError: naming what it is, and what to give instead.
+    """
+    kind = type(backbone).__name__
+    if isinstance(backbone, (torch.export.ExportedProgram, torch.jit.ScriptModule)):
+        how = "exported" if isinstance(backbone, torch.export.ExportedProgram) else "scripted or traced"
+        raise TypeError(
+            f"backbone is {how} ({kind}), which hides its submodules; give the module that it was made from"
+        )
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone is {kind}; give an nn.Module")
+    if "_orig_mod" in backbone._modules:
+        raise TypeError(
+            "backbone is compiled, which hides its exits; give the module itself, and compile the whole model: "
+            "torch.compile(model)"
+        )
+    if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"backbone is inside {kind}; give its .module, and put the cet.EarlyExit inside {kind}")
+    return backbone
+
+
+def requested_heads(exits: Sequence[str] | Heads) -> dict[str, nn.Module | HeadSpec | None]:
+    """The exits by path, each with the head that was asked for.
+
+    Raises:
+        TypeError, ValueError: for exits that are no paths, repeated or none.
+    """
+    if isinstance(exits, str):
+        raise TypeError(f"exits is the string {exits!r}; give a list of submodule paths")
+    requested: dict[str, nn.Module | HeadSpec | None] = {}
+    for path in exits:
+        if not isinstance(path, str):
+            raise TypeError(f"exits holds {path!r}; give submodule paths as strings")
+        if path in requested:
+            raise ValueError(f"exit {path!r} is repeated; name each submodule once")
+        head = exits[path] if isinstance(exits, Mapping) else None
+        if not (head is None or isinstance(head, (nn.Module, HeadSpec))):
+            raise TypeError(f"exit {path!r} has the head {head!r}; give an nn.Module, a cet.HeadSpec or None")
+        requested[path] = head
+    if not requested:
+        raise ValueError("exits is empty; name at least one submodule after which a sample may leave")
+    return requested
+
+
+def submodule(backbone: nn.Module, path: str) -> nn.Module:
+    """The submodule of an exit.
+
+    Raises:
+        ValueError: naming near misses where there is none.
+    """
+    try:
+        if path:
+            return backbone.get_submodule(path)
+    except AttributeError:
+        pass
+    known = [name for name, _ in backbone.named_modules() if name]
+    close = difflib.get_close_matches(path, known, n=3) or known[:3]
+    raise ValueError(
+        f"exit {path!r} is no submodule of {type(backbone).__name__}; did you mean {' or '.join(map(repr, close))}?"
+    )
+
+
+def refuse_second_names(paths: Iterable[str], modules: Sequence[nn.Module]) -> None:
+    """Refuse two exits that are one module."""
+    first: dict[nn.Module, str] = {}
+    for path, module in zip(paths, modules, strict=True):
+        if first.setdefault(module, path) != path:
+            raise ValueError(
+                f"exit {path!r} and exit {first[module]!r} are two names of one module, which does not say where to "
+                "leave; keep one of them"
+            )
+
+
+def check_logits(logits: Tensor, num_rows: int) -> None:
+    """Refuse an output that holds no logits.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if logits.ndim != 2 or logits.shape[0] != num_rows or logits.shape[1] < 2:
+        more = "; for a label per position or pixel there is no early exit" if logits.ndim > 2 else ""
+        raise ValueError(
+            f"the backbone returns logits of shape {tuple(logits.shape)} for {num_rows} rows; it must return "
+            f"(B, K) with at least two classes{more}"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"the backbone returns {logits.dtype}; it must return logits of a floating dtype")
+    values = logits.detach().float()
+    sums = values.sum(dim=1)
+    if bool(((values >= 0) & (values <= 1)).all()) and bool((sums - 1).abs().lt(1e-3).all()):
+        raise ValueError(
+            "the backbone returns probabilities, as of a softmax, where early exits return logits; leave the softmax "
+            "out, and apply it to what the model returns"
+        )
+
+
+def check_train_output(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a backbone that returns more than logits in train mode, as those with auxiliary classifiers do."""
+    trial = private_copy(backbone).train()
+    for module in trial.modules():
+        module._buffers = {
+            name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+        }
+    devices = sorted({t.device.index or 0 for t in backbone.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            output = trial(*args, **kwargs)
+        except Exception:  # its own business: it shows, with its own message, once it is trained
+            return
+    try:
+        logits_of(output)
+    except TypeError as error:
+        raise TypeError(f"in train mode {error}; switch auxiliary outputs off") from None
+
+
+def build_head(
+    head: nn.Module | HeadSpec | None,
+    path: str,
+    module: nn.Module,
+    features: Tensor,
+    num_classes: int,
+    backbone: nn.Module,
+    input_format: InputFormat,
+) -> nn.Module:
+    """The head of one exit, for features like ``features``.
+
+    Raises:
+        ValueError: for features that it cannot pool, logits of another shape, or a head that mixes rows.
+    """
+    if not isinstance(head, nn.Module):
+        built = (head or HeadSpec()).build(path, module, features, num_classes)
+        _attach_mask(built, (head or HeadSpec()).mask, path, features, backbone, input_format)
+        return built
+    if isinstance(head, ExitHead) and head.spec.mask:
+        _attach_mask(head, head.spec.mask, path, features, backbone, input_format)
+        return head
+    with evaluating(head):
+        try:
+            logits = head(features)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the head of exit {path!r} fails on its features of shape {tuple(features.shape)}: {error}"
+            ) from error
+    expected = (features.shape[0], num_classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
+    with evaluating(head), torch.no_grad():
+        alone = torch.cat([head(features[row : row + 1]) for row in range(len(features))])
+    logits = logits.detach()
+    if not torch.allclose(alone, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().nan_to_num().max()), equal_nan=True):
+        raise ValueError(
+            f"the head of exit {path!r} mixes the rows of a batch; compute the logits of each row on its own"
+        )
+    return head
+
+
+def _attach_mask(
+    head: ExitHead,
+    wanted: str | bool | None,
+    path: str,
+    features: Tensor,
+    backbone: nn.Module,
+    input_format: InputFormat,
+) -> None:
+    """Tell a head which input is its mask.
+
+    Raises:
+        ValueError: for a mask that was asked for and is no input, or does not fit the features.
+    """
+    names, example = input_format.names, input_format.example
+    if wanted is False or (wanted is None and (features.ndim != 3 or head.spec.pool != "mean")):
+        return
+    name = find_mask(names, example) if wanted is None else str(wanted)
+    if name is None:
+        return
+    if name not in names:
+        raise ValueError(f"the mask {name!r} of exit {path!r} is no input; name one of {', '.join(names)}")
+    given = example[names.index(name)]
+    positions = features.shape[2 if head.spec.layout == "channels_first" else 1] if features.ndim == 3 else 0
+    fits = (
+        features.ndim == 3 and isinstance(given, Tensor) and given.shape[:1] == features.shape[:1] and given.ndim <= 2
+    )
+    resampler = resampler_of(backbone) if fits and given.ndim == 2 and given.shape[1] != positions else None
+    if fits and resampler is None:
+        stride = stride_of(given, positions)
+        head.mask_stride = stride
+        fits = real_positions(name, given, positions, stride).shape[1] == positions
+        fits = fits and (given.ndim == 1 or positions <= given.shape[1])
+    if not fits:
+        if wanted is not None:
+            raise ValueError(
+                f"the mask {name!r} of exit {path!r} does not fit its features of shape {tuple(features.shape)}; give "
+                "one entry for each position, or mask=False"
+            )
+        return
+    head.spec = replace(head.spec, mask=name)
+    head.resampler = resampler
+
+
+def warn_of_unused_masks(
+    requested: Heads, heads: Sequence[nn.Module], features: Sequence[Tensor], input_format: InputFormat
+) -> None:
+    """Name the inputs that look like masks and are not used by an exit that averages positions."""
+    for (path, asked), head, feature in zip(requested.items(), heads, features, strict=True):
+        silent = asked is None or (isinstance(asked, HeadSpec) and asked.mask is None)
+        if (
+            not silent
+            or not isinstance(head, ExitHead)
+            or head.spec.mask
+            or head.spec.pool != "mean"
+            or feature.ndim < 3
+        ):
+            continue
+        for name, value in zip(input_format.names, input_format.example, strict=True):
+            if isinstance(value, Tensor) and looks_like_mask(name):
+                warnings.warn(
+                    f"input {name!r} looks like a mask, but exit {path!r} averages over all positions, padding too; "
+                    f"name it with exits={{{path!r}: cet.HeadSpec(mask={name!r})}}, or give mask=False",
+                    stacklevel=level_of_caller(),
+                )
+                return

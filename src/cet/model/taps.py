@@ -1,0 +1,51 @@
+"""Observes what submodules return in one call of a backbone, whatever other threads do with the backbone meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from cet.partition.fingerprint import ExitHook
+
+_Observers = Mapping[nn.Module, Callable[[Any], None]]
+
+
+class _Calls(threading.local):
+    """The observed calls of a thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.observed: list[_Observers] = []
+
+
+_calls = _Calls()
+
+
+class _Tap(ExitHook):
+    """A hook of one call: where several calls observe a submodule, in other threads or around this one, each sees only
+    what it caused itself."""
+
+    def __init__(self, observers: _Observers) -> None:
+        self._observers = observers
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        innermost = next((call for call in reversed(_calls.observed) if module in call), None)
+        if innermost is self._observers:
+            self._observers[module](output)
+
+
+@contextmanager
+def observing(observers: _Observers) -> Iterator[None]:
+    """Hand what these submodules return within the block, in this thread, to their observers."""
+    tap = _Tap(observers)
+    _calls.observed.append(observers)
+    try:
+        with ExitStack() as hooks:
+            for module in observers:
+                hooks.callback(module.register_forward_hook(tap).remove)
+            yield
+    finally:
+        _calls.observed.pop()

@@ -1,0 +1,65 @@
+"""States of a backbone in which no program may stand in for it."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from types import CodeType
+
+from torch import nn
+
+from cet.partition.fingerprint import GLOBAL_HOOKS, followed_hooks
+from cet.partition.stages import Stages
+
+
+def obstacle_to_cutting(backbone: nn.Module) -> str | None:
+    """Why the backbone must run as it is now; None where it may be cut.
+
+    Raises:
+        ValueError: for a backbone that is in a state in which rows depend on each other.
+    """
+    reason = None
+    explicit = isinstance(backbone, Stages)  # its stages call the submodules, hooks and modes included
+    for path, module in backbone.named_modules():
+        name = f"submodule {path!r}" if path else "the backbone"
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name} was compiled in place, which hides its exits; compile the model instead: "
+                "torch.compile(model) on the cet.EarlyExit"
+            )
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name} normalises by the statistics of the batch, as it is in train mode, so that rows depend on "
+                "each other; call model.eval()"
+            )
+        if explicit:
+            continue
+        if module.training and _depends_on_mode(module.__class__):
+            reason = reason or f"{name} is in train mode while the model is in eval mode"
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hook in followed_hooks(hooks).values():
+                if not _is_of_torch(hook):
+                    reason = reason or f"{name} has a forward hook, which sees and may change what passes"
+    if any(followed_hooks(hooks) for hooks in GLOBAL_HOOKS) and not explicit:
+        reason = reason or "there is a forward hook on all modules, which sees and may change what passes"
+    if reason is None and any(parameter.is_meta for parameter in backbone.parameters()):
+        reason = "some of its weights are on the meta device, as those that were offloaded are"
+    return reason
+
+
+@cache
+def _depends_on_mode(kind: type) -> bool:
+    """Whether a method of a class reads ``self.training``."""
+    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    functions = (inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value))
+    return any("training" in _names_in(code) for f in functions if (code := getattr(f, "__code__", None)) is not None)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _is_of_torch(hook: object) -> bool:
+    """Whether a hook belongs to pruning, weight or spectral normalisation, which export records as they are."""
+    return type(hook).__module__.startswith("torch.nn.utils.")

@@ -1,0 +1,114 @@
+"""What an exit does to the rows that come to it: fused where its head is a plain linear one, else head, then gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cet.ops.compact import Compaction, compact
+from cet.ops.definitions import Layout, Pool
+from cet.ops.exit_gate import exit_gate, gate
+from cet.ops.exit_step import exit_step
+from cet.ops.padded import padded_exit_gate, padded_gate
+from cet.runtime.policy import ExitPolicy
+
+
+class LinearHead(NamedTuple):
+    """A head that pools and multiplies, which the fused operations take."""
+
+    weight: Tensor
+    bias: Tensor | None
+    layout: Layout
+    pool: Pool
+
+
+def linear_head(head: nn.Module) -> LinearHead | None:
+    """The parts of a head that the fused operations can stand in for; None where it must be called."""
+    return getattr(head, "as_linear", None)
+
+
+def head_logits(head: nn.Module, features: Tensor, mask: Tensor | None) -> Tensor:
+    """Call a head, with the mask if it takes one."""
+    logits: Tensor = head(features) if mask is None else head(features, mask)
+    return logits
+
+
+def take_exit(
+    head: nn.Module,
+    features: Tensor,
+    mask: Tensor | None,
+    tensors: Sequence[Tensor],
+    dims: Sequence[int],
+    policy: ExitPolicy,
+    exit_index: int,
+) -> tuple[Tensor, Tensor, Compaction]:
+    """Logits ``(n, K)`` and scores ``(n,)`` of the rows at an open exit, and the tensors of those that go on."""
+    threshold = policy.thresholds[exit_index]
+    assert threshold is not None
+    decision: dict[str, Any] = {
+        "score": policy.score,
+        "threshold": threshold,
+        "temperature": policy.temperature(exit_index),
+    }
+    linear = linear_head(head)
+    if linear is not None:
+        if mask is not None:
+            decision["mask"] = head.real_positions(features, mask)  # type: ignore[operator]
+        return exit_step(
+            features, linear.weight, linear.bias, tensors, dims, layout=linear.layout, pool=linear.pool, **decision
+        )
+    logits = head_logits(head, features, mask)
+    scores, exit_mask = gate(logits, **decision)
+    return logits, scores, compact(exit_mask, tensors, dims)
+
+
+def score_exit(
+    head: nn.Module, features: Tensor, mask: Tensor | None, policy: ExitPolicy, exit_index: int
+) -> tuple[Tensor, Tensor]:
+    """Logits and scores of an exit for all rows, open or not: to the bit those that :func:`take_exit` compares."""
+    never = -float("inf") if policy.score == "entropy" else float("inf")
+    decision: dict[str, Any] = {
+        "score": policy.score,
+        "threshold": never,
+        "temperature": policy.temperature(exit_index),
+    }
+    linear = linear_head(head)
+    if linear is None:
+        logits = head_logits(head, features, mask)
+        return logits, gate(logits, **decision)[0]
+    if mask is not None:
+        decision["mask"] = head.real_positions(features, mask)  # type: ignore[operator]
+    logits, scores, _ = exit_gate(
+        features, linear.weight, linear.bias, layout=linear.layout, pool=linear.pool, **decision
+    )
+    return logits, scores
+
+
+def take_padded_exit(
+    head: nn.Module,
+    features: Tensor,
+    mask: Tensor | None,
+    decision: Tensor,
+    count: Tensor,
+    num_kept: Tensor,
+    policy: ExitPolicy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, scores and order of a padded batch, see :mod:`cet.ops.padded`."""
+    linear = linear_head(head)
+    if linear is not None and mask is None and not torch.is_autocast_enabled(features.device.type):
+        return padded_exit_gate(
+            features,
+            linear.weight,
+            linear.bias,
+            decision,
+            count,
+            num_kept,
+            layout=linear.layout,
+            pool=linear.pool,
+            score=policy.score,
+        )
+    logits = head_logits(head, features, mask)
+    return logits, *padded_gate(logits, decision, count, num_kept, score=policy.score)
