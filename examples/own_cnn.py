@@ -3,9 +3,6 @@
 python examples/own_cnn.py
 """
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,9 +17,12 @@ def recordings(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Stands for your arrays: x (rows, channels, length) float32, y (rows,) int64."""
     rng = np.random.default_rng(seed)
     y = rng.integers(CLASSES, size=rows)
-    wave = np.sin(np.arange(LENGTH) * (y[:, None] + 1) / 8)
-    noise = rng.normal(scale=rng.uniform(0.2, 2, (rows, 1, 1)), size=(rows, CHANNELS, LENGTH))
-    return (wave[:, None] + noise).astype(np.float32), y
+    wave = np.sin(np.arange(LENGTH) * (y[:, None, None] + 1) / 8)
+    return (wave + rng.uniform(0.2, 2, (rows, 1, 1)) * rng.normal(size=(rows, CHANNELS, LENGTH))).astype("float32"), y
+
+
+def loader(rows: int, seed: int) -> DataLoader:
+    return DataLoader(TensorDataset(*map(torch.from_numpy, recordings(rows, seed))), batch_size=32, shuffle=seed == 0)
 
 
 def block(inputs: int, outputs: int) -> nn.Module:
@@ -39,28 +39,22 @@ class Net(nn.Module):
         return self.classify(self.high(self.middle(self.low(x))).mean(2))
 
 
-def loader(rows: int, seed: int) -> DataLoader:
-    return DataLoader(TensorDataset(*map(torch.from_numpy, recordings(rows, seed))), batch_size=32, shuffle=seed == 0)
-
-
 torch.manual_seed(0)
 model = cet.EarlyExit(Net(), exits=["low", "middle"], example_inputs=(torch.zeros(2, CHANNELS, LENGTH),))
 loss_of = cet.ConsistentExitLoss(cet.perturb.sensor(), consistency_weight=1.0)
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 for _ in range(4):
     for x, y in loader(512, seed=0):
-        loss, parts = loss_of(model, x, y)
         optimizer.zero_grad()
+        loss, parts = loss_of(model, x, y)
         loss.backward()
         optimizer.step()
 
 calibration = cet.calibrate(model, loader(256, seed=1), max_accuracy_drop=0.01)
-model.policy = calibration.policy
 print(calibration.report)
-
-with TemporaryDirectory() as folder:
-    model.save(Path(folder) / "model.safetensors")
-    model = cet.load(Path(folder) / "model.safetensors", Net())
+model.policy = calibration.policy
+model.save("own_cnn.safetensors")
+model = cet.load("own_cnn.safetensors", Net())
 x, y = map(torch.from_numpy, recordings(256, seed=2))
 out = model.predict(x)
 print(f"accuracy {(out.labels == y).float().mean():.1%}; exits taken: {out.exit_index.bincount(minlength=3).tolist()}")

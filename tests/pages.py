@@ -12,9 +12,17 @@ import click
 from cet.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 
-_BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+) -->\n\n?)?^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=fence)$", re.M | re.S)
+_BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<why>[^\n]+) -->\n\n?)?^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=fence)$",
+    re.M | re.S,
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,7 @@ def blocks_of(page: Path) -> list[Block]:
     """All fenced blocks of a page."""
     content = page.read_text()
     return [
-        Block(
-            found["language"], found["text"], content.count("\n", 0, found.start("text")) + 1, found["why"]
-        )
+        Block(found["language"], found["text"], content.count("\n", 0, found.start("text")) + 1, found["why"])
         for found in _BLOCK.finditer(content)
     ]
 
@@ -70,7 +76,9 @@ def check_command(line: str) -> None:
         for word in arguments:
             assert word.startswith("-") or (ROOT / word).exists(), f"there is no {word}"
     else:
-        assert words[:3] == ["pip", "install", "."] or (ROOT / program).is_file() or program.startswith(".venv/bin/"), line
+        assert words[:3] == ["pip", "install", "."] or (ROOT / program).is_file() or program.startswith(".venv/bin/"), (
+            line
+        )
 
 
 def _check_cet(arguments: list[str]) -> None:

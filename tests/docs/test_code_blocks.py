@@ -59,7 +59,7 @@ def test_no_block_is_hidden_by_indentation(page: Path) -> None:
     before = ""
     for line in page.read_text().splitlines():
         if line.startswith("    ") and not before and line + "\n" not in fenced:
-            assert not line.split()[0] in ("cet", "make", "python", "pip", "import", "from"), line
+            assert line.split()[0] not in ("cet", "make", "python", "pip", "import", "from"), line
         before = line.strip()
 
 
