@@ -41,8 +41,7 @@ class Net(nn.Module):
 
 torch.manual_seed(0)
 model = cet.EarlyExit(Net(), exits=["low", "middle"], example_inputs=(torch.zeros(2, CHANNELS, LENGTH),))
-loss_of = cet.ConsistentExitLoss(cet.perturb.sensor(), consistency_weight=1.0)
-optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+loss_of, optimizer = cet.ConsistentExitLoss(cet.perturb.sensor()), torch.optim.AdamW(model.parameters(), 3e-3)
 for _ in range(4):
     for x, y in loader(512, seed=0):
         optimizer.zero_grad()

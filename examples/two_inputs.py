@@ -1,7 +1,4 @@
-"""Two inputs, one of them padded with a mask: what crosses an exit is compacted along with the features.
-
-python examples/two_inputs.py
-"""
+"""Two inputs, one of them padded: what crosses an exit is compacted along with the features. Run it as it is."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +10,7 @@ LAYER = {"d_model": 32, "nhead": 4, "dim_feedforward": 64, "dropout": 0.0, "batc
 
 
 class Net(nn.Module):
-    """A padded series, and facts about the person that join it behind the exits."""
+    """A padded series, and facts that join it behind the exit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,11 +26,10 @@ class Net(nn.Module):
 
 def batch(rows: int, seed: int) -> dict[str, Tensor]:
     """Stands for your data; the mask is true at padding."""
-    generator = torch.Generator().manual_seed(seed)
-    y, length = torch.randint(CLASSES, (rows,), generator=generator), torch.randint(4, STEPS, (rows, 1))
-    series = torch.randn(rows, STEPS, CHANNELS, generator=generator)
+    torch.manual_seed(seed)
+    y, length = torch.randint(CLASSES, (rows,)), torch.randint(4, STEPS, (rows, 1))
+    series, facts = torch.randn(rows, STEPS, CHANNELS), torch.randn(rows, FACTS)
     series[:, :, :CLASSES] += 0.6 * nn.functional.one_hot(y, CLASSES)[:, None]
-    facts = torch.randn(rows, FACTS, generator=generator)
     return {"series": series, "facts": facts, "padding_mask": torch.arange(STEPS) >= length, "labels": y}
 
 
@@ -45,7 +41,7 @@ def noisy_facts(x: dict[str, Tensor]) -> dict[str, Tensor]:
 torch.manual_seed(0)
 example = batch(2, seed=102)
 del example["labels"]
-# The head averages real positions alone, by `padding_mask`; it would have found an input of this name by itself.
+# The head averages real positions alone; it would have found an input of this name by itself.
 exits = {"first": cet.HeadSpec(layout="channels_last", mask="padding_mask")}
 model = cet.EarlyExit(Net(), exits, example_inputs=example)
 loss_of = cet.ConsistentExitLoss(noisy_facts, consistency_weight=0.5)

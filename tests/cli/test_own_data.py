@@ -491,7 +491,7 @@ def test_what_the_page_tells_runs(run: Any, tmp_path: Path, monkeypatch: pytest.
     """The blocks of docs/howto/own-data.md, in their order; the measurements are cut short."""
     page = (Path(__file__).parents[2] / "docs" / "howto" / "own-data.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "sh", "python"]
+    assert [language for language, _ in blocks] == ["python", "console", "python"]
     monkeypatch.chdir(tmp_path)
     exec(blocks[0][1], {})
     commands = blocks[1][1].splitlines()

@@ -24,7 +24,7 @@ from cet.data.batches import BatchFn, Inputs, as_call, read_batches
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.ops.definitions import SCORE_NAMES, ScoreName
+from cet.ops.definitions import SCORE_NAMES, SCORES, ScoreName
 from cet.partition.stages import evaluating
 from cet.runtime.policy import ExitPolicy
 
@@ -104,7 +104,7 @@ def calibrate(
     exit_logits, labels = _collect(model, batches)
 
     temperatures = tuple(fit_temperature(logits, labels) if temperature else 1.0 for logits in exit_logits)
-    sign = 1.0 if score == "entropy" else -1.0  # the search lets low scores leave
+    sign = 1.0 if SCORES[score].is_low_when_sure else -1.0  # the search lets low scores leave
     scores = sign * _scores(exit_logits[:-1], score, temperatures, _device(model))
     predictions = torch.stack([logits.argmax(dim=1) for logits in exit_logits], dim=1)
     correct = (predictions == labels[:, None]).numpy()

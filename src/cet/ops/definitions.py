@@ -1,7 +1,7 @@
 """What the operations share: where features hold their channels, how positions are pooled, and the scores.
 
 A score stands in three places: here by its definition, for the CPU and CUDA in ``csrc/softmax_stats.h``, for Triton in
-``kernels/scores.py``. Where one has no kernel yet, its definition runs.
+``kernels/scores.py``; a test compares their names, since the kernels know a score by its position alone.
 """
 
 from __future__ import annotations

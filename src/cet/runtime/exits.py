@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import Compaction, compact
-from cet.ops.definitions import Layout, Pool
+from cet.ops.definitions import SCORES, Layout, Pool
 from cet.ops.exit_gate import exit_gate, gate
 from cet.ops.exit_step import exit_step
 from cet.ops.padded import padded_exit_gate, padded_gate
@@ -69,7 +69,7 @@ def score_exit(
     head: nn.Module, features: Tensor, mask: Tensor | None, policy: ExitPolicy, exit_index: int
 ) -> tuple[Tensor, Tensor]:
     """Logits and scores of an exit for all rows, open or not: to the bit those that :func:`take_exit` compares."""
-    never = -float("inf") if policy.score == "entropy" else float("inf")
+    never = -float("inf") if SCORES[policy.score].is_low_when_sure else float("inf")
     decision: dict[str, Any] = {
         "score": policy.score,
         "threshold": never,
