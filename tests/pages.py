@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import click
 
-from cet.cli import main
+from cet.cli import COMMANDS
+from cet.cli.group import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -60,16 +62,15 @@ def check_command(line: str) -> None:
         return
     program, *arguments = words
     if program == "cet":
-        _check_cet(arguments)
+        for name in COMMANDS:
+            cli.add_command(import_module(f"cet.cli.{name}").command)
+        _parse(cli, click.Context(cli, info_name="cet"), arguments)
     elif program == "make":
         targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M))
         wanted = {word for word in arguments if "=" not in word}
         assert wanted <= targets, f"make has no target {wanted - targets}"
     elif program.endswith("python") and arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
-        module = ROOT / (arguments[1].replace(".", "/") + ".py")
-        source = module.read_text() + (ROOT / "benchmarks/operations.py").read_text()
-        for word in arguments[2:]:
-            assert not word.startswith("--") or f'"{word}"' in source, f"{module.name} has no option {word}"
+        _parse(import_module(arguments[1]).main, click.Context(click.Command(arguments[1])), arguments[2:])
     elif program.endswith("python") and arguments[0].endswith(".py"):
         assert (ROOT / arguments[0]).is_file(), f"there is no {arguments[0]}"
     elif program.endswith("pytest"):
@@ -81,20 +82,19 @@ def check_command(line: str) -> None:
         )
 
 
-def _check_cet(arguments: list[str]) -> None:
-    """Parse a command line of cet without running it."""
-    command: click.Command = main
-    context = click.Context(main, info_name="cet")
+def _parse(command: click.Command, context: click.Context, arguments: list[str]) -> None:
+    """Parse a command line without running it."""
     while isinstance(command, click.Group):
         name, *arguments = arguments
         found = command.get_command(context, name)
         assert found is not None, f"there is no command {name!r}"
-        context = click.Context(found, parent=context, info_name=name)
-        command = found
-    parser = command.make_parser(context)
-    options, _, _ = parser.parse_args([word for word in arguments if word not in ("[...]",)])
+        context, command = click.Context(found, parent=context, info_name=name), found
+    options, _, _ = command.make_parser(context).parse_args(list(arguments))
     for parameter in command.params:
-        value = options.get(parameter.name or "")
-        choices = getattr(parameter.type, "choices", None)
-        if isinstance(value, str) and choices:
-            assert value in choices, f"{parameter.name} is {value!r}; choose one of {choices}"
+        value, choices = options.get(parameter.name or ""), getattr(parameter.type, "choices", None)
+        assert not (isinstance(value, str) and choices) or value in choices, f"{value!r} is none of {choices}"
+
+
+def prose_of(page: Path) -> str:
+    """A page without its blocks and without code in lines."""
+    return re.sub(r"`[^`\n]+`", "", _BLOCK.sub("", page.read_text()))
