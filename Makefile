@@ -4,17 +4,21 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint sanitize fuzz soak demo benchmark gpu gpu-report clean
+.PHONY: help setup test lint docs sanitize fuzz soak demo benchmark gpu gpu-report clean
 
 help:
+	@echo "make setup      the environment of all that follows, in .venv; each target makes it where it is missing"
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
+	@echo "make docs       the pages as a site, into build/site; a warning is an error"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
 	@echo "make soak       random use of models against every row alone (CET_SOAK_SECONDS=3600; two minutes in make test)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
 	@echo "make gpu        build, tests, sanitizers and benchmarks on this machine's GPU, into OUT"
 	@echo "make gpu-report the tables of docs/gpu.md, from benchmarks/results/gpu"
+	@echo "make lint       linters and type checker alone"
+	@echo "make clean      remove the environment and all that was built"
 
 # torch comes first and pinned: whatever asks for a torch later finds this one. The stamp is younger than the
 # files that decide what is installed, or the set-up runs again.
@@ -37,6 +41,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# Read from the files of the repository alone; no network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The kernels with address and undefined-behaviour sanitizers, built apart from those that are installed. Python itself
 # leaks by design, and OpenMP's threads outlive the check.

@@ -61,7 +61,7 @@ static inline Vec widen(HalfVec half, float16) {
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps((__m128i)half);
 #else
-  // The bits of a half are those of a float whose exponent is 112 too small; multiplying mends subnormals too.
+  // The bits of a half are those of a float whose exponent is 112 too small; multiplying corrects subnormals too.
   const UintVec bits = __builtin_convertvector(half, UintVec);
   const UintVec magnitude = (bits & 0x7fff) << 13;
   const Vec scaled = bit_cast<Vec>(magnitude) * 0x1p112f;

@@ -291,8 +291,8 @@ class _Outcomes:
         return sums[(slice(-1),) * (axis + 1) + (None,) * (len(self.group) - axis - 1)]
 
 
-def _threshold(leaving: NDArray[np.float32], staying: NDArray[np.float32]) -> float:
+def _threshold(leaving: NDArray[np.float32], kept: NDArray[np.float32]) -> float:
     """A float32 value half-way between the scores that leave and those that stay; ``-inf`` when none leaves."""
-    last, following = float(leaving.max(initial=-np.inf)), float(staying.min(initial=np.inf))
+    last, following = float(leaving.max(initial=-np.inf)), float(kept.min(initial=np.inf))
     middle = float(np.float32((last + following) / 2))
     return middle if last <= middle < following < np.inf else last

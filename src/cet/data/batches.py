@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cet.ops.consistent_exit_loss import UNLABELLED
-
 Inputs = Any
 BatchFn = Callable[[Any], tuple[Inputs, Any]]
+
+UNLABELLED = -100
+"""The label of a row that has none."""
 
 LABEL_KEYS = ("labels", "label", "y")
 

@@ -79,8 +79,8 @@ def check_input(owner: object, x: object, generator: torch.Generator | None) -> 
     """Raise unless x is a floating-point tensor and the generator can draw on its device."""
     name = type(owner).__name__
     if not isinstance(x, Tensor):
-        mend = "wrap the perturbation in On(key, ...)" if isinstance(x, Mapping) else "pass a batch"
-        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}; {mend}")
+        fix = "wrap the perturbation in On(key, ...)" if isinstance(x, Mapping) else "pass a batch"
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}; {fix}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: x must be floating point, got {x.dtype}; convert it, e.g. images by x / 255")
     # A generator made for "cuda" names no index and serves every device of that type.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cet.data.batches import UNLABELLED
 from cet.ops.backend import is_tracing, no_tensor, traced_backend
 from cet.ops.consistent_exit_loss import cpp, triton
 from cet.ops.consistent_exit_loss.definition import (
-    UNLABELLED,
     ExitLosses,
     LossConfig,
     Target,

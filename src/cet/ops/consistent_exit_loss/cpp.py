@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cet.data.batches import UNLABELLED
 from cet.ops import backend
-from cet.ops.consistent_exit_loss.definition import UNLABELLED, ExitLosses, LossConfig, refuse_second_derivative
+from cet.ops.consistent_exit_loss.definition import ExitLosses, LossConfig, refuse_second_derivative
 from cet.ops.exit_gate.definition import DTYPES
 
 

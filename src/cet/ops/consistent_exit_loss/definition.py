@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cet.data.batches import UNLABELLED
+
 Target = Literal["soft", "hard"]
 Teacher = Literal["self", "final"]
-
-UNLABELLED = -100
 
 HALF_GRADIENT_SCALE = 2.0**15
 """What the kernels multiply differences of probabilities by, where they store gradients in float16.
