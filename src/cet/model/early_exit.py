@@ -26,6 +26,7 @@ from cet.model.checkpoint import write_checkpoint
 from cet.model.heads import ExitHead, HeadSpec
 from cet.model.output import ExitOutput, Explanation, LossOutput
 from cet.model.taps import observing
+from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
 from cet.ops import exit_score
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache, level_of_caller
@@ -137,6 +138,30 @@ class EarlyExit(nn.Module):
                     raise
         self.training = backbone.training
         self.heads.train(backbone.training)
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, every: int = 2, example_inputs: Any = None, **more: Any) -> Self:
+        """Wrap a classifier of Hugging Face transformers, with an exit behind every ``every``-th layer but the last.
+
+        Args:
+            model: such as ``AutoModelForSequenceClassification.from_pretrained(...)``.
+            every: from 1 on, fewer than the layers.
+            example_inputs: see :class:`EarlyExit`; made up from the model's config when not given.
+            more: further arguments of :class:`EarlyExit`.
+
+        Raises:
+            TypeError, ValueError: for a model without a list of layers or without logits, one of whose inputs no
+                example can be made up, and an ``every`` that leaves no exit.
+        """
+        exits = layer_paths(check_backbone(model), every)
+        wrapped = cls(model, exits, example_inputs_for(model) if example_inputs is None else example_inputs, **more)
+        wrapped.__dict__["forward"] = SignedForward(wrapped)
+        return wrapped
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.pop("forward", None)  # it calls the original
+        return replica
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "backbone":
