@@ -77,7 +77,6 @@ class _ConsistentExitLoss(torch.autograd.Function):
         return (
             None,
             None,
-            None,
             *(
                 g if g is None or scale * factor == 1.0 else g * (scale * factor)
                 for g, factor in zip(ctx.saved_tensors, ctx.factors, strict=True)
