@@ -33,13 +33,17 @@ def check_backbone(backbone: Any) -> nn.Module:
         raise TypeError(
             f"backbone is {how} ({kind}), which hides its submodules; give the module that it was made from"
         )
+    if isinstance(backbone, torch.fx.GraphModule) and "eval" in backbone.__dict__:
+        raise TypeError("backbone is the module of an exported program, which has no modes; give the original module")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone is {kind}; give an nn.Module")
-    if "_orig_mod" in backbone._modules:
-        raise TypeError(
-            "backbone is compiled, which hides its exits; give the module itself, and compile the whole model: "
-            "torch.compile(model)"
-        )
+    for path, module in backbone.named_modules():
+        if "_orig_mod" in module._modules:
+            what = f"submodule {path!r}" if path else "backbone"
+            raise TypeError(
+                f"{what} is compiled, which hides what is in it; give the module itself, and compile the whole model: "
+                "torch.compile(model)"
+            )
     if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"backbone is inside {kind}; give its .module, and put the cet.EarlyExit inside {kind}")
     return backbone

@@ -25,7 +25,7 @@ from cet.model.building import (
 from cet.model.checkpoint import write_checkpoint
 from cet.model.heads import ExitHead, HeadSpec
 from cet.model.output import ExitOutput, Explanation, LossOutput
-from cet.model.taps import observing
+from cet.model.taps import is_inside_reentrant_checkpoint, observing
 from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
 from cet.ops import exit_score
 from cet.ops.backend import is_tracing
@@ -81,7 +81,8 @@ class EarlyExit(nn.Module):
 
     Args:
         backbone: a module that returns logits ``(B, K)`` or an object with ``.logits``, or :class:`cet.Stages`. A
-            single logit ``(B, 1)`` counts as two classes with logits 0 and itself. The model takes over its mode.
+            single logit ``(B, 1)`` or ``(B,)`` counts as two classes
+            with logits 0 and itself. The model takes over its mode.
         exits: the paths of the submodules after which a sample may leave, in the order of execution; or a mapping from
             path to head: an ``nn.Module`` that turns the first tensor that the submodule returns into ``(B, K)``, a
             :class:`cet.HeadSpec`, or ``None`` for the default, mean pooling and a linear layer.
@@ -100,6 +101,9 @@ class EarlyExit(nn.Module):
         RuntimeError: for ``runner="device"`` where it cannot run, with the reason. Whether inputs are on a CUDA device
             shows when they come.
     """
+
+    accepts_loss_kwargs = False
+    """Tells the Trainer of transformers that the loss is a mean, which it divides when it accumulates gradients."""
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class EarlyExit(nn.Module):
         self._ways: list[_Way] = []
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
-        with evaluating(backbone):
+        with evaluating(backbone), torch.inference_mode(False):
             features, logits = self._run_example(input_format)
             self.num_classes = logits.shape[1]
             self.heads = nn.ModuleList(
@@ -165,6 +169,8 @@ class EarlyExit(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "backbone":
+            if isinstance(value, EarlyExit):
+                raise TypeError("backbone is a cet.EarlyExit already; give its .backbone, with all exits that you want")
             check_backbone(value)
         super().__setattr__(name, value)
 
@@ -248,8 +254,8 @@ class EarlyExit(nn.Module):
     def exit_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The logits of all ``E`` exits, tensors ``(B, K)``, shallow first, in either mode; no sample leaves.
 
-        They are computed by the backbone itself, and carry gradients. Behind an exit inside a reentrant
-        ``torch.utils.checkpoint`` these reach the head alone.
+        They are computed by the backbone itself, and carry gradients. An exit inside a reentrant
+        ``torch.utils.checkpoint``, which would hide them, is refused.
         """
         way, inputs = self._bind(args, kwargs)
         return self._exit_logits(way, inputs)
@@ -472,6 +478,7 @@ class EarlyExit(nn.Module):
 
     def _exit_logits(self, way: _Way, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         features: dict[int, Tensor] = {}
+        records = torch.is_grad_enabled()
 
         def keep(k: int, module_output: Any) -> None:
             if k in features:
@@ -480,6 +487,11 @@ class EarlyExit(nn.Module):
                     "leave; name a submodule that is called once"
                 )
             feature = first_tensor(module_output)
+            if records and not torch.is_grad_enabled() and is_inside_reentrant_checkpoint():
+                raise RuntimeError(
+                    f"exit {self.exit_names[k]!r} is inside of torch.utils.checkpoint with use_reentrant=True, which "
+                    "hides its gradients from the head; give use_reentrant=False"
+                )
             features[k] = feature.clone() if k in self._rewritten else feature
 
         args, kwargs = way.input_format.unflatten(copied(inputs) if self._changes_inputs else inputs)
