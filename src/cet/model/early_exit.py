@@ -31,6 +31,7 @@ from cet.ops import exit_score
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache, level_of_caller
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
+from cet.partition.obstacles import obstacle_to_cutting
 from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of
 from cet.runtime import Capture, GraphRunner, RunnerName, check_runner, runner_for
 from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
@@ -126,6 +127,7 @@ class EarlyExit(nn.Module):
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
         with evaluating(backbone), torch.inference_mode(False):
+            obstacle_to_cutting(backbone)  # first, for its refusals
             features, logits = self._run_example(input_format)
             self.num_classes = logits.shape[1]
             self.heads = nn.ModuleList(
@@ -170,7 +172,9 @@ class EarlyExit(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "backbone":
             if isinstance(value, EarlyExit):
-                raise TypeError("backbone is a cet.EarlyExit already; give its .backbone, with all exits that you want")
+                raise ValueError(
+                    "backbone is a cet.EarlyExit already; give its .backbone, with all exits that you want"
+                )
             check_backbone(value)
         super().__setattr__(name, value)
 
