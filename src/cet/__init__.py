@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cet import energy, ops, perturb
-    from cet.calibration import Calibration, CalibrationReport, calibrate
+    from cet.calibration.calibrate import Calibration, calibrate
     from cet.calibration.cost import ExitCosts, exit_costs
+    from cet.calibration.report import CalibrationReport
     from cet.model.check import AnswerMismatchError
     from cet.model.early_exit import EarlyExit
     from cet.model.heads import ExitHead, HeadSpec

@@ -173,9 +173,10 @@ def test_the_file_of_a_model_keeps_the_policy_and_a_new_one_wins(tmp_path: Any) 
 
 
 @pytest.mark.parametrize("score", ["confidence", "margin"])
-@pytest.mark.parametrize("threshold", [95, 1.5, 2.0, 1.0000001, -0.1, -1e-9])
-def test_a_finite_threshold_outside_0_and_1_is_refused(score: Any, threshold: float) -> None:
-    with pytest.raises(ValueError, match=rf"thresholds\[1\] is {threshold}.*\[0, 1\]") as refused:
+@pytest.mark.parametrize("threshold", [95, 2.5, -3.0])
+def test_a_finite_threshold_far_outside_0_and_1_is_refused(score: Any, threshold: float) -> None:
+    """Up to 2 is a usual way to write that nobody leaves; more is a percentage."""
+    with pytest.raises(ValueError, match=rf"thresholds\[1\] is {threshold}.*at most 1") as refused:
         cet.ExitPolicy(score, (0.5, threshold))
     assert "\n" not in str(refused.value)
 
@@ -183,12 +184,6 @@ def test_a_finite_threshold_outside_0_and_1_is_refused(score: Any, threshold: fl
 def test_a_percentage_is_told_how_to_be_written() -> None:
     with pytest.raises(ValueError, match=r"95.*0\.95"):
         cet.ExitPolicy("confidence", (95, 95))
-
-
-@pytest.mark.parametrize("threshold", [-0.1, -1e-9])
-def test_a_negative_entropy_is_refused(threshold: float) -> None:
-    with pytest.raises(ValueError, match=r"thresholds\[0\] is -"):
-        cet.ExitPolicy("entropy", (threshold,))
 
 
 @pytest.mark.parametrize("score", ["confidence", "margin", "entropy"])

@@ -33,13 +33,17 @@ def check_backbone(backbone: Any) -> nn.Module:
         raise TypeError(
             f"backbone is {how} ({kind}), which hides its submodules; give the module that it was made from"
         )
+    if isinstance(backbone, torch.fx.GraphModule) and "eval" in backbone.__dict__:
+        raise TypeError("backbone is the module of an exported program, which has no modes; give the original module")
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone is {kind}; give an nn.Module")
-    if "_orig_mod" in backbone._modules:
-        raise TypeError(
-            "backbone is compiled, which hides its exits; give the module itself, and compile the whole model: "
-            "torch.compile(model)"
-        )
+    for path, module in backbone.named_modules():
+        if "_orig_mod" in module._modules:
+            what = f"submodule {path!r}" if path else "backbone"
+            raise TypeError(
+                f"{what} is compiled, which hides what is in it; give the module itself, and compile the whole model: "
+                "torch.compile(model)"
+            )
     if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"backbone is inside {kind}; give its .module, and put the cet.EarlyExit inside {kind}")
     return backbone
@@ -134,9 +138,14 @@ def check_train_output(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[
         except Exception:  # its own business: it shows, with its own message, once it is trained
             return
     try:
-        logits_of(output)
+        logits = logits_of(output)
     except TypeError as error:
         raise TypeError(f"in train mode {error}; switch auxiliary outputs off") from None
+    if logits.ndim != 2:
+        raise ValueError(
+            f"in train mode the backbone returns a tensor of shape {tuple(logits.shape)}; it must return logits (B, K) "
+            "in both modes"
+        )
 
 
 def build_head(
@@ -227,22 +236,18 @@ def _attach_mask(
 def warn_of_unused_masks(
     requested: Heads, heads: Sequence[nn.Module], features: Sequence[Tensor], input_format: InputFormat
 ) -> None:
-    """Name the inputs that look like masks and are not used by an exit that averages positions."""
+    """Name the inputs that look like masks, with the exits that average or see all positions regardless."""
+    without = []
     for (path, asked), head, feature in zip(requested.items(), heads, features, strict=True):
-        silent = asked is None or (isinstance(asked, HeadSpec) and asked.mask is None)
-        if (
-            not silent
-            or not isinstance(head, ExitHead)
-            or head.spec.mask
-            or head.spec.pool != "mean"
-            or feature.ndim < 3
-        ):
-            continue
-        for name, value in zip(input_format.names, input_format.example, strict=True):
-            if isinstance(value, Tensor) and looks_like_mask(name):
-                warnings.warn(
-                    f"input {name!r} looks like a mask, but exit {path!r} averages over all positions, padding too; "
-                    f"name it with exits={{{path!r}: cet.HeadSpec(mask={name!r})}}, or give mask=False",
-                    stacklevel=level_of_caller(),
-                )
-                return
+        own = isinstance(asked, nn.Module) and not isinstance(asked, ExitHead)
+        averages = isinstance(head, ExitHead) and not head.spec.mask and head.spec.pool == "mean"
+        undecided = asked is None or (isinstance(asked, HeadSpec) and asked.mask is None)
+        if feature.ndim > 2 and (own or (averages and undecided)):
+            without.append(repr(path))
+    for name, value in zip(input_format.names, input_format.example, strict=True):
+        if without and isinstance(value, Tensor) and looks_like_mask(name):
+            warnings.warn(
+                f"input {name!r} looks like a mask, but the heads of {', '.join(without)} do not get it, so that "
+                f"padding counts; give cet.HeadSpec(mask={name!r}) for each, or mask=False",
+                stacklevel=level_of_caller(),
+            )

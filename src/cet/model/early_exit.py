@@ -25,11 +25,13 @@ from cet.model.building import (
 from cet.model.checkpoint import write_checkpoint
 from cet.model.heads import ExitHead, HeadSpec
 from cet.model.output import ExitOutput, Explanation, LossOutput
-from cet.model.taps import observing
+from cet.model.taps import is_inside_reentrant_checkpoint, observing
+from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
 from cet.ops import exit_score
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache, level_of_caller
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
+from cet.partition.obstacles import obstacle_to_cutting
 from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of
 from cet.runtime import Capture, GraphRunner, RunnerName, check_runner, runner_for
 from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
@@ -80,7 +82,8 @@ class EarlyExit(nn.Module):
 
     Args:
         backbone: a module that returns logits ``(B, K)`` or an object with ``.logits``, or :class:`cet.Stages`. A
-            single logit ``(B, 1)`` counts as two classes with logits 0 and itself. The model takes over its mode.
+            single logit ``(B, 1)`` or ``(B,)`` counts as two classes
+            with logits 0 and itself. The model takes over its mode.
         exits: the paths of the submodules after which a sample may leave, in the order of execution; or a mapping from
             path to head: an ``nn.Module`` that turns the first tensor that the submodule returns into ``(B, K)``, a
             :class:`cet.HeadSpec`, or ``None`` for the default, mean pooling and a linear layer.
@@ -99,6 +102,9 @@ class EarlyExit(nn.Module):
         RuntimeError: for ``runner="device"`` where it cannot run, with the reason. Whether inputs are on a CUDA device
             shows when they come.
     """
+
+    accepts_loss_kwargs = False
+    """Tells the Trainer of transformers that the loss is a mean, which it divides when it accumulates gradients."""
 
     def __init__(
         self,
@@ -120,7 +126,8 @@ class EarlyExit(nn.Module):
         self._ways: list[_Way] = []
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
-        with evaluating(backbone):
+        with evaluating(backbone), torch.inference_mode(False):
+            obstacle_to_cutting(backbone)  # first, for its refusals
             features, logits = self._run_example(input_format)
             self.num_classes = logits.shape[1]
             self.heads = nn.ModuleList(
@@ -138,8 +145,36 @@ class EarlyExit(nn.Module):
         self.training = backbone.training
         self.heads.train(backbone.training)
 
+    @classmethod
+    def from_transformers(cls, model: nn.Module, every: int = 2, example_inputs: Any = None, **more: Any) -> Self:
+        """Wrap a classifier of Hugging Face transformers, with an exit behind every ``every``-th layer but the last.
+
+        Args:
+            model: such as ``AutoModelForSequenceClassification.from_pretrained(...)``.
+            every: from 1 on, fewer than the layers.
+            example_inputs: see :class:`EarlyExit`; made up from the model's config when not given.
+            more: further arguments of :class:`EarlyExit`.
+
+        Raises:
+            TypeError, ValueError: for a model without a list of layers or without logits, one of whose inputs no
+                example can be made up, and an ``every`` that leaves no exit.
+        """
+        exits = layer_paths(check_backbone(model), every)
+        wrapped = cls(model, exits, example_inputs_for(model) if example_inputs is None else example_inputs, **more)
+        wrapped.__dict__["forward"] = SignedForward(wrapped)
+        return wrapped
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.pop("forward", None)  # it calls the original
+        return replica
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "backbone":
+            if isinstance(value, EarlyExit):
+                raise ValueError(
+                    "backbone is a cet.EarlyExit already; give its .backbone, with all exits that you want"
+                )
             check_backbone(value)
         super().__setattr__(name, value)
 
@@ -223,8 +258,8 @@ class EarlyExit(nn.Module):
     def exit_logits(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The logits of all ``E`` exits, tensors ``(B, K)``, shallow first, in either mode; no sample leaves.
 
-        They are computed by the backbone itself, and carry gradients. Behind an exit inside a reentrant
-        ``torch.utils.checkpoint`` these reach the head alone.
+        They are computed by the backbone itself, and carry gradients. An exit inside a reentrant
+        ``torch.utils.checkpoint``, which would hide them, is refused.
         """
         way, inputs = self._bind(args, kwargs)
         return self._exit_logits(way, inputs)
@@ -447,6 +482,7 @@ class EarlyExit(nn.Module):
 
     def _exit_logits(self, way: _Way, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         features: dict[int, Tensor] = {}
+        records = torch.is_grad_enabled()
 
         def keep(k: int, module_output: Any) -> None:
             if k in features:
@@ -455,6 +491,11 @@ class EarlyExit(nn.Module):
                     "leave; name a submodule that is called once"
                 )
             feature = first_tensor(module_output)
+            if records and not torch.is_grad_enabled() and is_inside_reentrant_checkpoint():
+                raise RuntimeError(
+                    f"exit {self.exit_names[k]!r} is inside of torch.utils.checkpoint with use_reentrant=True, which "
+                    "hides its gradients from the head; give use_reentrant=False"
+                )
             features[k] = feature.clone() if k in self._rewritten else feature
 
         args, kwargs = way.input_format.unflatten(copied(inputs) if self._changes_inputs else inputs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.utils.checkpoint
 from torch import nn
 
 from cet.partition.fingerprint import ExitHook
@@ -49,3 +51,14 @@ def observing(observers: _Observers) -> Iterator[None]:
             yield
     finally:
         _calls.observed.pop()
+
+
+def is_inside_reentrant_checkpoint() -> bool:
+    """Whether the caller runs in the forward pass of ``torch.utils.checkpoint`` with ``use_reentrant=True``."""
+    frame = sys._getframe(1)
+    code = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

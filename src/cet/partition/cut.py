@@ -94,6 +94,7 @@ class _Cutter:
                 f"nothing is computed behind exit {self.exits[-1]!r}, which gives the logits themselves; name an exit "
                 "before it"
             )
+        self._refuse_probabilities(logits)
         crossing = self._crossing(stage_of, len(cuts))
         self._refuse_shared_writes(stage_of, crossing)
         shapes: list[tuple[torch.dtype, tuple[int | None, ...]] | None] = [None] * len(self.inputs)
@@ -190,6 +191,20 @@ class _Cutter:
         (logits,) = output.args[0]
         assert isinstance(logits, fx.Node)
         return logits
+
+    def _refuse_probabilities(self, logits: fx.Node) -> None:
+        """Refuse what a sigmoid or a softmax gives; a single logit stands beside a zero that was added to it."""
+        nodes = [logits]
+        if logits.target is torch.ops.aten.cat.default:
+            parts = logits.args[0]
+            nodes += [part for part in parts if isinstance(part, fx.Node)] if isinstance(parts, (list, tuple)) else []
+        for node in nodes:
+            for function in ("sigmoid", "softmax"):
+                if getattr(node.target, "__name__", "").partition(".")[0] == function:
+                    raise CutError(
+                        f"{type(self.backbone).__name__} ends in a {function}, where early exits return logits; leave "
+                        "it out, and apply it to what the model returns"
+                    )
 
     def _assign_stages(self, cuts: list[int], results: list[fx.Node]) -> dict[fx.Node, int]:
         """The stage of each node that is needed: operations run where the backbone runs them.

@@ -135,7 +135,7 @@ class InputFormat:
     def example_for(self, weight: Tensor | None) -> list[Any]:
         """The example's inputs on the device of ``weight``; those that had the dtype of the weights when the example
         was given are in the dtype of ``weight``."""
-        if weight is None:
+        if weight is None or weight.is_meta:  # weights that are offloaded come where the input is
             return self.example
         return [
             value.to(weight.device, weight.dtype if value.dtype == self._weight_dtype else value.dtype)
@@ -179,14 +179,14 @@ class InputFormat:
         rows = None
         for index, (value, example, batched) in enumerate(zip(inputs, self.example, self.is_batched, strict=True)):
             if isinstance(example, Tensor):
+                if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_nested):
+                    raise TypeError(f"{self.names[index]} is {_kind_of(value)}; {_DENSE}")
                 if not isinstance(value, Tensor) or value.ndim != example.ndim:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                     raise TypeError(
                         f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; "
                         "give a tensor with as many dimensions"
                     )
-                if value.layout is not torch.strided or value.is_nested:
-                    raise TypeError(f"{self.names[index]} is {_kind_of(value)}; {_DENSE}")
                 if batched:
                     rows = value.shape[0] if rows is None else rows
                     if value.shape[0] != rows:

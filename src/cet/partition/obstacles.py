@@ -27,6 +27,11 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
                 f"{name} was compiled in place, which hides its exits; compile the model instead: "
                 "torch.compile(model) on the cet.EarlyExit"
             )
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise ValueError(
+                f"{name} is quantised dynamically, by a scale that the rows of a batch share; quantise the weights "
+                "alone, as torchao's weight-only configurations do"
+            )
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{name} normalises by the statistics of the batch, as it is in train mode, so that rows depend on "
@@ -42,8 +47,13 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
                     reason = reason or f"{name} has a forward hook, which sees and may change what passes"
     if any(followed_hooks(hooks) for hooks in GLOBAL_HOOKS) and not explicit:
         reason = reason or "there is a forward hook on all modules, which sees and may change what passes"
-    if reason is None and any(parameter.is_meta for parameter in backbone.parameters()):
-        reason = "some of its weights are on the meta device, as those that were offloaded are"
+    if any(parameter.is_meta for parameter in backbone.parameters()):
+        if not any(hasattr(module, "_hf_hook") for module in backbone.modules()):
+            raise ValueError(
+                "the backbone's weights are on the meta device, which holds no values; give them some by "
+                "model.to_empty(device=...) and load_state_dict"
+            )
+        reason = reason or "its weights are offloaded, and come to the device call by call"
     return reason
 
 

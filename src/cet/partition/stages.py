@@ -151,7 +151,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def logits_of(output: Any) -> Tensor:
     """The logits ``(B, K)`` in what a backbone returns: the tensor itself, or its attribute ``logits``.
 
-    A single logit ``(B, 1)``, as binary cross-entropy takes, becomes the logits ``(B, 2)`` of two classes: 0, itself.
+    A single logit ``(B, 1)`` or ``(B,)``, as binary
+    cross-entropy takes, becomes the logits ``(B, 2)`` of two classes: 0, itself.
 
     Raises:
         TypeError: for any other output.
@@ -162,6 +163,8 @@ def logits_of(output: Any) -> Tensor:
             f"the backbone returns {type(output).__name__}; it must return logits (B, K) or an object with .logits, so "
             "wrap it in a module that does"
         )
+    if logits.ndim == 1 and logits.is_floating_point():
+        logits = logits[:, None]
     if logits.ndim == 2 and logits.shape[1] == 1:
         return torch.cat([torch.zeros_like(logits), logits], dim=1)
     return logits
