@@ -30,7 +30,7 @@ def loader(batches: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 torch.manual_seed(0)
-sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+sizes = {"hidden_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
 config = BertConfig(vocab_size=WORDS + 1, num_labels=CLASSES, **sizes)
 backbone = BertForSequenceClassification(config).train()
 optimizer = torch.optim.AdamW(backbone.parameters(), 3e-3)
@@ -41,11 +41,9 @@ for _ in range(2):
         optimizer.step()
 backbone.eval()
 
-example = tokens(2, seed=300)
-del example["labels"]
-# The mean over positions leaves padding out: the heads find `attention_mask` among the inputs by its name.
-model = cet.EarlyExit(backbone, exits=["bert.encoder.layer.0", "bert.encoder.layer.2"], example_inputs=example)
-print(model.explain(**example))
+# An exit behind every second layer; the means over positions leave padding out, as `attention_mask` tells.
+model = cet.EarlyExit.from_transformers(backbone, every=2)
+print(model.exit_names)
 
 losses = cet.train_heads(model, loader(32, seed=0), epochs=3, learning_rate=1e-2)
 print(f"mean loss of the exits, first and last epoch: {losses[0]:.3f}, {losses[-1]:.3f}")
