@@ -12,6 +12,7 @@ import click
 import pytest
 import torch
 
+import cet
 from pages import PAGES, ROOT, blocks_of, check_command, prose_of
 
 LANGUAGES = {"python", "console", "text", "cpp"}
@@ -95,3 +96,8 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", prose_of(page)):
         if not target.startswith(("http://", "https://")):
             assert os.path.exists(page.parent / target), f"{_name(page)} links to {target}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs/reference").glob("*.md"))
+    assert [name for name in cet.__all__ if f"::: cet.{name}" not in pages] == []
