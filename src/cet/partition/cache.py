@@ -234,12 +234,6 @@ class StageCache:
                     program = self.backbone.program(self.exits, copied(example), EXAMPLE_ROWS)
                     verify(program, self.backbone, self.exits, self.input_format, example, expected)
                 return program
-            if _has_closures(self.backbone):  # a copy would go on calling the original
-                with evaluating(self.backbone):
-                    expected = logits_of(self.backbone(*args, **kwargs))
-                    program = cut(self.backbone, self.backbone, *self._how(example), dynamic=True)
-                    verify(program, self.backbone, self.exits, self.input_format, example, expected)
-                return program
             traced = private_copy(self.backbone, state.fingerprint.tensors).eval()
             before = Fingerprint(traced).entries
             expected = logits_of(traced(*args, **kwargs))  # first, for its own error on a wrong input
@@ -295,12 +289,6 @@ def level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _has_closures(backbone: nn.Module) -> bool:
-    """Whether a submodule was given a ``forward`` of its own that is no method of a module."""
-    forwards = (module.__dict__.get("forward") for module in backbone.modules())
-    return any(f is not None and not isinstance(getattr(f, "__self__", None), nn.Module) for f in forwards)
 
 
 def _warn_once(state: _State, reason: str) -> None:

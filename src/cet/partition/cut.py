@@ -107,6 +107,7 @@ class _Cutter:
             sizes=self.sizes.varying,
             shapes=tuple(shapes),
             guard=self.sizes.guard(),
+            guarded=self.sizes.guarded,
         )
 
     def _bind_placeholders(self) -> None:

@@ -87,21 +87,11 @@ class _Logits(nn.Module):
             return logits_of(self.backbone(*args, **kwargs))
 
 
-def guards_of(program: ExportedProgram, rows: set[sympy.Symbol], num_rows: int) -> list[sympy.Basic]:
-    """The conditions on the sizes of the inputs that the code of the backbone tested while it was traced.
+def guards_of(program: ExportedProgram) -> list[sympy.Basic]:
+    """The conditions on sizes that the code of the backbone tested while it was traced.
 
-    ``torch.export`` keeps them to itself: an ``if x.shape[-1] > 150`` becomes the branch that the example took. The
-    number of rows counts as what it was in the example, because no row may depend on it.
+    ``torch.export`` keeps them to itself: an ``if x.shape[-1] > 150`` becomes the branch that the example took.
     """
-    guards: dict[sympy.Basic, None] = {}
-    for guard in _shape_guards(program):
-        condition = guard.xreplace({symbol: sympy.Integer(num_rows) for symbol in rows})
-        if condition.free_symbols:
-            guards[condition] = None
-    return list(guards)
-
-
-def _shape_guards(program: ExportedProgram) -> list[sympy.Basic]:
     for node in program.graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         if mode is not None and mode.shape_env is not None:
@@ -112,12 +102,12 @@ def _shape_guards(program: ExportedProgram) -> list[sympy.Basic]:
 
 
 def compile_guards(guards: Sequence[sympy.Basic], names: dict[sympy.Symbol, str]) -> Callable[..., bool] | None:
-    """One function of the varying sizes, in the order of ``names``, that tests all guards."""
+    """One function of the sizes, in the order of ``names``, that tests all guards."""
     if not guards:
         return None
     symbols = {symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}
     source = " and ".join(f"({_source(guard.xreplace(symbols))})" for guard in guards)
-    test: Callable[..., bool] = eval(f"lambda {', '.join(names.values())}: {source}", {"math": math})
+    test: Callable[..., bool] = eval(f"lambda {', '.join(names.values())}: {source}", {"math": math, "torch": torch})
     return test
 
 

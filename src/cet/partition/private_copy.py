@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -20,13 +21,26 @@ def private_copy(module: Module, tensors: Iterable[Tensor] = ()) -> Module:
 
     Where an attribute cannot be copied, only the modules themselves are, and attributes are shared.
     """
-    shared = [*module.parameters(), *module.buffers(), *tensors]
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers(), *tensors)}
     try:
-        copied: Module = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+        copied: Module = copy.deepcopy(module, memo)
+        for submodule in copied.modules():
+            forward = submodule.__dict__.get("forward")
+            if isinstance(forward, FunctionType) and forward.__closure__:
+                submodule.__dict__["forward"] = _rebound(forward, memo)
         return copied
     except Exception:  # whatever an attribute's __deepcopy__ may raise
         tree: Module = _copy_of_tree(module, {})
         return tree
+
+
+def _rebound(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
+    """The function with the copies in its closure: it would go on calling the originals."""
+    contents = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = tuple(CellType(copies.get(id(value), value)) for value in contents)
+    rebound = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
 
 
 def _copy_of_tree(module: Any, copies: dict[int, Any]) -> Any:

@@ -37,6 +37,7 @@ class Sizes:
         backbone_name: str,
     ) -> None:
         self._rows: set[sympy.Symbol] = set()
+        dependent: list[tuple[int, int, sympy.Expr]] = []
         varying: dict[sympy.Symbol, tuple[int, int]] = {}
         for node, index in input_of.items():
             for dim, size in enumerate(node.meta["val"].shape):
@@ -48,15 +49,38 @@ class Sizes:
                     )
                 if batched:
                     self._rows.add(symbol)
-                elif isinstance(symbol, sympy.Symbol):
-                    varying.setdefault(symbol, (index, dim))
+                elif isinstance(symbol, sympy.Symbol) and symbol not in varying:
+                    varying[symbol] = (index, dim)
+                elif symbol.free_symbols:
+                    dependent.append((index, dim, symbol))
         self._varying = {symbol: where for symbol, where in varying.items() if symbol not in self._rows}
         self._names = {symbol: f"size_{index}_{dim}" for symbol, (index, dim) in self._varying.items()}
-        self._guards = guards_of(program, self._rows, EXAMPLE_ROWS)
-        known = self._varying.keys()
+        if dependent and any(expression.free_symbols & self._rows for *_, expression in dependent):
+            raise CutError(f"{backbone_name} takes inputs with a size that depends on the number of rows; pad it")
+        guards = guards_of(program)
+        self._refuse_dependence_on_rows(guards, backbone_name)
+        example = dict.fromkeys(self._rows, sympy.Integer(EXAMPLE_ROWS))
+        conditions = dict.fromkeys(guard.xreplace(example) for guard in guards)
+        self._guards = [condition for condition in conditions if condition.free_symbols]
+        for index, dim, expression in dependent:  # a size that the code has found to follow from another
+            symbol = sympy.Symbol(f"size_{index}_{dim}", integer=True)
+            self._names[symbol] = symbol.name
+            self._guards.append(sympy.Eq(symbol, expression, evaluate=False))
+        self._guarded = (*self._varying.values(), *((index, dim) for index, dim, _ in dependent))
         for guard in self._guards:
-            if not guard.free_symbols <= known:
+            if not guard.free_symbols <= self._names.keys():
                 raise CutError(f"{backbone_name} tests sizes that do not follow from those of its inputs ({guard})")
+
+    def _refuse_dependence_on_rows(self, guards: list[sympy.Basic], backbone_name: str) -> None:
+        """Refuse code that tests the number of rows: a row's answer would depend on how many others there are."""
+        for guard in guards:
+            if guard.free_symbols and guard.free_symbols <= self._rows:
+                for number in (2, 3, 4, 5, 8, 16, 33, 64, 100, 256, 1000, 4096):
+                    if guard.xreplace(dict.fromkeys(self._rows, sympy.Integer(number))) is sympy.false:
+                        raise CutError(
+                            f"{backbone_name} computes otherwise for other numbers of rows, such as {number}; let each "
+                            "row depend on itself alone"
+                        )
 
     @property
     def varying(self) -> tuple[tuple[int, int], ...]:
@@ -66,10 +90,15 @@ class Sizes:
     @property
     def names(self) -> list[str]:
         """The names of these sizes in generated code."""
-        return list(self._names.values())
+        return [self._names[symbol] for symbol in self._varying]
+
+    @property
+    def guarded(self) -> tuple[tuple[int, int], ...]:
+        """The (input, dimension) of each size that :meth:`guard` takes."""
+        return self._guarded
 
     def guard(self) -> Callable[..., bool] | None:
-        """Whether the graph holds for such sizes, a function of all that vary; None where it always does."""
+        """Whether the graph holds for the sizes that are :attr:`guarded`; None where it always does."""
         return compile_guards(self._guards, self._names)
 
     def source(self, value: torch.SymInt) -> str | None:
@@ -77,7 +106,7 @@ class Sizes:
         expression = _expression(value)
         if not expression.free_symbols <= self._rows | self._varying.keys():
             return None
-        names = dict.fromkeys(self._rows, "n") | self._names
+        names = dict.fromkeys(self._rows, "n") | {symbol: self._names[symbol] for symbol in self._varying}
         symbols = {symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}
         return f"({PythonPrinter().doprint(expression.xreplace(symbols))})"
 

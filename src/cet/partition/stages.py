@@ -47,7 +47,9 @@ class Program:
     shapes: tuple[tuple[torch.dtype, tuple[int | None, ...]] | None, ...] = ()
     """Per input its dtype and shape, None for sizes that may vary; None for inputs that may be anything."""
     guard: Callable[..., bool] | None = None
-    """Tests the sizes that vary; None where the stages hold for all."""
+    """Tests the sizes of ``guarded``; None where the stages hold for all."""
+    guarded: tuple[tuple[int, int], ...] = ()
+    """The (input, dimension) of each size that the guard takes."""
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether the stages were cut for such inputs."""
@@ -59,7 +61,7 @@ class Program:
                 for size, wanted in zip(value.shape, shape, strict=True):
                     if wanted is not None and size != wanted:
                         return False
-        return self.guard is None or self.guard(*self.input_sizes(inputs))
+        return self.guard is None or self.guard(*[inputs[index].shape[dim] for index, dim in self.guarded])
 
     def input_sizes(self, inputs: Sequence[Any]) -> list[int]:
         """The sizes that every stage takes after the number of rows."""

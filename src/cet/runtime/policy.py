@@ -102,21 +102,18 @@ class ExitPolicy:
 
 
 def policy_to_tensor(policy: ExitPolicy) -> Tensor:
-    """A policy as float64 numbers ``(1 + E, 3)``, for state dicts: what averages or casts their values does no harm.
+    """A policy as float64 numbers ``(1 + E, 4)``, for state dicts: what averages or compares their values does no harm.
 
-    The first row holds the number of the score; each other row the threshold, temperature and survival of an exit, NaN
-    for none.
+    The first row holds the number of the score; each other row whether an exit is open, its threshold, its temperature
+    (0 for none) and its survival (-1 for none).
     """
-    num_exits = len(policy.thresholds) + 1
-    missing = (None,) * num_exits
-    rows = zip(
-        (*policy.thresholds, None),
-        policy.temperatures or missing,
-        (*(policy.survival or missing[1:]), None),
-        strict=True,
-    )
-    numbers = [[SCORE_NAMES.index(policy.score), math.nan, math.nan], *rows]
-    return torch.tensor([[math.nan if n is None else n for n in row] for row in numbers], dtype=torch.float64)
+    num_early = len(policy.thresholds)
+    temperatures = policy.temperatures or (0.0,) * (num_early + 1)
+    survival = (*(policy.survival or (-1.0,) * num_early), -1.0)
+    rows = [[float(SCORE_NAMES.index(policy.score)), 0.0, 0.0, 0.0]]
+    for threshold, temperature, fraction in zip((*policy.thresholds, None), temperatures, survival, strict=True):
+        rows.append([float(threshold is not None), threshold or 0.0, temperature, fraction])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def policy_from_tensor(numbers: Tensor) -> ExitPolicy:
@@ -127,13 +124,12 @@ def policy_from_tensor(numbers: Tensor) -> ExitPolicy:
     """
     try:
         (number, *_), *rows = numbers.double().tolist()
-        thresholds, temperatures, survival = zip(*rows, strict=True)
-        score = SCORE_NAMES[int(number)]
+        is_open, thresholds, temperatures, survival = zip(*rows, strict=True)
         return ExitPolicy(
-            score,
-            tuple(None if math.isnan(threshold) else threshold for threshold in thresholds[:-1]),
-            None if math.isnan(temperatures[0]) else temperatures,
-            None if len(survival) == 1 or math.isnan(survival[0]) else survival[:-1],
+            SCORE_NAMES[int(number)],
+            tuple(t if round(o) else None for o, t in zip(is_open[:-1], thresholds[:-1], strict=True)),
+            temperatures if all(temperatures) else None,
+            survival[:-1] if len(survival) > 1 and min(survival[:-1]) >= 0 else None,
         )
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the policy in the state dict is damaged ({error}); save the model again") from error
