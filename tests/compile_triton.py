@@ -79,7 +79,7 @@ def scale(dtype: torch.dtype) -> None:
 
 
 def partition(rows: int) -> None:
-    triton_compact.compact(torch.zeros(rows, dtype=torch.bool), [], [])
+    triton_compact.order_rows(torch.zeros(rows, dtype=torch.bool))
 
 
 def take(*tensors: torch.Tensor) -> None:

@@ -162,7 +162,7 @@ def test_power_is_asked_for_by_name_first(
 
 def test_no_watts_are_no_answer(simulation: Simulation, gpu: energy_nvml.Gpu) -> None:
     simulation.gpu(power_gain=0)
-    with pytest.raises(ReadingError, match="draws 0 mW"):
+    with pytest.raises(ReadingError, match="reports a power of 0 mW"):
         gpu.power.watts()
     assert gpu.state().watts is None
 

@@ -110,7 +110,6 @@ NO_CLASSIFIER: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
     "classes as integers": (lambda _net, z: z.long(), r"logits"),
     "a multi-label probability": (lambda _net, z: torch.sigmoid(z), r"(?i)sigmoid.*logits"),
     "a probability of one class": (lambda _net, z: torch.sigmoid(z[:, :1]), r"(?i)sigmoid.*logits"),
-    "a hard choice": (lambda _net, z: nn.functional.one_hot(z.argmax(1), K).float(), r"(?i)logits"),
     "no classes": (lambda _net, z: z[:, :0], r"\(3, 0\)|class"),
 }
 

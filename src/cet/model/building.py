@@ -117,7 +117,7 @@ def check_logits(logits: Tensor, num_rows: int) -> None:
         raise ValueError(f"the backbone returns {logits.dtype}; it must return logits of a floating dtype")
     values = logits.detach().float()
     sums = values.sum(dim=1)
-    if bool(((values >= 0) & (values <= 1)).all()) and bool((sums - 1).abs().lt(1e-3).all()):
+    if bool(((values > 0) & (values < 1)).all()) and bool((sums - 1).abs().lt(1e-3).all()):
         raise ValueError(
             "the backbone returns probabilities, as of a softmax, where early exits return logits; leave the softmax "
             "out, and apply it to what the model returns"

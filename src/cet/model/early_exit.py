@@ -31,7 +31,7 @@ from cet.ops import exit_score
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache, level_of_caller
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
-from cet.partition.obstacles import obstacle_to_cutting
+from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of
 from cet.runtime import Capture, GraphRunner, RunnerName, check_runner, runner_for
 from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
@@ -383,6 +383,11 @@ class EarlyExit(nn.Module):
         runner = runner_for(way.input_format.device(inputs), self._runner)
         program = way.cache.program(inputs)
         if program is None:
+            if any(is_sharded(parameter) for parameter in self.heads.parameters()):
+                raise RuntimeError(
+                    "the heads' weights are sharded over processes and not gathered; call model(x), which gathers "
+                    "them, rather than a method of it"
+                )
             with way.cache.timed(inputs):
                 return choose_answers(self._exit_logits(way, inputs), self._policy, with_scores=with_scores)
         heads = list(self.heads)

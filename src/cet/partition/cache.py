@@ -17,7 +17,7 @@ from cet.partition.cut import cut
 from cet.partition.export import CUTTING
 from cet.partition.fingerprint import Fingerprint, Path, changed_paths
 from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
-from cet.partition.obstacles import obstacle_to_cutting
+from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.private_copy import private_copy
 from cet.partition.stages import CutError, Program, Stages, evaluating, logits_of
 from cet.partition.verify import refuse_mixed_rows, verify
@@ -199,7 +199,8 @@ class StageCache:
 
     def _refuse_mixed_rows(self, state: _State, inputs: Sequence[Any]) -> None:
         """Where the backbone runs as it is, once per state, see that its rows do not depend on each other."""
-        if not state.has_own_rows:
+        gathers = any(is_sharded(parameter) for parameter in self.backbone.parameters())
+        if not state.has_own_rows and not gathers:
             with torch.no_grad():
                 refuse_mixed_rows(self.backbone, self.input_format, self._example_rows(inputs), state.obstacle or "")
             state.has_own_rows = True

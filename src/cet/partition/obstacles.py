@@ -6,7 +6,7 @@ import inspect
 from functools import cache
 from types import CodeType
 
-from torch import nn
+from torch import Tensor, nn
 
 from cet.partition.fingerprint import GLOBAL_HOOKS, followed_hooks
 from cet.partition.stages import Stages
@@ -47,6 +47,8 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
                     reason = reason or f"{name} has a forward hook, which sees and may change what passes"
     if any(followed_hooks(hooks) for hooks in GLOBAL_HOOKS) and not explicit:
         reason = reason or "there is a forward hook on all modules, which sees and may change what passes"
+    if reason is None and any(is_sharded(parameter) for parameter in backbone.parameters()):
+        reason = "its weights are sharded over processes, and gathered submodule by submodule"
     if any(parameter.is_meta for parameter in backbone.parameters()):
         if not any(hasattr(module, "_hf_hook") for module in backbone.modules()):
             raise ValueError(
@@ -55,6 +57,11 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
             )
         reason = reason or "its weights are offloaded, and come to the device call by call"
     return reason
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 makes them."""
+    return type(tensor).__name__ == "DTensor"
 
 
 @cache
