@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cet.partition.stages import Stages
+
 Path = tuple[Any, ...]
 
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
@@ -63,6 +65,7 @@ class Fingerprint:
         """Plain tensors among the attributes."""
         self.classes: dict[type[nn.Module], Any] = {}
         seen: set[int] = set()
+        explicit = isinstance(backbone, Stages)
         self._arrays: list[NDArray[Any]] = []
         self._modules = list(backbone.modules())
         self._types = [type(module) for module in self._modules]
@@ -73,7 +76,10 @@ class Fingerprint:
             self.entries[name, "__class__"] = type(module)
             self._hooks.append(module._forward_hooks)
             self.classes.setdefault(type(module), type(module).forward)
-            self._walk((name,), module.__dict__, 0, seen)
+            if explicit:  # its stages call the submodules, which so need not be followed any further
+                self._walk((name, "_modules"), module._modules, 1, seen)
+            else:
+                self._walk((name,), module.__dict__, 0, seen)
         self._parameters = list(backbone.parameters())
         self._dtypes = [parameter.dtype for parameter in self._parameters]
         weight = self._parameters[0] if self._parameters else None
