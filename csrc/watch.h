@@ -14,7 +14,7 @@ namespace cet {
 // by another at the same address, which cannot happen while the owner of the watch keeps the first one alive.
 class Watch {
  public:
-  // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, or a list.
+  // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, a list, or a class.
   explicit Watch(const pybind11::list& entries) {
     for (const pybind11::handle entry : entries) {
       const auto pair = pybind11::cast<pybind11::tuple>(entry);
@@ -40,6 +40,9 @@ class Watch {
     uint64_t version = 0;
   };
 
+  // CPython gives a class another tag when the class or a base of it has changed, at the next look-up of an attribute.
+  static uint64_t tag_of(PyObject* type) { return reinterpret_cast<PyTypeObject*>(type)->tp_version_tag; }
+
   // CPython 3.11 and 3.12 number each state of a dictionary. Later versions do not do so reliably.
   static uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030D0000
@@ -55,7 +58,11 @@ class Watch {
 
   static void record(Watched& watched) {
     PyObject* container = watched.container.ptr();
-    if (PyDict_Check(container)) {
+    if (PyType_Check(container)) {
+      Py_XDECREF(PyObject_GetAttrString(container, "forward"));
+      PyErr_Clear();
+      watched.version = tag_of(container);
+    } else if (PyDict_Check(container)) {
       watched.version = version_of(container);
       Py_ssize_t position = 0;
       PyObject *key, *value;
@@ -69,6 +76,7 @@ class Watch {
 
   static bool same(Watched& watched) {
     PyObject* container = watched.container.ptr();
+    if (PyType_Check(container)) return watched.version != 0 && tag_of(container) == watched.version;
     const auto size = static_cast<Py_ssize_t>(watched.items.size());
     if (PyList_Check(container)) {
       if (PyList_GET_SIZE(container) != size) return false;

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from cet.model.heads import ExitHead, HeadSpec
 from cet.model.masks import find_mask, looks_like_mask, real_positions, resampler_of, stride_of
 from cet.partition.cache import level_of_caller
+from cet.partition.fingerprint import Fingerprint
 from cet.partition.inputs import InputFormat
 from cet.partition.private_copy import private_copy
 from cet.partition.stages import evaluating, logits_of
+from cet.runtime.exits import head_logits
 
 Heads = Mapping[str, nn.Module | HeadSpec | None]
 
@@ -170,24 +172,78 @@ def build_head(
         _attach_mask(head, head.spec.mask, path, features, backbone, input_format)
         return head
     with evaluating(head):
-        try:
-            logits = head(features)
-        except (RuntimeError, TypeError) as error:
+        check_head(head, path, features, num_classes, None)
+    return head
+
+
+def check_head(head: nn.Module, path: str, features: Tensor, num_classes: int, mask: Tensor | None) -> None:
+    """Refuse a head that does not give logits ``(B, num_classes)``, each row's on its own, or changes its features.
+
+    Raises:
+        ValueError: naming the exit.
+    """
+    for module in head.modules():
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"the head of exit {path!r} fails on its features of shape {tuple(features.shape)}: {error}"
-            ) from error
+                f"the head of exit {path!r} normalises by the statistics of the batch, as it is in train mode; call "
+                "model.eval()"
+            )
+    version = features._version
+    try:
+        logits = head_logits(head, features, mask)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the head of exit {path!r} fails on its features of shape {tuple(features.shape)}: {error}"
+        ) from error
     expected = (features.shape[0], num_classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the head of exit {path!r} gives {got}; it must give logits of shape {expected}")
-    with evaluating(head), torch.no_grad():
-        alone = torch.cat([head(features[row : row + 1]) for row in range(len(features))])
-    logits = logits.detach()
-    if not torch.allclose(alone, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().nan_to_num().max()), equal_nan=True):
+    if features._version != version:
+        raise ValueError(f"the head of exit {path!r} changes its features in place; change a copy instead")
+    with torch.no_grad():
+        rows = range(len(features))
+        alone = torch.cat(
+            [head_logits(head, features[r : r + 1], None if mask is None else mask[r : r + 1]) for r in rows]
+        )
+        again = head_logits(head, features, mask)
+    size = 1e-2 * float(logits.detach().abs().nan_to_num().max())
+    is_random = not torch.allclose(again, logits, rtol=1e-2, atol=size, equal_nan=True)
+    if not is_random and not torch.allclose(alone, logits, rtol=1e-2, atol=size, equal_nan=True):
         raise ValueError(
             f"the head of exit {path!r} mixes the rows of a batch; compute the logits of each row on its own"
         )
-    return head
+
+
+class CheckedHeads:
+    """The state in which the heads of a model were checked last; a copy of it has checked nothing."""
+
+    def __init__(self) -> None:
+        self._state: Fingerprint | None = None
+        self._batch_norms: list[nn.Module] = []
+
+    def __deepcopy__(self, memo: Any) -> CheckedHeads:
+        return CheckedHeads()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CheckedHeads, ()
+
+    def are_current(self, heads: nn.Module) -> bool:
+        """Whether the heads are certainly as they were; takes microseconds."""
+        if self._state is None or (self._batch_norms and any(m.training for m in self._batch_norms)):
+            return False
+        if self._state.is_current():
+            return True
+        state = Fingerprint(heads, structure_only=True)
+        if self._state.matches(state):
+            self._state = state
+            return True
+        return False
+
+    def accept(self, heads: nn.Module) -> None:
+        """Take the heads as they are for checked."""
+        self._state = Fingerprint(heads, structure_only=True)
+        self._batch_norms = [m for m in heads.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def _attach_mask(

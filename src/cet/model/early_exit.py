@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cet.data.batches import class_indices
 from cet.model.building import (
+    CheckedHeads,
     build_head,
     check_backbone,
+    check_head,
     check_logits,
     check_train_output,
     refuse_second_names,
@@ -124,6 +127,7 @@ class EarlyExit(nn.Module):
         self._graphs = GraphRunner(self.exit_names)
         self._ignored_inputs: set[str] = set()
         self._ways: list[_Way] = []
+        self._checked_heads = CheckedHeads()
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
         with evaluating(backbone), torch.inference_mode(False):
@@ -238,8 +242,9 @@ class EarlyExit(nn.Module):
             kwargs["labels"], labels = labels, None
         if labels is None:
             return self.exit_logits(*args, **kwargs) if self.training else self._answer(args, kwargs)[0]
+        labels = class_indices(args or kwargs, labels, self.num_classes)
         exits = self.exit_logits(*args, **kwargs) if self.training else (self._answer(args, kwargs)[0],)
-        losses = [F.cross_entropy(logits.float(), labels.view(-1)) for logits in exits]
+        losses = [F.cross_entropy(logits.float(), labels) for logits in exits]
         return LossOutput(loss=torch.stack(losses).mean(), logits=exits[-1])
 
     @torch.no_grad()
@@ -382,6 +387,11 @@ class EarlyExit(nn.Module):
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
         runner = runner_for(way.input_format.device(inputs), self._runner)
         program = way.cache.program(inputs)
+        if not self._checked_heads.are_current(self.heads):
+            self._check_heads(way)
+        records = torch.is_grad_enabled() and not is_tracing()
+        if program is not None and records and not way.cache.has_gradients(program, inputs):
+            program = None
         if program is None:
             if any(is_sharded(parameter) for parameter in self.heads.parameters()):
                 raise RuntimeError(
@@ -401,6 +411,31 @@ class EarlyExit(nn.Module):
         given = copied(inputs) if self._changes_inputs else inputs
         return run_batch(program, heads, self._policy, given, batch_size, with_scores=with_scores)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _check_heads(self, way: _Way) -> None:
+        """See whether heads that were changed since they were checked still answer each row on its own."""
+        if len(self.heads) != self.num_exits - 1:
+            raise ValueError(
+                f"the model has {len(self.heads)} heads for {self.num_exits - 1} early exits; give one each"
+            )
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            return
+        inputs = self._example_values(way.input_format)
+        features: dict[int, Tensor] = {}
+
+        def keep(k: int, module_output: Any) -> None:
+            features[k] = first_tensor(module_output).clone()
+
+        args, kwargs = way.input_format.unflatten(copied(inputs))
+        self.observe(args, kwargs, keep)
+        for k, head in enumerate(self.heads):
+            index = way.cache.masks[k]
+            check_head(
+                head, self.exit_names[k], features[k], self.num_classes, None if index is None else inputs[index]
+            )
+        self._checked_heads.accept(self.heads)
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Way, Sequence[Any]]:
         """How to answer a call, and its inputs.
 
@@ -409,6 +444,8 @@ class EarlyExit(nn.Module):
         """
         ways = self._ways
         if ways[0].cache.backbone is not self._modules["backbone"]:
+            for path in self.exit_names[:-1]:
+                submodule(self.backbone, path)
             ways = self._ways = [self._way(way.input_format) for way in ways]
         try:
             return ways[0], ways[0].input_format.flatten(args, kwargs)

@@ -20,7 +20,7 @@ from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
 from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.private_copy import private_copy
 from cet.partition.stages import CutError, Program, Stages, evaluating, logits_of
-from cet.partition.verify import refuse_mixed_rows, verify
+from cet.partition.verify import DependentRowsError, has_same_gradients, refuse_mixed_rows, verify
 
 MAX_PROGRAMS = 8
 """How many programs are kept for one state of the backbone."""
@@ -59,6 +59,9 @@ class _State:
     failures: dict[Any, str] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     has_own_rows: bool = False
+    refusal: DependentRowsError | None = None
+    differentiable: dict[int, bool] = field(default_factory=dict)
+    """By the identity of the program, whether it has the gradients of the backbone."""
 
 
 class StageCache:
@@ -98,11 +101,26 @@ class StageCache:
             ValueError: where the backbone is in a state in which rows depend on each other.
         """
         state = self._current_state()
+        if state.refusal is not None:
+            raise state.refusal
         if state.obstacle is not None:
             self._refuse_mixed_rows(state, inputs)
             _warn_once(state, state.obstacle)
             return None
         return _matching(state, inputs) or self._new_program(inputs)
+
+    def has_gradients(self, program: Program, inputs: Sequence[Any]) -> bool:
+        """Whether a program has the backbone's gradients, which an autograd function or hooks of its own may change."""
+        known = self._states[0].differentiable
+        if id(program) not in known:
+            tensors = (value for value in inputs if isinstance(value, Tensor))
+            if not any(tensor.requires_grad for tensor in (*self.backbone.parameters(), *tensors)):
+                return True
+            device = inputs[self.input_format.is_batched.index(True)].device
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+                rows = self._example_rows(inputs)
+                known[id(program)] = has_same_gradients(program, self.backbone, self.input_format, rows)
+        return known[id(program)]
 
     def cut_now(self, inputs: Sequence[Any]) -> Program:
         """The program for such inputs, cut if need be.
@@ -155,7 +173,8 @@ class StageCache:
         for state in states[1:]:
             if state.fingerprint.is_current():
                 return self._first(state)
-        fingerprint = Fingerprint(self.backbone, self._volatile)
+        # Explicit stages call the submodules as these are.
+        fingerprint = Fingerprint(self.backbone, self._volatile, structure_only=isinstance(self.backbone, Stages))
         for state in states:
             if state.fingerprint.matches(fingerprint):
                 state.fingerprint = fingerprint
@@ -181,6 +200,7 @@ class StageCache:
             try:
                 return self._cut(state, inputs)
             except CutError as error:
+                self._refuse_mixed_rows(state, inputs)
                 state.failures[kind] = str(error)
                 _warn_once(state, str(error))
                 return None
@@ -202,7 +222,13 @@ class StageCache:
         gathers = any(is_sharded(parameter) for parameter in self.backbone.parameters())
         if not state.has_own_rows and not gathers:
             with torch.no_grad():
-                refuse_mixed_rows(self.backbone, self.input_format, self._example_rows(inputs), state.obstacle or "")
+                why, may_be_random = state.obstacle or "its code mixes them", state.obstacle is not None
+                rows = self._example_rows(inputs)
+                try:
+                    refuse_mixed_rows(self.backbone, self.input_format, rows, why, may_be_random=may_be_random)
+                except DependentRowsError as error:
+                    state.refusal = error
+                    raise
             state.has_own_rows = True
 
     def _kind(self, state: _State, inputs: Sequence[Any]) -> Any:
@@ -235,12 +261,13 @@ class StageCache:
                     program = self.backbone.program(self.exits, copied(example), EXAMPLE_ROWS)
                     verify(program, self.backbone, self.exits, self.input_format, example, expected)
                 return program
-            traced = private_copy(self.backbone, state.fingerprint.tensors).eval()
+            traced = private_copy(self.backbone, state.fingerprint.shared).eval()
             before = Fingerprint(traced).entries
             expected = logits_of(traced(*args, **kwargs))  # first, for its own error on a wrong input
             self._note_volatile(state, changed_paths(before, Fingerprint(traced).entries))
             program = self._cut_dynamic_or_fixed(state, traced, example)
             verify(program, self.backbone, self.exits, self.input_format, example, expected)
+            refuse_mixed_rows(traced, self.input_format, example, "its code mixes them", may_be_random=False)
         return program
 
     def _note_volatile(self, state: _State, paths: frozenset[Path]) -> None:
@@ -255,7 +282,7 @@ class StageCache:
             return cut(self.backbone, traced, *self._how(example), dynamic=True)
         except CutError:
             # A failed export may have left its symbols behind in attributes of the copy.
-            fresh = private_copy(self.backbone, state.fingerprint.tensors).eval()
+            fresh = private_copy(self.backbone, state.fingerprint.shared).eval()
             return cut(self.backbone, fresh, *self._how(example), dynamic=False)
 
     def _how(self, example: Sequence[Any]) -> tuple[Sequence[str], InputFormat, Sequence[Any], Sequence[int | None]]:

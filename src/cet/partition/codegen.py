@@ -86,12 +86,13 @@ class StageWriter:
     def _callee(self, node: fx.Node) -> str:
         target = node.target
         function: Any = target
-        if isinstance(target, torch._ops.OpOverload):
+        if target in IMPLEMENTATIONS:
+            function = IMPLEMENTATIONS[target]
+            name = function.__name__
+        elif isinstance(target, torch._ops.OpOverload):
             packet = target._schema.name.removeprefix("aten::")
             name = packet
-            if target in IMPLEMENTATIONS:
-                name, function = target._schema.name.rpartition("::")[2], IMPLEMENTATIONS[target]
-            elif target.namespace == "aten" and "out" not in target._overloadname:
+            if target.namespace == "aten" and "out" not in target._overloadname:
                 function = BINDINGS.get(packet, target)
         else:
             name = getattr(target, "__name__", "function")
@@ -109,8 +110,7 @@ class StageWriter:
         if isinstance(value, fx.Node):
             return self._expressions.get(value, value.name)
         if isinstance(value, (tuple, list)):
-            open_, close = "[]" if isinstance(value, list) else "()"
-            return open_ + "".join(f"{self._format(v)}, " for v in value) + close
+            return "(" + "".join(f"{self._format(v)}, " for v in value) + ")"  # of constants, a constant itself
         if isinstance(value, dict):
             return "{" + ", ".join(f"{key!r}: {self._format(v)}" for key, v in value.items()) + "}"
         if isinstance(value, slice):

@@ -24,6 +24,8 @@ from cet.partition.inputs import InputFormat
 from cet.partition.sizes import Sizes
 from cet.partition.stages import CutError, Program, Stage
 
+_CREATING = ("new_", "zeros", "ones", "full", "empty")  # these take no more than dtype and device from a tensor
+
 
 def cut(
     backbone: nn.Module,
@@ -95,6 +97,7 @@ class _Cutter:
                 "before it"
             )
         self._refuse_probabilities(logits)
+        self._refuse_reductions_over_rows(stage_of)
         crossing = self._crossing(stage_of, len(cuts))
         self._refuse_shared_writes(stage_of, crossing)
         shapes: list[tuple[torch.dtype, tuple[int | None, ...]] | None] = [None] * len(self.inputs)
@@ -207,6 +210,23 @@ class _Cutter:
                         "it out, and apply it to what the model returns"
                     )
 
+    def _refuse_reductions_over_rows(self, stage_of: dict[fx.Node, int]) -> None:
+        """Refuse values that are computed from all rows together, whatever use is made of them."""
+        for node in stage_of:
+            value = node.meta.get("val")
+            if not isinstance(value, Tensor) or node.op != "call_function" or node in self.expressions:
+                continue
+            name = getattr(node.target, "__name__", "")
+            if name.startswith(_CREATING) or any(self.sizes.has_rows(size) for size in value.shape):
+                continue
+            for source in node.all_input_nodes:
+                shape = getattr(source.meta.get("val"), "shape", ())
+                if source not in self.expressions and any(self.sizes.has_rows(size) for size in shape):
+                    raise CutError(
+                        f"{type(self.backbone).__name__} lets rows depend on each other where it mixes rows, in "
+                        f"{origin(node)}; let each row depend on itself alone"
+                    )
+
     def _assign_stages(self, cuts: list[int], results: list[fx.Node]) -> dict[fx.Node, int]:
         """The stage of each node that is needed: operations run where the backbone runs them.
 
@@ -287,19 +307,19 @@ class _Cutter:
         self, stage_of: dict[fx.Node, int], crossing: list[list[fx.Node]], results: list[fx.Node]
     ) -> list[Stage]:
         sizes = self.sizes.names
+        for node in stage_of:
+            if node.op == "get_attr":  # the body of a block such as torch.autocast, or a constant
+                self.namespace[node.name] = getattr(self.program.graph_module, str(node.target))
+                self.expressions[node] = node.name
         stages = []
         for index, taken in enumerate(crossing):
             handed_on = crossing[index + 1] if index + 1 < len(crossing) else []
             row_dims = tuple(self._row_dim_at_cut(node, self.exits[index]) for node in handed_on)
             writer = StageWriter(f"stage_{index}", self.expressions, self.namespace)
-            body = [node for node, stage in stage_of.items() if stage == index]
+            body = [node for node, stage in stage_of.items() if stage == index and node.op != "get_attr"]
             kept = {results[index], *handed_on}
             dying = last_uses(body, [*taken, *body], kept)
             for node in body:
-                if node.op == "get_attr":
-                    self.namespace[node.name] = getattr(self.program.graph_module, str(node.target))
-                    self.expressions[node] = node.name
-                    continue
                 writer.call(node)
                 writer.forget(dying.get(node, []))
             last = index + 1 == len(crossing)

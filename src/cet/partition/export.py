@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -52,8 +56,7 @@ def export(
             tensors.append(value.clone())
             shapes.append({**dims, 0: Dim.AUTO} if batched else dims)
     try:
-        with CUTTING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with CUTTING, _quiet():
             return torch.export.export(
                 _Logits(backbone, input_format, inputs).eval(),
                 tuple(tensors),
@@ -67,6 +70,40 @@ def export(
             f"torch.export cannot trace {type(backbone).__name__} ({reason}); "
             "give its stages explicitly as cet.Stages(...)"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what PyTorch prints, logs and warns of while it traces in this thread from the user: it is in the error."""
+    thread = threading.get_ident()
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(is_of_others)
+    before = sys.stderr
+    sys.stderr = _OfOthers(before, thread)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.stderr = before
+        log.removeFilter(is_of_others)
+
+
+class _OfOthers(io.TextIOBase):
+    """Passes on what other threads write."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream, self._thread = stream, thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 class _Logits(nn.Module):

@@ -1,29 +1,34 @@
 """Everything about a backbone that its programs depend on, and whether it has changed.
 
-Followed are: which submodules there are, and their modes; forward hooks; a ``forward`` that was set on an instance, and
-the ``forward`` of every class; the names and types of parameters and buffers, and the dtypes of all parameters (their
-values are read at each call, so they need not be followed); every other attribute, those in lists, dictionaries and
-plain objects such as a config included. Numbers, strings and the like are compared by value, anything else by identity,
-plain tensors by identity and version, NumPy arrays by identity and entries. Hooks on all modules are followed too.
+Followed are: which submodules there are, and their modes; hooks, those on all modules included; a ``forward`` that was
+set on an instance; the methods and attributes of every class; the names and types of parameters and buffers, and the
+dtypes of all parameters (their values are read at each call, so they need not be followed); every other attribute,
+those in lists, dictionaries, sets and plain objects such as a config included, and modules that are kept in such.
+Numbers,
+strings and the like are compared by value, plain tensors by identity and version, NumPy arrays by identity and entries,
+anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their submodules as these are.
 
-Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; the
-entries of NumPy arrays of more than 65,536 elements.
+Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; what
+lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from cet.partition.stages import Stages
 
 Path = tuple[Any, ...]
 
@@ -34,12 +39,27 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 _MAX_DEPTH = 6
 _MAX_ARRAY = 1 << 16
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
+_BY_CONTENT = (set, deque, bytearray, array)
 # Bookkeeping of nn.Module that no forward pass reads.
-_UNREAD = {"_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks"} | {
-    *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
-    "_non_persistent_buffers_set",
+_UNREAD = {
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+} | {"_non_persistent_buffers_set"}
+_UNREAD_OF_CLASSES = {
+    "__annotations__",
+    "__dict__",
+    "__weakref__",
+    "__doc__",
+    "__module__",
+    "__abstractmethods__",
+    "_abc_impl",
 }
+
+
+_dtype_of = attrgetter("dtype")
 
 
 class ExitHook:
@@ -52,45 +72,48 @@ class Fingerprint:
     Args:
         backbone: the module.
         volatile: the paths of entries that the forward pass itself changes; these are not followed.
+        structure_only: whether to follow which submodules there are, and of which classes, and nothing else.
     """
 
-    def __init__(self, backbone: nn.Module, volatile: frozenset[Path] = frozenset()) -> None:
-        self._backbone = backbone
+    def __init__(
+        self, backbone: nn.Module, volatile: frozenset[Path] = frozenset(), *, structure_only: bool = False
+    ) -> None:
         self.volatile = volatile
         self.entries: dict[Path, Any] = {}
         """What is followed, by path. Holding the values keeps their addresses from being used again."""
         self.containers: dict[Path, Any] = {}
-        """The dictionaries and lists that hold the entries."""
+        """The dictionaries, lists and classes that hold the entries."""
         self.tensors: list[Tensor] = []
         """Plain tensors among the attributes."""
-        self.classes: dict[type[nn.Module], Any] = {}
-        seen: set[int] = set()
-        explicit = isinstance(backbone, Stages)
-        self._arrays: list[NDArray[Any]] = []
-        self._modules = list(backbone.modules())
-        self._types = [type(module) for module in self._modules]
+        self.unregistered: list[nn.Module] = []
+        """Modules that attributes hold without their being submodules."""
+        self._seen: set[int] = set()
+        self._snapshots: list[tuple[Callable[[], Any], Any]] = []
+        self._registered = set(backbone.modules())
         self._hooks: list[dict[int, Any]] = list(GLOBAL_HOOKS)
         for index, hooks in enumerate(GLOBAL_HOOKS):
             self.entries["", "hooks on all modules", index] = followed_hooks(hooks)
         for name, module in backbone.named_modules():
-            self.entries[name, "__class__"] = type(module)
-            self._hooks.append(module._forward_hooks)
-            self.classes.setdefault(type(module), type(module).forward)
-            if explicit:  # its stages call the submodules, which so need not be followed any further
-                self._walk((name, "_modules"), module._modules, 1, seen)
-            else:
-                self._walk((name,), module.__dict__, 0, seen)
-        self._parameters = list(backbone.parameters())
+            self._walk_module((name,), module, structure_only=structure_only)
+        self._modules = [*self._registered, *self.unregistered]
+        self._types = [type(module) for module in self._modules]
+        self._parameters = [p for module in self._modules for p in module.parameters(recurse=False)]
+        if structure_only:
+            self._parameters = []
         self._dtypes = [parameter.dtype for parameter in self._parameters]
-        weight = self._parameters[0] if self._parameters else None
-        self.device = None if weight is None else weight.device
+        weight = next(backbone.parameters(), None)
+        self._weight, self.device = weight, None if weight is None else weight.device
         self._versions = [tensor._version for tensor in self.tensors]
         self._hooks_before = [followed_hooks(hooks) for hooks in self._hooks]
         self._has_hooks = any(self._hooks_before)
-        self._array_copies = [array.copy() for array in self._arrays]
-        self._forwards = list(self.classes.values())
         self._expired = False
         self._watch = _watch([(c, self._skipped(path)) for path, c in self.containers.items()])
+
+    @property
+    def shared(self) -> list[Tensor]:
+        """Tensors that a copy of the backbone is to share with it, besides parameters and buffers."""
+        outside = [t for module in self.unregistered for t in (*module.parameters(False), *module.buffers(False))]
+        return [*self.tensors, *outside]
 
     def is_current(self) -> bool:
         """Whether the backbone is certainly in this state still; a false alarm is possible. Takes microseconds."""
@@ -98,18 +121,12 @@ class Fingerprint:
             not self._expired
             and bool(self._watch.unchanged())
             and self._has_same_hooks()
-            and [parameter.dtype for parameter in self._parameters] == self._dtypes
-            and (not self._parameters or self._parameters[0].device == self.device)
+            and [*map(_dtype_of, self._parameters)] == self._dtypes
+            and (self._weight is None or self._weight.device == self.device)
             and (not self.tensors or [tensor._version for tensor in self.tensors] == self._versions)
-            and [type(module) for module in self._modules] == self._types
-            and [cls.forward for cls in self.classes] == self._forwards
-            and (not self._arrays or _are_equal(self._arrays, self._array_copies))
+            and [*map(type, self._modules)] == self._types
+            and (not self._snapshots or all(now() == before for now, before in self._snapshots))
         )
-
-    def _has_same_hooks(self) -> bool:
-        if not self._has_hooks and not any(self._hooks):
-            return True
-        return [followed_hooks(hooks) for hooks in self._hooks] == self._hooks_before
 
     def expire(self) -> None:
         """Believe nothing until the whole state has been compared again."""
@@ -119,59 +136,138 @@ class Fingerprint:
         """Whether two states are one and the same to a program."""
         return (
             self.device == other.device
-            and self._dtypes == other._dtypes
+            and sorted(map(str, self._dtypes)) == sorted(map(str, other._dtypes))
             and self._versions == other._versions
-            and _are_equal(self._array_copies, other._array_copies)
             and self.entries.keys() - self.volatile == other.entries.keys() - other.volatile
             and all(_is_same(value, other.entries[path]) for path, value in self.entries.items())
-            and self.classes == other.classes
         )
+
+    def _has_same_hooks(self) -> bool:
+        if not self._has_hooks and not any(self._hooks):
+            return True
+        return [followed_hooks(hooks) for hooks in self._hooks] == self._hooks_before
 
     def _skipped(self, path: Path) -> frozenset[Any] | None:
         keys = frozenset(v[-1] for v in self.volatile if v[:-1] == path)
         return keys or None
 
-    def _walk(self, path: Path, value: Any, depth: int, seen: set[int]) -> None:
-        """Record a dictionary or a list, and what is in it."""
-        if id(value) in seen:
+    def _walk_module(
+        self, path: Path, module: nn.Module, *, structure_only: bool = False, registered: bool = True
+    ) -> None:
+        self.entries[*path, "__class__"] = type(module)
+        if structure_only:
+            self._walk((*path, "_modules"), module._modules, 1)
             return
-        seen.add(id(value))
-        self.containers[path] = value
-        items: Iterator[tuple[Any, Any]] = iter(value.items()) if isinstance(value, dict) else enumerate(list(value))
-        is_module = depth == 0
-        for key, item in list(items):
+        self._hooks.append(module._forward_hooks)
+        self.containers[path] = attributes = module.__dict__
+        for key, value in list(attributes.items()):
             where = (*path, key)
-            if where in self.volatile or (is_module and key in _UNREAD):
+            if where in self.volatile or key in _UNREAD:
                 continue
-            if is_module and key == "_forward_hooks":
-                self.entries[where] = followed_hooks(item)
-                continue
-            if is_module and key in ("_parameters", "_buffers"):
-                self.entries[where] = {name: type(tensor) for name, tensor in item.items()}
-                self.containers[where] = item
-                continue
-            self._record(where, item, depth, seen)
+            if key == "_forward_hooks":
+                self.entries[where] = followed_hooks(value)
+            elif key in ("_parameters", "_buffers"):
+                # Programs read the tensors of submodules by name at each call, and hold those of other modules.
+                self.entries[where] = {n: type(tensor) if registered else id(tensor) for n, tensor in value.items()}
+                self.containers[where] = value
+            else:
+                self._record(where, value, 0)
+        for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+            self._walk_class(cls)
 
-    def _record(self, path: Path, value: Any, depth: int, seen: set[int]) -> None:
+    def _walk_class(self, cls: type) -> None:
+        if id(cls) in self._seen:
+            return
+        self._seen.add(id(cls))
+        path = ("", "classes", cls)
+        self.containers[path] = cls
+        for key, value in list(vars(cls).items()):
+            if key not in _UNREAD_OF_CLASSES:
+                self._record((*path, key), value, 1)
+
+    def _walk(self, path: Path, container: Any, depth: int) -> None:
+        """Record a dictionary or a list, and what is in it."""
+        if id(container) in self._seen:
+            return
+        self._seen.add(id(container))
+        self.containers[path] = container
+        for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
+            if (*path, key) not in self.volatile:
+                self._record((*path, key), value, depth)
+
+    def _record(self, path: Path, value: Any, depth: int) -> None:
+        """Record a value, and what is in it."""
+        self.entries[path] = value
+        if depth > _MAX_DEPTH or isinstance(value, _SIMPLE):
+            return
         if isinstance(value, (list, dict)):
             self.entries[path] = type(value)
-            inner = value
-        elif isinstance(value, (tuple, set, frozenset)) and not isinstance(value, torch.Size):
+            self._walk(path, value, depth + 1)
+        elif isinstance(value, (tuple, frozenset)):
             self.entries[path] = type(value)
-            inner = None
-            for index, item in enumerate(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value):
-                if depth < _MAX_DEPTH:
-                    self._record((*path, index), item, depth + 1, seen)
-        else:
-            self.entries[path] = value
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            for index, item in enumerate(value if isinstance(value, tuple) else sorted(value, key=repr)):
+                self._record((*path, index), item, depth + 1)
+        elif isinstance(value, _BY_CONTENT):
+            before = copy.copy(value)
+            self.entries[path] = _Content(before)
+            self._snapshots.append((partial(copy.copy, value), before))
+        elif isinstance(value, np.ndarray):
+            if value.size <= _MAX_ARRAY and not value.dtype.hasobject:
+                self.entries[*path, "content"] = before_bytes = value.tobytes()
+                self._snapshots.append((value.tobytes, before_bytes))
+        elif isinstance(value, partial):
+            for key, part in (("func", value.func), ("args", value.args), ("keywords", value.keywords)):
+                self._record((*path, key), part, depth + 1)
+        elif isinstance(value, MethodType):
+            self._record((*path, "__self__"), value.__self__, depth + 1)
+        elif isinstance(value, nn.Module):
+            self._record_module(path, value)
+        elif isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
                 self.tensors.append(value)
-            if isinstance(value, np.ndarray) and value.size <= _MAX_ARRAY:
-                self._arrays.append(value)
-            has_attributes = not isinstance(value, (*_SIMPLE, *_OPAQUE))
-            inner = getattr(value, "__dict__", None) if has_attributes else None
-        if isinstance(inner, (list, dict)) and depth < _MAX_DEPTH:
-            self._walk(path, inner, depth + 1, seen)
+        elif not isinstance(value, _OPAQUE):
+            self._record_object(path, value, depth)
+
+    def _record_module(self, path: Path, module: nn.Module) -> None:
+        """Follow modules that are no submodules as if they were some."""
+        for name, submodule in module.named_modules():
+            if submodule not in self._registered and id(submodule) not in self._seen:
+                self._seen.add(id(submodule))
+                self.unregistered.append(submodule)
+                self._walk_module((*path, name), submodule, registered=False)
+
+    def _record_object(self, path: Path, value: Any, depth: int) -> None:
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._walk(path, attributes, depth + 1)
+        names = [n for cls in type(value).__mro__ for n in _slots_of(cls) if n not in ("__dict__", "__weakref__")]
+        if names and id(value) not in self._seen:
+            self._seen.add(id(value))
+            for name in names:
+                self._record((*path, name), getattr(value, name, None), depth + 1)
+            read = partial(_identities, value, names)
+            self._snapshots.append((read, read()))
+
+
+class _Content:
+    """What was in a container, compared by value."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and bool(self.content == other.content)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    slots = cls.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _identities(value: Any, names: list[str]) -> list[int]:
+    return [id(getattr(value, name, None)) for name in names]
 
 
 def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
@@ -184,47 +280,14 @@ def _is_tracker(hook: Any) -> bool:
     return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
 
 
-def _are_equal(arrays: Sequence[NDArray[Any]], others: Sequence[NDArray[Any]]) -> bool:
-    return len(arrays) == len(others) and all(
-        a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(arrays, others, strict=True)
-    )
-
-
 def _is_same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     if type(a) is not type(b):
         return False
-    if isinstance(a, (*_SIMPLE, dict)):
-        return bool(a == b) or (a != a and b != b)
-    return isinstance(a, MethodType) and a == b
-
-
-class _Comparison:
-    """What the compiled watch does, by comparison of whole dictionaries."""
-
-    def __init__(self, entries: list[tuple[Any, frozenset[Any] | None]]) -> None:
-        self._containers = [container for container, _ in entries]
-        self._copies = [container.copy() for container in self._containers]
-        self._skipped = [skipped or frozenset() for _, skipped in entries]
-
-    def unchanged(self) -> bool:
-        for now, before, skipped in zip(self._containers, self._copies, self._skipped, strict=True):
-            if len(now) != len(before):
-                return False
-            if isinstance(now, dict):
-                pairs: Iterator[Any] = ((now.get(k), v) for k, v in before.items() if k not in skipped)
-            else:
-                pairs = zip(now, before, strict=True)
-            if not all(a is b for a, b in pairs):
-                return False
-        return True
-
-
-def _watch(entries: list[tuple[Any, frozenset[Any] | None]]) -> Any:
-    if importlib.util.find_spec("cet._C") is None:
-        return _Comparison(entries)
-    return importlib.import_module("cet._C").Watch(entries)
+    if isinstance(a, float):
+        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
+    return isinstance(a, (*_SIMPLE, dict, _Content, MethodType)) and bool(a == b)
 
 
 def changed_paths(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> frozenset[Path]:
@@ -235,3 +298,34 @@ def changed_paths(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> froz
         for path in before.keys() | after.keys()
         if not _is_same(before.get(path, missing), after.get(path, missing))
     )
+
+
+class _Comparison:
+    """What the compiled watch does, by comparison of whole containers."""
+
+    def __init__(self, entries: list[tuple[Any, frozenset[Any] | None]]) -> None:
+        self._containers = [container for container, _ in entries]
+        self._copies = [_contents(container) for container in self._containers]
+        self._skipped = [skipped or frozenset() for _, skipped in entries]
+
+    def unchanged(self) -> bool:
+        for container, before, skipped in zip(self._containers, self._copies, self._skipped, strict=True):
+            now = _contents(container)
+            if len(now) != len(before):
+                return False
+            pairs: Iterator[Any] = zip(now, before, strict=True)
+            if isinstance(now, dict):
+                pairs = ((now.get(key), value) for key, value in before.items() if key not in skipped)
+            if not all(a is b for a, b in pairs):
+                return False
+        return True
+
+
+def _contents(container: Any) -> Any:
+    return dict(vars(container)) if isinstance(container, type) else container.copy()
+
+
+def _watch(entries: list[tuple[Any, frozenset[Any] | None]]) -> Any:
+    if importlib.util.find_spec("cet._C") is None:
+        return _Comparison(entries)
+    return importlib.import_module("cet._C").Watch(entries)

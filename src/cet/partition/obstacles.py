@@ -66,10 +66,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @cache
 def _depends_on_mode(kind: type) -> bool:
-    """Whether a method of a class reads ``self.training``."""
+    """Whether a method of a class reads ``self.training``, or may do so in a function of its closure."""
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = (inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value))
-    return any("training" in _names_in(code) for f in functions if (code := getattr(f, "__code__", None)) is not None)
+    codes = [code for function in functions if (code := getattr(function, "__code__", None)) is not None]
+    return any("training" in _names_in(code) or set(code.co_freevars) - {"__class__"} for code in codes)
 
 
 def _names_in(code: CodeType) -> set[str]:

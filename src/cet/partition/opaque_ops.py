@@ -71,7 +71,23 @@ def _(
     return x.new_empty((*x.shape[:-1], length))
 
 
+def under_autocast(
+    device_type: str, dtype: torch.dtype, enabled: bool, cache_enabled: bool, body: Any, *values: Any
+) -> Any:
+    """What ``torch.export`` makes of a ``with torch.autocast(...)`` block."""
+    with torch.autocast(device_type, dtype, enabled, cache_enabled):
+        return body(*values)
+
+
+def under_grad_mode(enabled: bool, body: Any, *values: Any) -> Any:
+    """What ``torch.export`` makes of ``with torch.no_grad()`` and its like."""
+    with torch.set_grad_enabled(enabled):
+        return body(*values)
+
+
 IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.higher_order.wrap_with_autocast: under_autocast,
+    torch.ops.higher_order.wrap_with_set_grad_enabled: under_grad_mode,
     torch.ops.cet.recurrent_layer.default: recurrent_layer,
     torch.ops.cet.max_pool1d.default: max_pool1d,
 }

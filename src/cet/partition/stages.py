@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,8 @@ class Program:
     """Tests the sizes of ``guarded``; None where the stages hold for all."""
     guarded: tuple[tuple[int, int], ...] = ()
     """The (input, dimension) of each size that the guard takes."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What a runner found out about the program last."""
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether the stages were cut for such inputs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,17 @@ def _verify_single_rows(
         _compare(name, logits, expected[row : row + 1], f"when a row goes on alone{where}")
 
 
-def refuse_mixed_rows(backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], reason: str) -> None:
-    """Run a backbone that cannot be cut on all rows and on each alone, unless it is random.
+class DependentRowsError(CutError):
+    """A row's answer depends on the other rows of its batch, or on chance."""
+
+
+def refuse_mixed_rows(
+    backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], reason: str, *, may_be_random: bool
+) -> None:
+    """Run a backbone on all rows and on each alone.
 
     Raises:
-        ValueError: when a row's logits depend on the other rows.
+        DependentRowsError: when a row's logits depend on the other rows, or differ from call to call.
     """
 
     def logits(chosen: slice) -> Tensor:
@@ -91,12 +97,56 @@ def refuse_mixed_rows(backbone: nn.Module, input_format: InputFormat, inputs: Se
 
     together = logits(slice(None))
     if not is_close(logits(slice(None)), together):
-        return
+        if may_be_random:
+            return
+        raise DependentRowsError(
+            f"{type(backbone).__name__} answers otherwise each time, as it is random or keeps state; let each row "
+            "depend on itself alone"
+        )
     alone = torch.cat([logits(slice(row, row + 1)) for row in range(EXAMPLE_ROWS)])
     if not is_close(alone, together):
-        raise ValueError(
-            f"the rows of a batch depend on each other, perhaps because {reason}; let each row be answered alone"
+        raise DependentRowsError(
+            f"the rows of a batch depend on each other, perhaps because {reason}; let each row depend on itself alone"
         )
+
+
+def has_same_gradients(program: Program, backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any]) -> bool:
+    """Whether stages and backbone agree in their logits and in the gradients of inputs and parameters."""
+
+    def answer(run: Callable[[Sequence[Any]], Tensor]) -> list[Tensor | None]:
+        given = [
+            value.detach().clone().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
+            for value in inputs
+        ]
+        # Of values that do not change what is given, even where the backbone changes its inputs in place.
+        logits = run([value.clone() if isinstance(value, Tensor) else value for value in given])
+        sources = [v for v in (*given, *backbone.parameters()) if isinstance(v, Tensor) and v.requires_grad]
+        if not logits.requires_grad:
+            return [logits, *[None] * len(sources)]
+        weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
+        return [logits, *torch.autograd.grad((logits * weights).sum(), sources, allow_unused=True)]
+
+    def by_stages(given: Sequence[Any]) -> Tensor:
+        sizes, values = program.input_sizes(given), program.entry_values(given)
+        for stage in program.stages[:-1]:
+            values = list(stage.run(EXAMPLE_ROWS, *sizes, *values)[1:])
+        logits: Tensor = program.stages[-1].run(EXAMPLE_ROWS, *sizes, *values)
+        return logits
+
+    def by_backbone(given: Sequence[Any]) -> Tensor:
+        args, kwargs = input_format.unflatten(given)
+        return logits_of(backbone(*args, **kwargs))
+
+    with torch.enable_grad():
+        pairs = list(zip(answer(by_stages), answer(by_backbone), strict=True))
+    for got, expected in pairs:
+        if got is None or expected is None:
+            other = expected if got is None else got
+            if other is not None and bool(other.any()):
+                return False
+        elif not is_close(got.detach(), expected.detach()):
+            return False
+    return True
 
 
 def is_close(got: Tensor, expected: Tensor) -> bool:

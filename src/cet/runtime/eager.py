@@ -63,10 +63,10 @@ def run_batch(
     for segment in segments:
         features, values = segment.run(n, sizes, values)
         k = segment.exit_index
-        held = [index for index, dim in enumerate(segment.row_dims) if dim is not None]
-        row_dims = [dim for dim in segment.row_dims if dim is not None]
+        held = segment.held
+        tensors = [values[index] for index in held]
         logits, gate_scores, (kept, exited, moved) = take_exit(
-            heads[k], features, segment.mask(values), [values[index] for index in held], row_dims, policy, k
+            heads[k], features, segment.mask(values), tensors, segment.held_dims, policy, k
         )
         if exited.shape[0] == 0:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,21 +48,25 @@ def take_exit(
     """Logits ``(n, K)`` and scores ``(n,)`` of the rows at an open exit, and the tensors of those that go on."""
     threshold = policy.thresholds[exit_index]
     assert threshold is not None
-    decision: dict[str, Any] = {
-        "score": policy.score,
-        "threshold": threshold,
-        "temperature": policy.temperature(exit_index),
-    }
+    score, temperature = policy.score, policy.temperature(exit_index)
     linear = linear_head(head)
-    if linear is not None:
-        if mask is not None:
-            decision["mask"] = head.real_positions(features, mask)  # type: ignore[operator]
-        return exit_step(
-            features, linear.weight, linear.bias, tensors, dims, layout=linear.layout, pool=linear.pool, **decision
-        )
-    logits = head_logits(head, features, mask)
-    scores, exit_mask = gate(logits, **decision)
-    return logits, scores, compact(exit_mask, tensors, dims)
+    if linear is None:
+        logits = head_logits(head, features, mask)
+        scores, exit_mask = gate(logits, score=score, threshold=threshold, temperature=temperature)
+        return logits, scores, compact(exit_mask, tensors, dims)
+    return exit_step(
+        features,
+        linear.weight,
+        linear.bias,
+        tensors,
+        dims,
+        layout=linear.layout,
+        pool=linear.pool,
+        score=score,
+        threshold=threshold,
+        temperature=temperature,
+        mask=_real_positions(head, features, mask),
+    )
 
 
 def score_exit(
@@ -70,21 +74,28 @@ def score_exit(
 ) -> tuple[Tensor, Tensor]:
     """Logits and scores of an exit for all rows, open or not: to the bit those that :func:`take_exit` compares."""
     never = -float("inf") if SCORES[policy.score].is_low_when_sure else float("inf")
-    decision: dict[str, Any] = {
-        "score": policy.score,
-        "threshold": never,
-        "temperature": policy.temperature(exit_index),
-    }
+    score, temperature = policy.score, policy.temperature(exit_index)
     linear = linear_head(head)
     if linear is None:
         logits = head_logits(head, features, mask)
-        return logits, gate(logits, **decision)[0]
-    if mask is not None:
-        decision["mask"] = head.real_positions(features, mask)  # type: ignore[operator]
+        return logits, gate(logits, score=score, threshold=never, temperature=temperature)[0]
     logits, scores, _ = exit_gate(
-        features, linear.weight, linear.bias, layout=linear.layout, pool=linear.pool, **decision
+        features,
+        linear.weight,
+        linear.bias,
+        layout=linear.layout,
+        pool=linear.pool,
+        score=score,
+        threshold=never,
+        temperature=temperature,
+        mask=_real_positions(head, features, mask),
     )
     return logits, scores
+
+
+def _real_positions(head: nn.Module, features: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask at the positions of the features."""
+    return None if mask is None else head.real_positions(features, mask)  # type: ignore[operator]
 
 
 def take_padded_exit(
