@@ -631,7 +631,7 @@ class TestLoading:
             (3, "gives int; it must give an iterable"),
             ([], "gives no sample"),
             ([torch.zeros(2, 6)], "a batch is Tensor; give pairs"),
-            ([(torch.zeros(2, 6), torch.zeros(2))], "give class indices as an int64 tensor"),
+            ([(torch.zeros(2, 6), torch.zeros(2))], "give class indices by y.long()"),
             ([(torch.zeros(2, 6), torch.tensor([0, 9]))], "the label 9 for 4 classes"),
             (
                 [(torch.zeros(2, width), torch.tensor([0, 1])) for width in (6, 7)],
