@@ -39,8 +39,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# On as many processes as there are cores; each test keeps to one thread, so that they do not slow each other.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup

@@ -50,9 +50,17 @@ def imported_rooms(tree: ast.AST, room: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, target
 
 
+HOME_OF = {
+    alias.name: node.module or alias.name
+    for node in ast.walk(ast.parse((ROOT / "__init__.pyi").read_text()))
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+"""The module of each public name of cet."""
+
+
 def _home_of(name: str) -> str:
-    """The room of a public name of cet."""
-    return cet._MODULE_OF.get(name, name)
+    return HOME_OF.get(name, name)
 
 
 def breaches(source: str, room: str) -> list[tuple[int, str]]:

@@ -1,0 +1,25 @@
+"""The public names of cet, and the modules that they come from."""
+
+from . import energy as energy
+from . import ops as ops
+from . import perturb as perturb
+from .calibration.calibrate import Calibration as Calibration
+from .calibration.calibrate import calibrate as calibrate
+from .calibration.cost import ExitCosts as ExitCosts
+from .calibration.cost import exit_costs as exit_costs
+from .calibration.report import CalibrationReport as CalibrationReport
+from .model.check import AnswerMismatchError as AnswerMismatchError
+from .model.early_exit import EarlyExit as EarlyExit
+from .model.heads import ExitHead as ExitHead
+from .model.heads import HeadSpec as HeadSpec
+from .model.loading import load as load
+from .model.output import ExitOutput as ExitOutput
+from .model.output import Explanation as Explanation
+from .partition.cache import UncutWarning as UncutWarning
+from .partition.stages import CutError as CutError
+from .partition.stages import Stages as Stages
+from .runtime.policy import ExitPolicy as ExitPolicy
+from .training.heads import train_heads as train_heads
+from .training.loss import ConsistentExitLoss as ConsistentExitLoss
+
+__version__: str
