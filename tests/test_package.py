@@ -30,7 +30,7 @@ def test_type_checkers_see_the_names_that_are_there(package: ModuleType) -> None
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(AttributeError, match="cet.* early"):
+    with pytest.raises(AttributeError, match=r"cet.* early"):
         cet.early  # noqa: B018
 
 
