@@ -180,12 +180,14 @@ def test_explain_refuses_what_is_no_operation() -> None:
 def test_explainers_take_what_their_operations_take() -> None:
     from cet.ops.registration import _explained
 
-    assert {op.__name__ for op in _explained} == CALLS.keys() | {
+    # The pages of the documentation define an operation of their own.
+    own = {op: explainer for op, explainer in _explained.items() if op.__module__.startswith("cet.")}
+    assert {op.__name__ for op in own} == CALLS.keys() | {
         padded_gate.__name__,
         padded_exit_gate.__name__,
         gather_and_scatter_rows.__name__,
     }
-    for op, explainer in _explained.items():
+    for op, explainer in own.items():
         given = inspect.signature(explainer).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in given.values()):
             assert given.keys() == inspect.signature(op).parameters.keys()
