@@ -385,6 +385,7 @@ class EarlyExit(nn.Module):
             weight = next(self.heads.parameters(), inputs[0])
             empty = weight.new_empty((0, self.num_classes))
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
+        _refuse_recording()
         runner = runner_for(way.input_format.device(inputs), self._runner)
         program = way.cache.program(inputs)
         if not self._checked_heads.are_current(self.heads):
@@ -603,3 +604,19 @@ class EarlyExit(nn.Module):
         args, kwargs = input_format.unflatten(copied(self._example_values(input_format)))
         check_train_output(self.backbone, args, kwargs)
         return [features[k] for k in range(self.num_exits - 1)], logits
+
+
+def _refuse_recording() -> None:
+    """Refuse ways to record or to map a call that cannot see where its samples leave."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError("torch.export cannot record where samples leave; export model.backbone, or its stages")
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would record the exits that its example takes, for all inputs; trace model.backbone"
+        )
+    transforms = () if is_tracing() else torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms):
+        raise RuntimeError(
+            "in eval mode samples cannot leave inside of torch.func.vmap; give all rows as one batch, or map "
+            "model.exit_logits"
+        )
