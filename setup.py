@@ -107,7 +107,7 @@ if cuda == "1" or (cuda == "" and shutil.which("nvcc")):
 setup(
     package_dir={"": "src", "cet.kernels": "kernels"},
     packages=[*find_packages("src"), "cet.kernels"],
-    package_data={"cet": ["py.typed", "*.pyi"], "cet.energy": ["*.pyi"]},
+    package_data={"cet": ["py.typed", "*.pyi"], "cet.energy": ["*.pyi"], "cet.training": ["*.pyi"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
 )
