@@ -64,6 +64,16 @@ def wav2vec2() -> nn.Module:
     return model
 
 
+def gpt2() -> nn.Module:
+    """Returns a cache of keys and values beside its logits."""
+    sizes = {"n_embd": 24, "n_head": 2, "n_layer": 4, "num_labels": K, "n_positions": 16}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    model: nn.Module = transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(vocab_size=60, **sizes, **special)
+    ).eval()
+    return model
+
+
 def text(rows: int = ROWS) -> dict[str, Tensor]:
     mask = (torch.arange(12) < torch.randint(3, 13, (rows, 1))).long()
     return {"input_ids": torch.randint(0, 60, (rows, 12)), "attention_mask": mask}
@@ -80,6 +90,7 @@ def audio(rows: int = ROWS) -> dict[str, Tensor]:
 FOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]], tuple[str, ...]]] = {
     "bert": (bert, text, ("bert.encoder.layer.1", "bert.encoder.layer.3")),
     "distilbert": (distilbert, text, ("distilbert.transformer.layer.1",)),
+    "gpt2": (gpt2, text, ("transformer.h.1",)),
     "vit": (vit, images, ("vit.layers.1",)),
     "wav2vec2": (wav2vec2, audio, ("wav2vec2.encoder.layers.1",)),
 }

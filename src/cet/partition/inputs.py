@@ -120,6 +120,11 @@ class InputFormat:
             return []
         return [name for name in names if name not in parameters]
 
+    def without_cache(self) -> dict[str, Any]:
+        """The keyword that keeps a model of Hugging Face transformers from returning its keys and values too."""
+        given = self._example_arguments
+        return {"use_cache": False} if "use_cache" in self._signature.parameters and "use_cache" not in given else {}
+
     def unflatten(self, inputs: Sequence[Any]) -> Call:
         """The call ``(args, kwargs)`` that has these inputs."""
         bound = self._signature.bind_partial()
