@@ -119,6 +119,19 @@ def test_exits_are_found_behind_every_second_layer_but_the_last(name: str, given
     assert_right(model, inputs(ROWS))
 
 
+@pytest.mark.parametrize("name", FOUND)
+def test_stages_answer_also_once_hidden_states_were_asked_for(name: str) -> None:
+    """transformers leaves hooks behind that collect them."""
+    build, inputs, _ = FOUND[name]
+    given = inputs(ROWS)
+    model = cet.EarlyExit.from_transformers(build(), every=2, example_inputs=inputs(4))
+    model.predict(**given)
+    hidden = model.backbone(**given, output_hidden_states=True).hidden_states
+    assert len(hidden) > 2
+    assert_right(model, given)
+    assert model.explain(**given).reason is None
+
+
 @pytest.mark.parametrize(("every", "exits"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (4, [3]), (5, [4])])
 def test_every_counts_layers(every: int, exits: list[int]) -> None:
     model = cet.EarlyExit.from_transformers(bert(), every=every)

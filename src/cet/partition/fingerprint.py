@@ -277,8 +277,12 @@ def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
 
 
 def _is_tracker(hook: Any) -> bool:
-    """Whether a hook is one by which PyTorch's own counters notice where they are."""
-    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+    """Whether a hook changes nothing: one by which PyTorch's own counters notice where they are, or by which
+    transformers collects hidden states, which it leaves in place once they were asked for."""
+    return (
+        type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+        or getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    )
 
 
 def _is_same(a: Any, b: Any) -> bool:
