@@ -192,7 +192,6 @@ def _small() -> tuple[cet.EarlyExit, Tensor]:
 
 
 RECORDERS: dict[str, tuple[Callable[[cet.EarlyExit, Tensor], Any], str]] = {
-    "export": (lambda model, x: torch.export.export(model, (x,)), "torch.export cannot record"),
     "trace": (lambda model, x: torch.jit.trace(model, (x,)), "torch.jit.trace would record"),
     "vmap": (lambda model, x: torch.func.vmap(model)(x[:, None]), "cannot leave inside of torch.func.vmap"),
     "vmap of grad": (

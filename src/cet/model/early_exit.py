@@ -608,8 +608,6 @@ class EarlyExit(nn.Module):
 
 def _refuse_recording() -> None:
     """Refuse ways to record or to map a call that cannot see where its samples leave."""
-    if torch.compiler.is_exporting():
-        raise RuntimeError("torch.export cannot record where samples leave; export model.backbone, or its stages")
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace would record the exits that its example takes, for all inputs; trace model.backbone"
