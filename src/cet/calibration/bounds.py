@@ -57,9 +57,12 @@ class PairedTest:
         self.num_samples, self.bound = num_samples, bound
         self._known: list[tuple[float, float]] = []  # statistic and p-value, both ascending
 
-    def rejects(self, lost: int, won: int, level: float) -> bool:
-        """Whether the claim is refuted: ``paired(lost, won, ...) <= level``."""
-        statistic = float(_score_statistic(lost, won, self.num_samples, self.bound))
+    def statistics(self, lost: Ints, won: Ints) -> Floats:
+        """Of outcomes, ``(m,)``: how strongly each speaks for the claim."""
+        return _score_statistic(lost, won, self.num_samples, self.bound)
+
+    def rejects(self, statistic: float, level: float) -> bool:
+        """Whether the claim is refuted by an outcome of this statistic: ``paired(lost, won, ...) <= level``."""
         if statistic >= 0:
             return False
         place = bisect_left(self._known, (statistic, -1.0))
@@ -109,6 +112,8 @@ def betting(values: ArrayLike, low: float, high: float, bound: float, level: flo
         bound: in (``low``, ``high``).
         level: the p-value that is hoped for; it decides how much is bet, and is no matter of validity.
     """
+    if not np.size(values):
+        return 1.0
     unit = (np.asarray(values, dtype=np.float64) - low) / (high - low)
     null, count = (bound - low) / (high - low), np.arange(1, len(unit) + 1)
     mean = (0.5 + unit.cumsum()) / (count + 1)
@@ -116,6 +121,8 @@ def betting(values: ArrayLike, low: float, high: float, bound: float, level: flo
     before = np.concatenate([[0.25], variance[:-1]])[: len(unit)]
     stake = np.minimum(np.sqrt(-2 * math.log(level) / (len(unit) * before)), MAX_STAKE / (1 - null))
     log_capital = np.log1p(-stake * (unit - null)).cumsum()
+    if unit.mean() > null:  # a lucky streak on the way is no reason to certify what the samples as a whole deny
+        return 1.0
     return math.exp(-max(float(log_capital.max(initial=0.0)), 0.0))
 
 

@@ -21,7 +21,9 @@ NUM_FRONT = 25
 """How many policies of the path a certificate keeps."""
 
 MANY_EXITS = 4
-"""From how many early exits on the thresholds without a guarantee, which show its price, are searched in pairs only."""
+MANY_CLASSES = 50
+"""With more early exits, the thresholds without a guarantee, which show its price, are searched in pairs only; with
+more classes that are bounded one by one, exit by exit."""
 
 CHANCE_DEVIATIONS = 2.0
 """How far above chance the final exit has to be, so that there is an accuracy to keep."""
@@ -189,7 +191,8 @@ def certify(
     """
     found = search(terms, answers, labels, groups, is_fit, costs, score, num_classes)
     thresholds = found.thresholds or (-math.inf,) * answers[0].scores.shape[1]
-    without = fitted(answers, costs, terms.bound, MAX_GROUP if len(costs.head) <= MANY_EXITS else 2)
+    max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
+    without = fitted(answers, costs, terms.bound, max_group)
     return thresholds, Certificate(
         method="risk control" if terms.confidence is None else terms.method,
         metric=terms.name,

@@ -245,7 +245,9 @@ def walk(
             )
             for row in of_units
         ),
-        tuple(tuple(float(values.mean()) if len(values) else 0.0 for values in row) for row in of_units),
+        tuple(
+            tuple(float(values.mean(dtype=np.float64)) if len(values) else 0.0 for values in row) for row in of_units
+        ),
     )
 
 
@@ -296,7 +298,8 @@ def _test(replay: _Replay, question: Question, method: str, level: float | None)
     if question.low >= 0:
         return lambda step: bounds.binomial(int(lost[step]), question.num_units, question.bound) <= level
     test = bounds.paired_test(question.num_units, question.bound)
-    return lambda step: test.rejects(int(lost[step]), int(won[step]), level)
+    statistics = test.statistics(lost, won).tolist()
+    return lambda step: test.rejects(statistics[step], level)
 
 
 def num_to_fit(num_samples: int, least: int) -> int:

@@ -33,6 +33,9 @@ MAX_GROUP = 3
 MAX_COMBINATIONS = 2**16
 """How many combinations of candidates one move of several exits looks at."""
 
+MAX_CELLS = 2**21
+"""How many sums over the samples of a stratum one move of a single exit looks at."""
+
 MAX_EVALUATIONS = 2**10
 """How many combinations of candidates one move looks at when the metric is a user's function."""
 
@@ -231,7 +234,8 @@ class _Problem:
         towards ``level``."""
         top = self.num_levels[k]
         if self.metric.of_exits is None:
-            count = int(MAX_COMBINATIONS ** (1 / group_size)) if group_size > 1 else top + 1
+            alone = min(top + 1, MAX_CELLS // len(self.strata))
+            count = int(MAX_COMBINATIONS ** (1 / group_size)) if group_size > 1 else alone
         else:
             count = int(MAX_EVALUATIONS ** (1 / group_size))
         if top < count:
