@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cet.calibration.certify import Answers, Terms, certify, divide, fitted
+from cet.calibration.certify import Answers, Terms, certify, divide, fitted, pooled
 from cet.calibration.cost import ExitCosts, exit_costs
 from cet.calibration.groups import GroupReader, Groups
 from cet.calibration.guarantee import GUARANTEES, Guarantee
@@ -256,15 +256,18 @@ def _calibrated(
     costs: ExitCosts,
     notes: Sequence[str],
 ) -> Calibration:
-    """Thresholds from the answers of all exits, and what they do on the clean samples."""
-    clean, sign = answers[0], _sign(order.score)
+    """Thresholds from the answers of all exits, and what they do on the clean samples; where they are fitted, on the
+    samples of all conditions."""
     certificate = None
     if order.terms is None:
+        answers = [pooled(answers)]
+        labels = np.tile(labels, len(answers[0].scores) // len(labels))
         limits = fitted(answers, costs, order.max_drop).thresholds
     else:
         limits, certificate = certify(
             order.terms, answers, labels, groups, is_fit, costs, order.score, order.num_classes, notes
         )
+    clean, sign = answers[0], _sign(order.score)
     thresholds = tuple(None if t == -math.inf else sign * t for t in limits)
     exit_index, correct = simulate(limits, clean.scores), clean.correct
     right, right_at_final = correct[np.arange(len(correct)), exit_index], correct[:, -1]

@@ -303,18 +303,21 @@ def _claims(
 
 def fitted(answers: Sequence[Answers], costs: ExitCosts, bound: float, max_group: int = MAX_GROUP) -> OperatingPoint:
     """The policy that is best on these samples, with no guarantee for others."""
-    metric = _pooled([given.metric for given in answers])
-    scores, correct = (np.concatenate([getattr(given, name) for given in answers]) for name in ("scores", "correct"))
-    return search_thresholds(scores, correct, costs, bound, metric, max_group)
+    together = pooled(answers)
+    return search_thresholds(together.scores, together.correct, costs, bound, together.metric, max_group)
 
 
-def _pooled(metrics: Sequence[Metric]) -> Metric:
-    """The metric on the samples of several conditions together."""
-    if len(metrics) == 1:
-        return metrics[0]
+def pooled(answers: Sequence[Answers]) -> Answers:
+    """The samples of several conditions as those of one."""
+    if len(answers) == 1:
+        return answers[0]
+    metrics = [given.metric for given in answers]
     gain = None if metrics[0].gain is None else np.concatenate([metric.gain for metric in metrics])
-    weights, strata = (np.concatenate([getattr(m, name) for m in metrics]) for name in ("weights", "strata"))
-    return Metric(weights, strata, None, gain, metrics[0].unit)
+    weights, strata = (np.concatenate([getattr(metric, name) for metric in metrics]) for name in ("weights", "strata"))
+    scores, predictions, correct = (
+        np.concatenate([getattr(given, name) for given in answers]) for name in ("scores", "predictions", "correct")
+    )
+    return Answers("pooled", scores, predictions, correct, Metric(weights, strata, None, gain, metrics[0].unit))
 
 
 def _mean_cost(thresholds: Sequence[float], answers: Sequence[Answers], costs: ExitCosts) -> float:

@@ -166,6 +166,10 @@ class Certificate:
             f"{self.unit} of the same kind{also} is within {100 * self.bound:.4g} {per_point} of the full model's"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold, the promise included."""
+        return {**asdict(self), "certified": self.certified, "promise": self.promise}
+
     def front_table(self, unit: str = "") -> str:
         """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified."""
         lines = [f"   {'cost ' + unit:>14}  {'loss':>8}  thresholds"]
@@ -269,8 +273,9 @@ class CalibrationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A form that JSON can hold, the warning included."""
-        return {**asdict(self), "warning": self.warning}
+        """A form that JSON can hold, the warning and the promise included."""
+        certificate = None if self.certificate is None else self.certificate.to_dict()
+        return {**asdict(self), "certificate": certificate, "warning": self.warning}
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -28,6 +28,7 @@ from cet.training import (
     build,
     find_dataset,
     load_windows,
+    perturbation,
     split_by_person,
     train,
 )
@@ -35,6 +36,7 @@ from cet.training.fit import ShowTraining
 
 SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
 MAX_ACCURACY_DROP = 0.01
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -176,18 +178,37 @@ def _train(folder: RunFolder, recipe: Recipe, split: Split, seed: int, stages: S
 
 
 def _evaluate(model: EarlyExit, recipe: Recipe, calibration: Windows, test: Windows, seed: int) -> RecipeReport:
-    """Calibrate the model, which then has the new policy, and evaluate it."""
+    """Calibrate the model, which then has the new policy, and evaluate it.
+
+    Asked for is a promise about new people. Where the calibration persons are too few for it, the thresholds are fitted
+    on their windows instead, which promises nothing, and the report says so.
+    """
     costs = exit_costs(model)
     # On what it will meet: thresholds for clean input alone let too many perturbed samples leave.
-    batches = [(perturbed(calibration, severity, seed), calibration.y) for severity in CONDITIONS.values()]
+    perturb = {name: perturbation(severity) for name, severity in CONDITIONS.items() if severity}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report says it
-        calibrated = calibrate(model, batches, MAX_ACCURACY_DROP, costs=costs)
+        calibrated = calibrate(
+            model,
+            [(calibration.x, calibration.y)],
+            MAX_ACCURACY_DROP,
+            CONFIDENCE,
+            groups=calibration.person,
+            perturb=perturb,
+            seed=seed,
+            costs=costs,
+        )
+        certificate = calibrated.report.certificate
+        assert certificate is not None
+        if not certificate.certified:
+            batches = [(perturbed(calibration, severity, seed), calibration.y) for severity in CONDITIONS.values()]
+            calibrated = calibrate(model, batches, MAX_ACCURACY_DROP, guarantee=None, costs=costs)
     model.policy = calibrated.policy
     return evaluate(
         model,
         recipe,
         calibrated,
+        certificate,
         costs,
         calibration,
         test,
