@@ -85,7 +85,7 @@ def lay_path(scores: Scores, losses: Floats, costs: ExitCosts, bound: float) -> 
     if len(limits):
         loss, _ = _sweep(scale, scores, losses, costs, limits)
         too_bold = np.append(loss > TOO_BOLD * (bound + 1 / len(scores)), True).argmax()
-        limits = _limits(scale, scores, costs, limits[min(too_bold, len(limits) - 1)])
+        limits = _limits(scale, scores, costs, limits[min(int(too_bold), len(limits) - 1)])
     return [scale.thresholds(limit) for limit in limits]
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cet.ops.definitions import ScoreName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_CLASSES_SHOWN = 10
 """How many classes the text of a report lists; :meth:`CalibrationReport.to_dict` holds all of them."""
@@ -178,6 +181,32 @@ class Certificate:
             numbers = "  ".join("-" if t is None else f"{t:.4g}" for t in point.thresholds)
             lines.append(f" {mark} {point.cost:>14.5g}  {point.loss:>8.4f}  {numbers}")
         return "\n".join(lines)
+
+    def plot_front(self, unit: str = "") -> Figure:
+        """The front as a matplotlib figure: loss against mean cost, certified policies filled, the chosen one a star.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from cet.plotting import STYLE
+
+        with rc_context(STYLE):
+            figure = Figure(figsize=(6.4, 4), layout="constrained")
+            axes = figure.subplots()
+            axes.axhline(self.bound, linestyle="--", color="#888888", linewidth=1)
+            for points, style in (
+                ([p for p in self.front if p.certified], {"marker": "o", "label": "certified"}),
+                ([p for p in self.front if not p.certified], {"marker": "o", "mfc": "white", "label": "not certified"}),
+                ([p for p in self.front if p.chosen], {"marker": "*", "markersize": 15, "label": "chosen"}),
+            ):
+                axes.plot([p.cost for p in points], [p.loss for p in points], linestyle="", color="#0072B2", **style)
+            axes.set_xlabel(f"mean cost per sample / {unit}" if unit else "mean cost per sample")
+            axes.set_ylabel(f"loss of {self.metric} on the calibration samples; dashed: the bound")
+            axes.legend()
+        return figure
 
     def lines(self) -> list[str]:
         """The certificate as text."""

@@ -18,6 +18,7 @@ from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
 from cet.demo.markdown import SCOPE
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
+from cet.perturb.base import Perturbation
 from cet.training import (
     CONSISTENT,
     EXITS,
@@ -185,7 +186,9 @@ def _evaluate(model: EarlyExit, recipe: Recipe, calibration: Windows, test: Wind
     """
     costs = exit_costs(model)
     # On what it will meet: thresholds for clean input alone let too many perturbed samples leave.
-    perturb = {name: perturbation(severity) for name, severity in CONDITIONS.items() if severity}
+    perturb: dict[str, Perturbation] = {
+        name: perturbation(severity) for name, severity in CONDITIONS.items() if severity
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report says it
         calibrated = calibrate(
