@@ -89,7 +89,7 @@ def evaluate(
         recipe=asdict(recipe),
         policy=model.policy.to_dict(),
         calibration=calibrated.report.to_dict(),
-        certificate=None if certificate is None else certificate.to_dict(),
+        certificate={} if certificate is None else certificate.to_dict(),
         flops=Cost(full=costs.full, exits=[*alone, costs.full]),
         severities=[at_severity(model, x, test.y, costs, severity) for severity, x in inputs.items()],
         curves={

@@ -55,7 +55,7 @@ def calibration_verdict(report: Report) -> str:
     promises = {
         name: f"The promise for {name}: {recipe['certificate']['promise']}."
         for name, recipe in recipes.items()
-        if recipe["certificate"] is not None
+        if recipe["certificate"]
     }
     text = " ".join(promises.values())
     if calibration["certificate"] is not None:

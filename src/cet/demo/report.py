@@ -41,14 +41,14 @@ class Cost(TypedDict):
 class RecipeReport(TypedDict):
     """One trained model; ``recipe``, ``policy`` and ``calibration`` are the library's own, as JSON.
 
-    ``certificate`` is what could be guaranteed; where it is that nothing can, the policy may be a fitted one. ``None``
-    where no guarantee was asked for.
+    ``certificate`` is what could be guaranteed; where it is that nothing can, the policy may be a fitted one. It
+    is empty where no guarantee was asked for.
     """
 
     recipe: dict[str, Any]
     policy: dict[str, Any]
     calibration: dict[str, Any]
-    certificate: dict[str, Any] | None
+    certificate: dict[str, Any]
     flops: Cost
     severities: list[AtSeverity]
     curves: dict[Condition, list[CurvePoint]]
