@@ -47,7 +47,7 @@ print(model.exit_names)
 
 losses = cet.train_heads(model, loader(32, seed=0), epochs=3, learning_rate=1e-2)
 print(f"mean loss of the exits, first and last epoch: {losses[0]:.3f}, {losses[-1]:.3f}")
-calibration = cet.calibrate(model, loader(8, seed=100), max_accuracy_drop=0.01)
+calibration = cet.calibrate(model, loader(40, seed=100), max_accuracy_drop=0.02)
 model.policy = calibration.policy
 print(calibration.report)
 

@@ -49,7 +49,7 @@ for _ in range(4):
         loss.backward()
         optimizer.step()
 
-calibration = cet.calibrate(model, loader(256, seed=1), max_accuracy_drop=0.01)
+calibration = cet.calibrate(model, loader(2048, seed=1), max_accuracy_drop=0.02)
 print(calibration.report)
 model.policy = calibration.policy
 model.save("own_cnn.safetensors")

@@ -53,7 +53,7 @@ for step in range(40):
     loss.backward()
     optimizer.step()
 
-model.policy = cet.calibrate(model, [batch(256, seed=100)], max_accuracy_drop=0.02)
+model.policy = cet.calibrate(model, [batch(2048, seed=100)], max_accuracy_drop=0.02)
 x = batch(200, seed=101)
 labels, out = x.pop("labels"), model.eval().predict(**x)
 print(f"accuracy {(out.labels == labels).float().mean():.1%}, exits {out.exit_index.bincount(minlength=2).tolist()}")

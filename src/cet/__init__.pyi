@@ -5,9 +5,12 @@ from . import ops as ops
 from . import perturb as perturb
 from .calibration.calibrate import Calibration as Calibration
 from .calibration.calibrate import calibrate as calibrate
+from .calibration.calibrate import calibrate_scores as calibrate_scores
 from .calibration.cost import ExitCosts as ExitCosts
 from .calibration.cost import exit_costs as exit_costs
+from .calibration.metrics import BoundedLoss as BoundedLoss
 from .calibration.report import CalibrationReport as CalibrationReport
+from .calibration.report import Certificate as Certificate
 from .model.check import AnswerMismatchError as AnswerMismatchError
 from .model.early_exit import EarlyExit as EarlyExit
 from .model.heads import ExitHead as ExitHead

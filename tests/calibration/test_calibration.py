@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 import cet
-from cet.calibration import calibrate, drop_interval, fit_temperature
+from cet.calibration import drop_interval, fit_temperature
 from cet.calibration.cost import ExitCosts, exit_costs
 from cet.calibration.thresholds import simulate
 from cet.ops.definitions import ScoreName
 
 CLASSES = 4
+calibrate = partial(cet.calibrate, guarantee=None)
+"""Fitted on the samples that it is given; what is guaranteed on others is the subject of test_guarantee.py."""
+
 Batches = list[tuple[Any, Tensor]]
 
 
@@ -177,7 +181,8 @@ def test_report_is_json_and_readable(model: cet.EarlyExit, held_out: Batches) ->
     assert as_json["exits"][1]["threshold"] is None
     assert as_json["interval"] == list(report.interval)
     assert [row["label"] for row in as_json["classes"]] == [0, 1, 2, 3]
-    header, first, second, final, summary, cost, by_class, *classes = str(report).splitlines()
+    header, first, second, final, summary, cost, guarantee, by_class, *classes = str(report).splitlines()
+    assert guarantee == "fitted on these samples: nothing is guaranteed on others"
     assert header.split() == ["exit", "accuracy", "temperature", "threshold", "leaving", "ms"]
     assert (first.split()[0], second.split()[3], final.split()[0]) == ("0", "-", "final")
     assert len({len(line) for line in (header, first, second, final)}) == 1

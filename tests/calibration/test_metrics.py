@@ -175,7 +175,7 @@ def no_number(labels: Tensor, predictions: Tensor) -> float:
 @pytest.mark.parametrize(
     ("metric", "class_weights", "error", "message"),
     [
-        ("f1", None, ValueError, "metric 'f1' is unknown; choose one of accuracy, balanced, per_class, or give a func"),
+        ("f1", None, ValueError, "metric 'f1' is unknown; choose one of accuracy, balanced, per_class, dis"),
         (["accuracy"], None, ValueError, "is unknown"),
         ("accuracy", (1.0, 2.0), ValueError, r"class_weights is \[1.0, 2.0\]; give 3 finite numbers >= 0"),
         ("balanced", (1.0, -1.0, 1.0), ValueError, "class_weights is"),

@@ -254,7 +254,7 @@ class TestTrain:
 
 class TestCalibrate:
     def test_it_reports_as_the_demonstration_does(self, run: Any, mine: Path) -> None:
-        code, out, err = run("calibrate", mine, "--quick", "--max-drop", 0.05, "--severity", 1)
+        code, out, err = run("calibrate", mine, "--quick", "--max-drop", 0.05, "--severity", 1, "--no-guarantee")
         assert (code, err) == (0, "")
         results = "model.safetensors, calibration.json, report.md, report.json, accuracy.png, exits.png"
         assert out.endswith(f"In {mine}: {results}\n")
@@ -279,8 +279,18 @@ class TestCalibrate:
         for name in ("accuracy.png", "exits.png"):
             assert (mine / name).read_bytes().startswith(b"\x89PNG")
 
+    def test_few_people_can_promise_nothing_about_new_ones(self, run: Any, mine: Path, files: Path) -> None:
+        code, out, err = run("calibrate", mine, "--quick", "--data", files / "val.npz", "--max-drop", 0.1)
+        assert (code, err) == (0, "")
+        assert "nothing is certified, and all exits are closed: accuracy has 3 groups to test on" in out
+        assert "--no-guarantee fits thresholds on these samples, without a promise" in out
+        certificate = json.loads((mine / "calibration.json").read_text())["certificate"]
+        assert (certificate["certified"], certificate["unit"], certificate["bound"]) == (False, "groups", 0.1)
+        assert load_run(TrainingFolder(mine)).model.policy.thresholds == (None, None, None)
+        assert certificate["promise"] in (mine / "report.md").read_text()
+
     def test_it_takes_other_samples(self, run: Any, mine: Path, files: Path) -> None:
-        options = ("--metric", "per_class", "--score", "margin", "--max-drop", 0.02)
+        options = ("--metric", "per_class", "--score", "margin", "--max-drop", 0.02, "--no-guarantee")
         code, out, err = run("calibrate", mine, "--quick", "--data", files / "val.npz", *options)
         assert (code, err) == (0, "")
         calibration = json.loads((mine / "calibration.json").read_text())

@@ -149,7 +149,7 @@ def check_type(value: Any, expected: Any, where: str) -> None:
 
 def test_report_is_what_its_types_say(report: Report) -> None:
     check_type(report, Report, "report")
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert list(report["recipes"]) == ["joint", "consistent"]
     assert report["settings"] == {**asdict(TINY), "data": None}
     persons = report["data"]["persons"]

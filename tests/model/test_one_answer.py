@@ -887,7 +887,8 @@ def test_rows_leave_where_calibration_found_that_they_would(
     model.predict(x[:8])
     if hooked:
         net.a.register_forward_hook(twice)
-    found = cet.calibrate(model, list(zip(x.split(64), y.split(64), strict=True)), 0.3, score=score)
+    batches = list(zip(x.split(64), y.split(64), strict=True))
+    found = cet.calibrate(model, batches, 0.3, score=score, guarantee=None)
     model.policy = found.policy
     assert any(threshold is not None for threshold in found.policy.thresholds)
     leaving = torch.cat([model.predict(part).exit_index for part in x.split(64)])

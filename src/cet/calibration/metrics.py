@@ -1,4 +1,5 @@
-"""What the allowed drop is a drop of: accuracy, mean recall, the recall of every class, or the user's own function."""
+"""What the allowed drop is a drop of: accuracy, mean recall, the recall of every class, agreement with the full model,
+the Brier score, or the user's own loss or function."""
 
 from __future__ import annotations
 
@@ -12,12 +13,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MetricName = Literal["accuracy", "balanced", "per_class"]
+MetricName = Literal["accuracy", "balanced", "per_class", "disagreement", "brier"]
 MetricFunction = Callable[[Tensor, Tensor], Any]
 """Of labels ``(n,)`` and predictions ``(n,)``, int64 tensors on the CPU; more is better. It returns one number."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class BoundedLoss:
+    """A loss of the user's own, one number per sample, of which the mean may grow by the allowed drop.
+
+    Args:
+        function: of logits ``(n, K)`` as the model returns them, and labels ``(n,)`` int64, both on the CPU; it returns
+            ``(n,)`` losses, less for better.
+        low, high: what no loss ever leaves. The closer they are, the more can be guaranteed.
+
+    Raises:
+        ValueError: unless ``low < high``, both finite.
+    """
+
+    function: Callable[[Tensor, Tensor], Any]
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function is {self.function!r}; give a function of logits and labels")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"the loss is between {self.low} and {self.high}; give finite numbers, low < high")
+
+    def of(self, logits: Tensor, labels: Tensor) -> Floats:
+        """The losses of one exit, ``(n,)`` float64, checked; of logits that are not finite, ``high``.
+
+        Raises:
+            ValueError: for a result of another shape, or out of bounds.
+        """
+        losses = torch.as_tensor(self.function(logits, labels)).detach().double().cpu()
+        if losses.shape != labels.shape:
+            raise ValueError(f"metric gives shape {tuple(losses.shape)} for {len(labels)} samples; give one loss each")
+        losses = losses.where(logits.isfinite().all(dim=1), self.high)
+        outside = losses[~((losses >= self.low - 1e-6) & (losses <= self.high + 1e-6))]
+        if outside.numel():
+            raise ValueError(
+                f"metric gives a loss of {outside[0].item():g}; give low and high that no loss leaves, "
+                f"they are {self.low:g} and {self.high:g}"
+            )
+        values: Floats = losses.clamp(self.low, self.high).numpy()
+        return values
+
+
+def brier_score(logits: Tensor, labels: Tensor) -> Tensor:
+    """The squared distance between the softmax of the logits and the label's unit vector, ``(n,)`` in [0, 2]."""
+    probabilities = torch.softmax(logits.float(), dim=1)
+    of_label = probabilities.gather(1, labels[:, None]).squeeze(1)
+    return probabilities.square().sum(dim=1) - 2 * of_label + 1
+
+
+BRIER = BoundedLoss(brier_score, 0.0, 2.0)
+
+MetricChoice = MetricName | MetricFunction | BoundedLoss
 
 
 @dataclass(frozen=True)
@@ -32,11 +88,15 @@ class Metric:
         strata: ``(n,)`` int64, the stratum of each sample, from 0.
         of_exits: of the exit at which each sample leaves, ``(n,)``, the value of the user's own function, which is
             bounded in the place of the shares; ``None`` when there is no function.
+        gain: ``(n, E)`` in [0, 1], what the answer of each exit is worth; ``None``: 1 if it is right.
+        unit: what a gain of 1 is in the units of the metric.
     """
 
     weights: Floats
     strata: Ints
     of_exits: Callable[[Ints], float] | None = None
+    gain: NDArray[Any] | None = None
+    unit: float = 1.0
 
     @classmethod
     def accuracy(cls, num_samples: int) -> Metric:
@@ -52,28 +112,35 @@ class Metric:
         """
         if self.of_exits is not None:
             return self.of_exits(np.full_like(exit_index, correct.shape[1] - 1)) - self.of_exits(exit_index)
-        right = correct[np.arange(len(correct)), exit_index]
-        lost = self.weights * (correct[:, -1].astype(np.float64) - right)
+        lost = self.weights * self.losses(correct)[np.arange(len(correct)), exit_index]
         return float((np.bincount(self.strata, lost) / np.bincount(self.strata, self.weights)).max())
 
+    def losses(self, correct: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """``(n, E)``: what a sample loses by leaving at each exit against the final one, in units of the metric."""
+        gain = (correct if self.gain is None else self.gain).astype(np.float32)
+        return np.float32(self.unit) * (gain[:, -1:] - gain)
 
-def check_metric(metric: MetricName | MetricFunction, class_weights: Sequence[float] | Tensor | None, k: int) -> None:
+
+def check_metric(metric: MetricChoice, class_weights: Sequence[float] | Tensor | None, k: int) -> None:
     """Refuse a metric that is unknown, and weights that do not fit it or the ``k`` classes.
 
     Raises:
         ValueError, TypeError: then.
     """
-    if not callable(metric) and metric not in get_args(MetricName):
+    own = callable(metric) or isinstance(metric, BoundedLoss)
+    if not own and metric not in get_args(MetricName):
         raise ValueError(
             f"metric {metric!r} is unknown; choose one of {', '.join(get_args(MetricName))}, or give a function of "
-            "labels and predictions"
+            "labels and predictions, or a cet.BoundedLoss"
         )
     if class_weights is None:
         return
-    if callable(metric) or metric == "per_class":
+    if metric not in ("accuracy", "balanced"):
+        whose = "a function, which can weigh by itself" if own else str(metric)
+        whose += ", which bounds each class" * (metric == "per_class")
         raise ValueError(
             "class_weights weigh the samples of metric 'accuracy' and the classes of 'balanced'; leave them out for "
-            f"{'a function, which can weigh by itself' if callable(metric) else 'per_class, which bounds each class'}"
+            f"{whose}"
         )
     try:
         weights = [float(weight) for weight in class_weights]
@@ -84,10 +151,11 @@ def check_metric(metric: MetricName | MetricFunction, class_weights: Sequence[fl
 
 
 def metric_on(
-    metric: MetricName | MetricFunction,
+    metric: MetricChoice,
     class_weights: Sequence[float] | Tensor | None,
     labels: Tensor,
     predictions: Tensor,
+    exit_logits: Sequence[Tensor] | None = None,
 ) -> Metric:
     """The metric on calibration samples.
 
@@ -96,14 +164,24 @@ def metric_on(
         class_weights: likewise.
         labels: ``(n,)`` int64.
         predictions: ``(n, E)`` int64, of each exit.
+        exit_logits: ``E`` tensors ``(n, K)``, which the Brier score and a :class:`BoundedLoss` are computed from.
 
     Raises:
         ValueError: when only classes of weight 0 occur, or the user's function gives no finite number.
     """
     y: Ints = labels.numpy()
     _, classes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    if metric == "brier":
+        metric = BRIER
+    if isinstance(metric, BoundedLoss):
+        assert exit_logits is not None
+        unit = metric.high - metric.low
+        gain = [(metric.high - metric.of(logits, labels)) / unit for logits in exit_logits]
+        return Metric(np.ones(len(y)), np.zeros_like(y), gain=np.stack(gain, axis=1).astype(np.float32), unit=unit)
     if callable(metric):
         return Metric(np.ones(len(y)), np.zeros_like(y), _of_exits(metric, labels, predictions))
+    if metric == "disagreement":
+        return Metric(np.ones(len(y)), np.zeros_like(y), gain=(predictions == predictions[:, -1:]).numpy())
     if metric == "per_class":
         return Metric(np.ones(len(y)), classes)
     weights = np.ones(len(y)) if class_weights is None else np.array([float(w) for w in class_weights])[y]

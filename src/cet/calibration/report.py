@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cet.ops.definitions import ScoreName
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_CLASSES_SHOWN = 10
 """How many classes the text of a report lists; :meth:`CalibrationReport.to_dict` holds all of them."""
@@ -64,6 +67,186 @@ class ClassReport:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """One thing of which too large a loss was to be refuted.
+
+    Attributes:
+        name: such as ``"accuracy"`` or ``"recall of class 3"``.
+        condition: ``"clean"``, or the name of the perturbation.
+        num_units: how many independent samples, groups or blocks of samples could tell.
+        loss: their mean loss under the policy; of the safest policy tried where none was certified, and ``None`` where
+            none was tried.
+        p_value: with which probability samples speak as strongly against "more than the bound is lost", were it true;
+            ``None`` where none was tried, or an expectation was controlled.
+        least_units: how many could certify the bound if none of them lost anything; ``None``: no number of them.
+    """
+
+    name: str
+    condition: str
+    num_units: int
+    loss: float | None
+    p_value: float | None
+    least_units: int | None
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One policy on the way from safe to bold, on all calibration samples.
+
+    Attributes:
+        thresholds: one per early exit, ``None`` for a closed one.
+        cost: mean cost per sample.
+        loss: of the metric, against the final exit; the largest over conditions.
+        certified: whether it was shown to keep the bound.
+        chosen: whether it is the policy of the calibration.
+    """
+
+    thresholds: tuple[float | None, ...]
+    cost: float
+    loss: float
+    certified: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a calibration guarantees, and what it rests on.
+
+    Attributes:
+        method: how p-values were computed: ``"exact"``, ``"betting"``, ``"bentkus"``; or ``"risk control"`` of the
+            expectation.
+        metric: what was bounded.
+        bound: of its loss on new samples.
+        confidence: with what probability over the calibration samples it holds; ``None``: in expectation over them.
+        unit: what is independent of each other, and what new ones the bound is about: ``"samples"`` or ``"groups"``.
+        num_fit: samples that fitted temperatures and laid the path of policies.
+        num_tested: samples that tested it.
+        claims: what was tested, under each condition; all of it had to be shown.
+        reason: why nothing was certified, and all exits are closed; ``None`` where something was.
+        mean_cost: of the certified policy on all calibration samples.
+        fitted_cost: what thresholds fitted on all of these samples cost on them, without any guarantee.
+        front: policies from safe to bold.
+        notes: what else one should know.
+    """
+
+    method: str
+    metric: str
+    bound: float
+    confidence: float | None
+    unit: str
+    num_fit: int
+    num_tested: int
+    claims: tuple[Claim, ...]
+    reason: str | None
+    mean_cost: float
+    fitted_cost: float
+    front: tuple[FrontPoint, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def certified(self) -> bool:
+        """Whether any sample may leave early under the guarantee."""
+        return self.reason is None
+
+    @property
+    def least_units(self) -> int | None:
+        """How many samples, or groups, of the kind that is scarcest could certify the bound if none lost anything;
+        ``None``: no number of them."""
+        least = [claim.least_units for claim in self.claims]
+        return None if None in least else max((count for count in least if count is not None), default=None)
+
+    @property
+    def promise(self) -> str:
+        """What is guaranteed, as a sentence."""
+        if self.reason is not None:
+            return f"nothing is certified, and all exits are closed: {self.reason}"
+        per_point = "points" if self.metric not in ("brier", "disagreement") else "hundredths"
+        how = "in expectation" if self.confidence is None else f"with probability {self.confidence:.4g}"
+        conditions = list(dict.fromkeys(claim.condition for claim in self.claims))
+        also = "" if conditions == ["clean"] else f", {' as well as '.join(conditions)}"
+        return (
+            f"certified: {how} over the calibration samples, {BOUNDED.get(self.metric, self.metric)} on new "
+            f"{self.unit} of the same kind{also} is within {100 * self.bound:.4g} {per_point} of the full model's"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold, the promise included."""
+        return {**asdict(self), "certified": self.certified, "promise": self.promise}
+
+    def front_table(self, unit: str = "") -> str:
+        """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified."""
+        lines = [f"   {'cost ' + unit:>14}  {'loss':>8}  thresholds"]
+        for point in self.front:
+            mark = "*" if point.chosen else "+" if point.certified else " "
+            numbers = "  ".join("-" if t is None else f"{t:.4g}" for t in point.thresholds)
+            lines.append(f" {mark} {point.cost:>14.5g}  {point.loss:>8.4f}  {numbers}")
+        return "\n".join(lines)
+
+    def plot_front(self, unit: str = "") -> Figure:
+        """The front as a matplotlib figure: loss against mean cost, certified policies filled, the chosen one a star.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from cet.plotting import STYLE
+
+        with rc_context(STYLE):
+            figure = Figure(figsize=(6.4, 4), layout="constrained")
+            axes = figure.subplots()
+            axes.axhline(self.bound, linestyle="--", color="#888888", linewidth=1)
+            for points, style in (
+                ([p for p in self.front if p.certified], {"marker": "o", "label": "certified"}),
+                ([p for p in self.front if not p.certified], {"marker": "o", "mfc": "white", "label": "not certified"}),
+                ([p for p in self.front if p.chosen], {"marker": "*", "markersize": 15, "label": "chosen"}),
+            ):
+                axes.plot([p.cost for p in points], [p.loss for p in points], linestyle="", color="#0072B2", **style)
+            axes.set_xlabel(f"mean cost per sample / {unit}" if unit else "mean cost per sample")
+            axes.set_ylabel(f"loss of {self.metric} on the calibration samples; dashed: the bound")
+            axes.legend()
+        return figure
+
+    def lines(self) -> list[str]:
+        """The certificate as text."""
+        tested = sorted(
+            (claim for claim in self.claims if claim.loss is not None),
+            key=lambda claim: (-(claim.p_value or 0.0), claim.name),
+        )
+        lines = [self.promise]
+        for claim in tested[:MAX_CLAIMS_SHOWN]:
+            p_value = "" if claim.p_value is None else f", p = {claim.p_value:.3g}"
+            where = "" if claim.condition == "clean" else f" on {claim.condition} input"
+            lines.append(
+                f"{claim.name}{where}: a loss of {100 * (claim.loss or 0.0):.2f} hundredths in {claim.num_units} "
+                f"independent units{p_value}; with no loss at all {claim.least_units or 'no number'} of them would do"
+            )
+        if len(tested) > MAX_CLAIMS_SHOWN:
+            lines.append(f"and {len(tested) - MAX_CLAIMS_SHOWN} more with smaller p-values")
+        if self.reason is None:
+            lines.append(
+                f"tested on {self.num_tested} samples ({self.method}), {self.num_fit} others laid the path; the price "
+                f"of the guarantee: a mean cost of {self.mean_cost:.4g}, where thresholds fitted on these samples give "
+                f"{self.fitted_cost:.4g}"
+            )
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+
+BOUNDED = {
+    "accuracy": "accuracy",
+    "balanced": "mean recall",
+    "per_class": "the recall of every class",
+    "disagreement": "the share of answers that differ from the full model's",
+    "brier": "the Brier score",
+}
+"""What is bounded, in words, by the name of the metric."""
+
+MAX_CLAIMS_SHOWN = 5
+"""How many claims the text of a report lists."""
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """What a calibrated policy does on the samples it was calibrated on.
 
@@ -83,6 +266,7 @@ class CalibrationReport:
         mean_cost: per sample under the policy.
         full_cost: per sample for the backbone alone.
         unit: of all costs.
+        certificate: what is guaranteed on new samples; ``None`` where the policy was only fitted on these.
     """
 
     num_samples: int
@@ -100,6 +284,7 @@ class CalibrationReport:
     mean_cost: float
     full_cost: float
     unit: str
+    certificate: Certificate | None = None
 
     @property
     def warning(self) -> str | None:
@@ -117,8 +302,9 @@ class CalibrationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A form that JSON can hold, the warning included."""
-        return {**asdict(self), "warning": self.warning}
+        """A form that JSON can hold, the warning and the promise included."""
+        certificate = None if self.certificate is None else self.certificate.to_dict()
+        return {**asdict(self), "certificate": certificate, "warning": self.warning}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -130,6 +316,8 @@ class CalibrationReport:
                 f"{100 * self.drop:.2f} points ({self.confidence:.0%} interval {100 * low:.2f} to {100 * high:.2f}) "
                 f"on {self.num_samples} samples",
                 f"mean cost {self.mean_cost:.4g} {self.unit}, {self.mean_cost / self.full_cost:.1%} of the backbone",
+                *(["fitted on these samples: nothing is guaranteed on others"] if self.certificate is None else []),
+                *(self.certificate.lines() if self.certificate else []),
                 *self._class_lines(),
                 *([f"warning: {self.warning}"] if self.warning else []),
             ]

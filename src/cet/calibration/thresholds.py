@@ -33,6 +33,9 @@ MAX_GROUP = 3
 MAX_COMBINATIONS = 2**16
 """How many combinations of candidates one move of several exits looks at."""
 
+MAX_CELLS = 2**21
+"""How many sums over the samples of a stratum one move of a single exit looks at."""
+
 MAX_EVALUATIONS = 2**10
 """How many combinations of candidates one move looks at when the metric is a user's function."""
 
@@ -69,7 +72,12 @@ def simulate(thresholds: ArrayLike, scores: ArrayLike) -> Ints:
 
 
 def search_thresholds(
-    scores: ArrayLike, correct: ArrayLike, costs: ExitCosts, max_drop: float, metric: Metric | None = None
+    scores: ArrayLike,
+    correct: ArrayLike,
+    costs: ExitCosts,
+    max_drop: float,
+    metric: Metric | None = None,
+    max_group: int = MAX_GROUP,
 ) -> OperatingPoint:
     """The cheapest thresholds found that lose at most ``max_drop`` of what the final exit has.
 
@@ -82,15 +90,21 @@ def search_thresholds(
         costs: cost of stages and heads.
         max_drop: of the metric, in [0, 1].
         metric: what is bounded; accuracy when not given.
+        max_group: how many exits move together at most; fewer are faster with many exits, and less exact.
 
     Raises:
         ValueError: for no samples, shapes that disagree, or ``max_drop`` out of range.
     """
-    return frontier(scores, correct, costs, [max_drop], metric)[0]
+    return frontier(scores, correct, costs, [max_drop], metric, max_group)[0]
 
 
 def frontier(
-    scores: ArrayLike, correct: ArrayLike, costs: ExitCosts, drops: Sequence[float], metric: Metric | None = None
+    scores: ArrayLike,
+    correct: ArrayLike,
+    costs: ExitCosts,
+    drops: Sequence[float],
+    metric: Metric | None = None,
+    max_group: int = MAX_GROUP,
 ) -> list[OperatingPoint]:
     """One operating point per entry of ``drops``: what each loss of the metric buys.
 
@@ -105,7 +119,7 @@ def frontier(
     previous = closed
     for drop in sorted(set(drops)):
         starts = [closed, previous] if previous.any() else [closed]
-        previous = min((problem.improve(start, drop) for start in starts), key=problem.mean_cost)
+        previous = min((problem.improve(start, drop, max_group) for start in starts), key=problem.mean_cost)
         found[drop] = previous
     return [problem.operating_point(found[drop]) for drop in drops]
 
@@ -147,7 +161,8 @@ class _Problem:
         unit = costs.cumulative(np.ones(num_exits - 1, dtype=bool))[-1] / 2**30
         self.stage, self.head = np.rint(np.divide(costs.stage, unit)), np.rint(np.divide(costs.head, unit))
         self.weights = np.rint(self.metric.weights / self.metric.weights.sum() * 2**52)
-        self.right = self.weights * self.correct
+        gain = self.correct if self.metric.gain is None else np.ascontiguousarray(self.metric.gain.T)
+        self.right = np.rint(self.weights * gain)
         in_order = np.argsort(self.metric.strata, kind="stable")
         self.strata = np.split(in_order, np.bincount(self.metric.strata).cumsum()[:-1])
         self.known_values: dict[bytes, float] = {}
@@ -173,10 +188,10 @@ class _Problem:
             self.known_values[key] = self.metric.of_exits(self.leaving_exit(levels))
         return self.known_values[key]
 
-    def improve(self, levels: Ints, max_drop: float) -> Ints:
-        """Move one to three exits at a time until no move helps."""
+    def improve(self, levels: Ints, max_drop: float, max_group: int) -> Ints:
+        """Move one to ``max_group`` exits at a time until no move helps."""
         exits = range(len(levels))
-        groups = [group for size in range(1, MAX_GROUP + 1) for group in combinations(exits, size)]
+        groups = [group for size in range(1, max_group + 1) for group in combinations(exits, size)]
         while True:
             before = levels
             for group in groups:
@@ -198,7 +213,7 @@ class _Problem:
             right += in_stratum
             if self.metric.of_exits is None:
                 # The weights were rounded by at most half a unit each.
-                allowed = max_drop * self.weights[samples].sum() + len(samples)
+                allowed = max_drop / self.metric.unit * self.weights[samples].sum() + len(samples)
                 cost[in_stratum < self.right[-1, samples].sum() - allowed] = np.inf
 
         def moved(index: Any) -> Ints:
@@ -219,7 +234,8 @@ class _Problem:
         towards ``level``."""
         top = self.num_levels[k]
         if self.metric.of_exits is None:
-            count = int(MAX_COMBINATIONS ** (1 / group_size)) if group_size > 1 else top + 1
+            alone = min(top + 1, MAX_CELLS // len(self.strata))
+            count = int(MAX_COMBINATIONS ** (1 / group_size)) if group_size > 1 else alone
         else:
             count = int(MAX_EVALUATIONS ** (1 / group_size))
         if top < count:

@@ -37,14 +37,24 @@ SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
     type=FiniteRange(0, 1, max_open=True),
     default=0.01,
     show_default=True,
-    help="How much the metric may fall on these samples, as a fraction.",
+    help="How much the metric may fall on new samples, as a fraction.",
+)
+@click.option(
+    "--confidence",
+    type=FiniteRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="With what probability it stays within that.",
+)
+@click.option(
+    "--no-guarantee", is_flag=True, help="Fit the thresholds on these samples, without a promise about new ones."
 )
 @click.option(
     "--metric",
-    type=click.Choice(["accuracy", "balanced", "per_class"]),
+    type=click.Choice(["accuracy", "balanced", "per_class", "disagreement", "brier"]),
     default="accuracy",
     show_default=True,
-    help="What may fall: accuracy, the mean recall, or the recall of each class.",
+    help="What may fall: accuracy, the mean recall, or the recall of each class; or what may grow.",
 )
 @click.option("--score", type=click.Choice(["entropy", "confidence", "margin"]), default="entropy", show_default=True)
 @click.option(
@@ -57,7 +67,10 @@ SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
 @click.option("--quick", is_flag=True, help="Measure time and energy for a moment only.")
 @debug_option
 def command(run: Path, data: str | None, quick: bool, severity: float, **options: Any) -> None:
-    """Choose when samples leave: the cheapest thresholds that keep what is asked for.
+    """Choose when samples leave: cheap thresholds that keep what is asked for on new samples.
+
+    Where the samples are in groups, such as people, the promise is about new groups. Where it cannot be made, every
+    exit is closed, and the text says why.
 
     RUN is the folder of a run of cet train. Its model gets the thresholds, and calibration.json what they do on the
     samples, by exit and by class. A run on arrays also gets a report, with plots, of accuracy, compute, time and energy
@@ -68,6 +81,7 @@ def command(run: Path, data: str | None, quick: bool, severity: float, **options
       cet calibrate runs/mine
       cet calibrate runs/mine --data val.npz --max-drop 0.01
       cet calibrate runs/mine --metric per_class --max-drop 0.02
+      cet calibrate runs/mine --no-guarantee
     """
     from rich.console import Console
 
@@ -121,13 +135,26 @@ def _calibrate(
                 check_disjoint([("training", run.facts["groups"].get("train", [])), ("calibration", samples.groups())])
                 step.note(f"{len(samples)} samples")
             loader = run.labelled(samples)
+            perturb = None
             if severity and isinstance(samples, Arrays):
-                loader = [*loader, *run.labelled(run.perturbed(samples, severity))]
+                assert settings.preset is not None
+                perturb = {f"severity {severity:g}": settings.preset(severity)}
+            groups = samples.group if isinstance(samples, Arrays) else None
         with stages.stage("Calibrate"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report says it
             costs = exit_costs(model)
             calibration = calibrate(
-                model, loader, options["max_drop"], score=options["score"], metric=options["metric"], costs=costs
+                model,
+                loader,
+                options["max_drop"],
+                options["confidence"],
+                guarantee=None if options["no_guarantee"] else "auto",
+                groups=None if options["no_guarantee"] else groups,
+                perturb=perturb,
+                seed=settings.seed,
+                score=options["score"],
+                metric=options["metric"],
+                costs=costs,
             )
         model.policy = calibration.policy
         report = None
@@ -140,6 +167,11 @@ def _calibrate(
             if report is not None:
                 write_report(folder, report)
     console.print(f"\n{calibration.report}", markup=False, soft_wrap=True)
+    certificate = calibration.report.certificate
+    if certificate is not None and not certificate.certified:
+        console.print(
+            "--no-guarantee fits thresholds on these samples, without a promise", markup=False, soft_wrap=True
+        )
     if not settings.is_function:
         names = ", ".join(f"{index} is {name}" for index, name in enumerate(run.classes))
         console.print(f"of the classes, {names}", markup=False, soft_wrap=True)
@@ -180,6 +212,7 @@ def _report(
             run.model,
             recipe,
             calibration,
+            calibration.report.certificate,
             costs,
             run.windows(samples),
             windows,

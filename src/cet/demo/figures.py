@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import cet
-from cet.calibration import Calibration, ExitCosts
+from cet.calibration import Calibration, Certificate, ExitCosts
 from cet.data.smartwatch import Windows
 from cet.demo import plots
 from cet.demo.energy import measure_energy
@@ -70,6 +70,7 @@ def evaluate(
     model: EarlyExit,
     recipe: Recipe,
     calibrated: Calibration,
+    certificate: Certificate | None,
     costs: ExitCosts,
     calibration: Windows,
     test: Windows,
@@ -79,7 +80,7 @@ def evaluate(
     seed: int,
     preset: Preset = perturbation,
 ) -> RecipeReport:
-    """How a calibrated model does on the test windows, as the input gets worse."""
+    """How a calibrated model does on the test windows, as the input gets worse, beside what could be guaranteed."""
     inputs = {severity: perturbed(test, severity, seed, preset) for severity in severities}
     thresholds = curve_thresholds(model, calibration)
     early = range(model.num_exits - 1)
@@ -88,6 +89,7 @@ def evaluate(
         recipe=asdict(recipe),
         policy=model.policy.to_dict(),
         calibration=calibrated.report.to_dict(),
+        certificate={} if certificate is None else certificate.to_dict(),
         flops=Cost(full=costs.full, exits=[*alone, costs.full]),
         severities=[at_severity(model, x, test.y, costs, severity) for severity, x in inputs.items()],
         curves={

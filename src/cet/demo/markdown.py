@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from cet.calibration.report import BOUNDED
 from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT
 from cet.demo.report import Condition, RecipeReport, Report, at, verdict
 from cet.demo.timing import Speed
@@ -12,9 +13,6 @@ SCOPE = (
     "One split by person and one seed: this shows how early exit works, not how much it gains on average. "
     "It is an implementation of the objective of arXiv 2109.13192, not a reproduction of its tables."
 )
-
-BOUNDED = {"accuracy": "accuracy", "balanced": "mean recall", "per_class": "the recall of any class"}
-"""What calibration bounds, by the name of its metric."""
 
 
 def to_markdown(report: Report) -> str:
@@ -45,7 +43,8 @@ def to_markdown(report: Report) -> str:
 def calibration_verdict(report: Report) -> str:
     """What calibration promised, and what became of it on the test persons."""
     recipes, persons = report["recipes"], report["data"]["persons"]
-    calibration = next(iter(recipes.values()))["calibration"]
+    first = next(iter(recipes.values()))
+    calibration, promised = first["calibration"], first["certificate"]
     max_drop, metric = calibration["max_drop"], calibration["metric"]
     changes = {name: _mean_change(recipe, report["conditions"].values()) for name, recipe in recipes.items()}
     outcome = _and(f"{100 * change:+.1f} points with {name}" for name, change in changes.items())
@@ -53,10 +52,18 @@ def calibration_verdict(report: Report) -> str:
         f"{len(persons[part])} {part} persons" if persons[part] else f"{part} windows"
         for part in ("calibration", "test")
     )
-    text = (
-        f"Over {_and(report['conditions'])} windows of the {calibrated_on}, the thresholds "
-        f"lose at most {100 * max_drop:g} point of {BOUNDED[metric]} against the full network; on the {tested_on} "
-        f"the change is {outcome}."
+    promises = {
+        name: f"The promise for {name}: {recipe['certificate']['promise']}."
+        for name, recipe in recipes.items()
+        if recipe["certificate"]
+    }
+    text = " ".join(promises.values())
+    if calibration["certificate"] is not None:
+        return f"{text} On the {tested_on} the change of accuracy is {outcome}.".strip()
+    text += (
+        f"{' So the thresholds are fitted: over' if promised else 'Over'} {_and(report['conditions'])} windows of the "
+        f"{calibrated_on}, they lose at most {100 * max_drop:g} point of {BOUNDED[metric]} against the full network; "
+        f"on the {tested_on} the change is {outcome}."
     )
     if min(changes.values()) < -max_drop and persons["calibration"]:
         text += " What holds for so few persons need not hold for others."

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict
 from cet.demo.evaluation import AtSeverity, CurvePoint
 from cet.demo.timing import Speed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Condition = Literal["clean", "perturbed"]
 
@@ -39,11 +39,16 @@ class Cost(TypedDict):
 
 
 class RecipeReport(TypedDict):
-    """One trained model; ``recipe``, ``policy`` and ``calibration`` are the library's own, as JSON."""
+    """One trained model; ``recipe``, ``policy`` and ``calibration`` are the library's own, as JSON.
+
+    ``certificate`` is what could be guaranteed; where it is that nothing can, the policy may be a fitted one. It
+    is empty where no guarantee was asked for.
+    """
 
     recipe: dict[str, Any]
     policy: dict[str, Any]
     calibration: dict[str, Any]
+    certificate: dict[str, Any]
     flops: Cost
     severities: list[AtSeverity]
     curves: dict[Condition, list[CurvePoint]]

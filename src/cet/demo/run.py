@@ -19,11 +19,13 @@ from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
 from cet.demo.markdown import SCOPE
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
-from cet.training import CONSISTENT, EXITS, JOINT, Recipe, build, train
+from cet.perturb.base import Perturbation
+from cet.training import CONSISTENT, EXITS, JOINT, Recipe, build, perturbation, train
 from cet.training.fit import ShowTraining
 
 SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
 MAX_ACCURACY_DROP = 0.01
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -165,18 +167,39 @@ def _train(folder: RunFolder, recipe: Recipe, split: Split, seed: int, stages: S
 
 
 def _evaluate(model: EarlyExit, recipe: Recipe, calibration: Windows, test: Windows, seed: int) -> RecipeReport:
-    """Calibrate the model, which then has the new policy, and evaluate it."""
+    """Calibrate the model, which then has the new policy, and evaluate it.
+
+    Asked for is a promise about new people. Where the calibration persons are too few for it, the thresholds are fitted
+    on their windows instead, which promises nothing, and the report says so.
+    """
     costs = exit_costs(model)
     # On what it will meet: thresholds for clean input alone let too many perturbed samples leave.
-    batches = [(perturbed(calibration, severity, seed), calibration.y) for severity in CONDITIONS.values()]
+    perturb: dict[str, Perturbation] = {
+        name: perturbation(severity) for name, severity in CONDITIONS.items() if severity
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the report says it
-        calibrated = calibrate(model, batches, MAX_ACCURACY_DROP, costs=costs)
+        calibrated = calibrate(
+            model,
+            [(calibration.x, calibration.y)],
+            MAX_ACCURACY_DROP,
+            CONFIDENCE,
+            groups=calibration.person,
+            perturb=perturb,
+            seed=seed,
+            costs=costs,
+        )
+        certificate = calibrated.report.certificate
+        assert certificate is not None
+        if not certificate.certified:
+            batches = [(perturbed(calibration, severity, seed), calibration.y) for severity in CONDITIONS.values()]
+            calibrated = calibrate(model, batches, MAX_ACCURACY_DROP, guarantee=None, costs=costs)
     model.policy = calibrated.policy
     return evaluate(
         model,
         recipe,
         calibrated,
+        certificate,
         costs,
         calibration,
         test,

@@ -1,0 +1,344 @@
+"""From what all exits say of the calibration samples to thresholds with a certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cet.calibration.cost import ExitCosts
+from cet.calibration.guarantee import Condition, Outcome, Question, chance_test, num_to_fit, questions, walk
+from cet.calibration.metrics import Metric, MetricChoice
+from cet.calibration.path import lay_path, plain_path
+from cet.calibration.report import Certificate, Claim, FrontPoint
+from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
+from cet.ops.definitions import SCORES, ScoreName
+
+NUM_FRONT = 25
+"""How many policies of the path a certificate keeps."""
+
+MANY_EXITS = 4
+MANY_CLASSES = 50
+"""With more early exits, the thresholds without a guarantee, which show its price, are searched in pairs only; with
+more classes that are bounded one by one, exit by exit."""
+
+CHANCE_DEVIATIONS = 2.0
+"""How far above chance the final exit has to be, so that there is an accuracy to keep."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is to be guaranteed, checked.
+
+    Attributes:
+        metric: what is bounded; no function.
+        class_weights: ``(K,)`` or ``None``.
+        bound: of the loss.
+        confidence: ``None`` for an expectation.
+        method: ``"exact"``, ``"betting"`` or ``"bentkus"``.
+        split: whether some of the samples fit, and the others test.
+        seed: of the division of samples, and of their order.
+    """
+
+    metric: MetricChoice
+    class_weights: Floats | None
+    bound: float
+    confidence: float | None
+    method: str
+    split: bool
+    seed: int
+
+    @property
+    def level(self) -> float | None:
+        """With what probability the bound may break."""
+        return None if self.confidence is None else 1 - self.confidence
+
+    @property
+    def name(self) -> str:
+        """Of the metric."""
+        return self.metric if isinstance(self.metric, str) else "loss"
+
+    def asked(self, labels: Ints, groups: Ints | None, num_classes: int) -> list[Question]:
+        """The questions about some samples."""
+        return questions(self.metric, self.class_weights, labels, groups, num_classes, self.bound)
+
+    def least_units(self, question: Question) -> int | None:
+        """How many of its units could certify."""
+        return question.least_units(self.method, self.level)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What all exits say of the calibration samples under one condition.
+
+    Attributes:
+        name: ``"clean"`` or the name of the perturbation.
+        scores: ``(n, E - 1)`` float32, low where a sample may leave.
+        predictions: ``(n, E)`` int64.
+        correct: ``(n, E)`` bool.
+        metric: on these samples.
+    """
+
+    name: str
+    scores: NDArray[np.float32]
+    predictions: Ints
+    correct: NDArray[np.bool_]
+    metric: Metric
+
+
+def divide(terms: Terms, labels: Ints, groups: Ints | None, num_classes: int) -> NDArray[np.bool_]:
+    """Which samples fit temperatures and lay the path, ``(n,)``; the others test it.
+
+    A random fifth, or as many as the test can spare. Groups stay together. The recall of classes is asked of samples
+    whose labels are given, so each class is divided for itself.
+    """
+    rng = np.random.default_rng(terms.seed)
+    is_fit = np.zeros(len(labels), dtype=bool)
+    if not terms.split or not len(labels):
+        return is_fit
+    probe = terms.asked(labels, groups, num_classes)
+    least = max((terms.least_units(question) or 0 for question in probe), default=0)
+    if groups is not None:
+        num_groups = int(groups.max()) + 1
+        chosen = rng.permutation(num_groups)[: num_to_fit(num_groups, least)]
+        return np.isin(groups, chosen)
+    by_class = terms.metric in ("balanced", "per_class")
+    for stratum in [np.flatnonzero(labels == c) for c in range(num_classes)] if by_class else [np.arange(len(labels))]:
+        is_fit[rng.permutation(stratum)[: num_to_fit(len(stratum), least)]] = True
+    return is_fit
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was tested, and how far it came.
+
+    Attributes:
+        path: thresholds of policies from safe to bold; empty where none was looked at.
+        asked: what had to be kept by the samples that tested.
+        outcome: of the test; ``None`` where none was looked at.
+        reason: why nothing is certified, or ``None``.
+    """
+
+    path: list[tuple[float, ...]]
+    asked: list[Question]
+    outcome: Outcome | None
+    reason: str | None
+
+    @property
+    def steps(self) -> int:
+        """How many policies of the path are certified."""
+        return 0 if self.outcome is None else self.outcome.steps
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Of the boldest certified policy."""
+        return self.path[self.steps - 1] if self.steps else None
+
+
+def search(
+    terms: Terms,
+    answers: Sequence[Answers],
+    labels: Ints,
+    groups: Ints | None,
+    is_fit: NDArray[np.bool_],
+    costs: ExitCosts,
+    score: ScoreName,
+    num_classes: int,
+) -> Search:
+    """Lay the path and test it. Arguments are those of :func:`certify`."""
+    tested = np.random.default_rng([terms.seed, 1]).permutation(np.flatnonzero(~is_fit))  # an order drawn at random
+    asked = terms.asked(labels[tested], None if groups is None else groups[tested], num_classes)
+    reason = _hopeless(terms, answers[0], labels, asked, num_classes, "samples" if groups is None else "groups")
+    if reason is not None:
+        return Search([], asked, None, reason)
+    path = _path(terms, answers, is_fit, costs, score, num_classes)
+    conditions = [
+        Condition(given.name, given.scores[tested], given.metric.losses(given.correct)[tested]) for given in answers
+    ]
+    outcome = walk(path, conditions, asked, terms.method, terms.level)
+    return Search(path, asked, outcome, None if outcome.steps else _refused(terms, outcome))
+
+
+def certify(
+    terms: Terms,
+    answers: Sequence[Answers],
+    labels: Ints,
+    groups: Ints | None,
+    is_fit: NDArray[np.bool_],
+    costs: ExitCosts,
+    score: ScoreName,
+    num_classes: int,
+    notes: Sequence[str] = (),
+) -> tuple[tuple[float, ...], Certificate]:
+    """Thresholds, low scores leaving and ``-inf`` for a closed exit, and what they guarantee.
+
+    Args:
+        terms: what is to be guaranteed.
+        answers: under each condition, the clean one first.
+        labels: ``(n,)``.
+        groups: ``(n,)`` from 0, or ``None``.
+        is_fit: as :func:`divide` gives it.
+        costs: of stages and heads.
+        score: of the policy.
+        num_classes: ``K``.
+        notes: for the certificate.
+    """
+    found = search(terms, answers, labels, groups, is_fit, costs, score, num_classes)
+    thresholds = found.thresholds or (-math.inf,) * answers[0].scores.shape[1]
+    max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
+    without = fitted(answers, costs, terms.bound, max_group)
+    return thresholds, Certificate(
+        method="risk control" if terms.confidence is None else terms.method,
+        metric=terms.name,
+        bound=terms.bound,
+        confidence=terms.confidence,
+        unit="samples" if groups is None else "groups",
+        num_fit=int(is_fit.sum()),
+        num_tested=int((~is_fit).sum()),
+        claims=_claims(terms, answers, found.asked, found.outcome),
+        reason=found.reason,
+        mean_cost=_mean_cost(thresholds, answers, costs),
+        fitted_cost=without.cost,
+        front=_front(found.path, found.steps, answers, costs, score),
+        notes=tuple(notes),
+    )
+
+
+def mean_loss(given: Answers, exit_index: Ints) -> float:
+    """What the metric loses on all samples of one condition."""
+    return given.metric.drop(given.correct, exit_index)
+
+
+def _path(
+    terms: Terms,
+    answers: Sequence[Answers],
+    is_fit: NDArray[np.bool_],
+    costs: ExitCosts,
+    score: ScoreName,
+    num_classes: int,
+) -> list[tuple[float, ...]]:
+    if not is_fit.any():
+        return plain_path(score, answers[0].scores.shape[1], num_classes)
+    scores, losses = [], []
+    for given in answers:
+        weight = given.metric.weights[is_fit]
+        if terms.metric == "per_class":  # classes alike, whatever their number
+            strata = given.metric.strata[is_fit]
+            weight = 1.0 / np.bincount(strata)[strata]
+        scores.append(given.scores[is_fit])
+        losses.append(given.metric.losses(given.correct)[is_fit] * (weight / weight.mean())[:, None])
+    order = np.random.default_rng([terms.seed, 2]).permutation(len(answers) * int(is_fit.sum()))
+    return lay_path(np.concatenate(scores)[order], np.concatenate(losses)[order], costs, terms.bound)
+
+
+def _hopeless(
+    terms: Terms, clean: Answers, labels: Ints, asked: Sequence[Question], num_classes: int, unit: str
+) -> str | None:
+    """Why nothing can be certified, before any policy is looked at."""
+    present = np.unique(labels)
+    if terms.metric in ("accuracy", "balanced", "per_class"):
+        if len(present) == 1:
+            return f"all {len(labels)} labelled samples are of class {present[0]}; give samples of every class"
+        if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
+            return (
+                f"the final exit is right on {clean.correct[:, -1].mean():.1%} of {len(labels)} samples, which is no "
+                "more than chance would have it, so there is no accuracy to keep; train the model, or give more samples"
+            )
+    short: list[tuple[int, Question]] = []
+    for question in asked:
+        least = terms.least_units(question)
+        if least is None and question.low >= 0:
+            return "a loss of 0 cannot be shown by any number of samples; allow a larger one"
+        if least is not None and question.num_units < least:
+            short.append((least, question))
+    if not short:
+        return None
+    least, worst = min(short, key=lambda pair: pair[1].num_units)
+    what = "samples of the rarest class" if terms.metric == "balanced" and unit == "samples" else unit
+    others = f", and {len(short) - 1} more have too few" if len(short) > 1 else ""
+    level = "in expectation" if terms.confidence is None else f"at confidence {terms.confidence:.4g}"
+    to_fit = ", and a few more to lay the path" if terms.split else ""
+    return (
+        f"{worst.name} has {worst.num_units} {what} to test on{others}, and even without any loss at least {least} are "
+        f"needed to show a loss within {terms.bound:.4g} {level}{to_fit}; give more, or allow more"
+    )
+
+
+def _refused(terms: Terms, outcome: Outcome) -> str:
+    """Why not even the first policy of the path was certified."""
+    if not outcome.losses:
+        return "no sample has a finite score at an early exit, so none could leave there"
+    losses = [loss for row in outcome.losses for loss in row]
+    p_values = [p for row in outcome.p_values for p in row if p is not None]
+    shown = f" (p = {max(p_values):.3g}, where {terms.level:.4g} is needed)" if p_values and terms.level else ""
+    return (
+        f"the safest policy that was tried loses {max(losses):.4g} on the samples that test it{shown}; give more "
+        "samples, allow a larger loss, or train the early exits"
+    )
+
+
+def _claims(
+    terms: Terms, answers: Sequence[Answers], asked: Sequence[Question], outcome: Outcome | None
+) -> tuple[Claim, ...]:
+    tried = outcome is not None and bool(outcome.losses)
+    return tuple(
+        Claim(
+            question.name,
+            given.name,
+            question.num_units,
+            outcome.losses[i][j] if outcome is not None and tried else None,
+            outcome.p_values[i][j] if outcome is not None and tried else None,
+            terms.least_units(question),
+        )
+        for i, given in enumerate(answers)
+        for j, question in enumerate(asked)
+    )
+
+
+def fitted(answers: Sequence[Answers], costs: ExitCosts, bound: float, max_group: int = MAX_GROUP) -> OperatingPoint:
+    """The policy that is best on these samples, with no guarantee for others."""
+    together = pooled(answers)
+    return search_thresholds(together.scores, together.correct, costs, bound, together.metric, max_group)
+
+
+def pooled(answers: Sequence[Answers]) -> Answers:
+    """The samples of several conditions as those of one."""
+    if len(answers) == 1:
+        return answers[0]
+    metrics = [given.metric for given in answers]
+    gain = None if metrics[0].gain is None else np.concatenate([metric.gain for metric in metrics])
+    weights, strata = (np.concatenate([getattr(metric, name) for metric in metrics]) for name in ("weights", "strata"))
+    scores, predictions, correct = (
+        np.concatenate([getattr(given, name) for given in answers]) for name in ("scores", "predictions", "correct")
+    )
+    return Answers("pooled", scores, predictions, correct, Metric(weights, strata, None, gain, metrics[0].unit))
+
+
+def _mean_cost(thresholds: Sequence[float], answers: Sequence[Answers], costs: ExitCosts) -> float:
+    cost = costs.cumulative(np.array(thresholds) > -np.inf)
+    return float(np.mean([cost[simulate(thresholds, given.scores)].mean() for given in answers]))
+
+
+def _front(
+    path: Sequence[tuple[float, ...]], steps: int, answers: Sequence[Answers], costs: ExitCosts, score: ScoreName
+) -> tuple[FrontPoint, ...]:
+    """Some policies of the path, the chosen one among them."""
+    shown = set(np.rint(np.linspace(0, len(path) - 1, NUM_FRONT)).astype(int).tolist()) if path else set()
+    shown |= {steps - 1} if steps else set()
+    sign = 1.0 if SCORES[score].is_low_when_sure else -1.0
+    return tuple(
+        FrontPoint(
+            thresholds=tuple(None if t == -math.inf else sign * t for t in path[step]),
+            cost=_mean_cost(path[step], answers, costs),
+            loss=max(mean_loss(given, simulate(path[step], given.scores)) for given in answers),
+            certified=step < steps,
+            chosen=step == steps - 1,
+        )
+        for step in sorted(shown)
+    )

@@ -1,0 +1,349 @@
+"""A policy whose loss stays within a bound on new samples, with a stated probability over the calibration samples.
+
+Learn-then-Test with fixed-sequence testing (Angelopoulos et al. 2021, arXiv 2110.01052; along the cost-accuracy front
+as in Laufer-Goldshtein et al. 2023, arXiv 2210.07913): a part of the samples lays a path of policies from safe to bold,
+the others test it, one policy after another at the full level, until one cannot be shown to keep the bound. The one
+before is taken. All exits are tested together, as the policy that they are. To show that several things keep the bound,
+such as the recall of every class, clean samples and perturbed ones, each must be shown at the full level: the claim to
+be refuted is that any of them does not.
+
+Where an expectation is enough, the path is walked by conformal risk control instead (Angelopoulos et al. 2022, arXiv
+2208.02814), with losses made monotone along it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cet.calibration import bounds
+from cet.calibration.metrics import BRIER, BoundedLoss, MetricChoice
+
+Guarantee = Literal["auto", "exact", "betting", "bentkus"]
+"""How p-values are computed, see :mod:`cet.calibration.bounds`; ``"auto"``: exactly where that is possible, else by
+betting."""
+
+GUARANTEES: tuple[str, ...] = get_args(Guarantee)
+
+FIT_SHARE = 0.2
+"""The fraction of samples that fit temperatures and lay the path, where the others are enough to test it."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Scores = NDArray[np.float32]
+Losses = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What must not lose more than the bound, on which of the samples.
+
+    Attributes:
+        name: for reports.
+        rows: positions of its samples.
+        unit: of each of them, the independent unit it belongs to, such as a person, from 0; ``None``: each is its own.
+        weight: of each in the mean of its unit.
+        paired: whether a sample loses 1, nothing or -1.
+        low, high: between which the loss of a unit stays.
+        bound: of the mean loss over units.
+        base: is taken off every loss before it is weighed.
+    """
+
+    name: str
+    rows: Ints
+    unit: Ints | None
+    weight: Floats | None
+    paired: bool
+    low: float
+    high: float
+    bound: float
+    base: float = 0.0
+
+    @property
+    def num_units(self) -> int:
+        """How many are independent of each other."""
+        return len(self.rows) if self.unit is None else int(self.unit.max(initial=-1)) + 1
+
+    def of_units(self, losses: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The loss of each unit, from the losses ``(n,)`` of all samples."""
+        of_rows: NDArray[np.floating] = losses[self.rows] - np.float32(self.base)
+        if self.weight is not None:
+            of_rows = of_rows * self.weight
+        if self.unit is None:
+            return of_rows
+        return np.bincount(self.unit, of_rows, self.num_units).astype(np.float64)  # without rows: integers
+
+    def p_value(self, method: str, of_units: NDArray[np.floating], level: float) -> float:
+        """Of "more than the bound is lost"."""
+        count = len(of_units)
+        if not count:
+            return 1.0
+        if method == "exact" and self.low < 0:
+            return bounds.paired(*_lost_and_won(of_units), count, self.bound)
+        if method == "exact":
+            return bounds.binomial(_lost_and_won(of_units)[0], count, self.bound)
+        if method == "betting":
+            return bounds.betting(of_units, self.low, self.high, self.bound, level)
+        # Losses without the wins are no smaller in the mean, and their range is half as wide.
+        low = max(self.low, 0.0) if self.bound > 0 else self.low
+        mean, span = float(of_units.clip(low).mean(dtype=np.float64)), self.high - low
+        return bounds.bentkus((mean - low) / span, count, (self.bound - low) / span)
+
+    def least_units(self, method: str, level: float | None) -> int | None:
+        """How many units show that the bound is kept if none loses anything; ``None`` when no number of them does."""
+        if self.bound + self.base <= 0:
+            return None
+        if level is None:
+            return math.ceil((self.high - self.bound) / (self.bound + self.base) - 1e-9)
+        return _least_units(method, self.low, self.high, self.bound, self.base, level)
+
+
+@lru_cache(1024)
+def _least_units(method: str, low: float, high: float, bound: float, base: float, level: float) -> int:
+    probe = Question("", np.empty(0, dtype=np.int64), None, None, method == "exact", low, high, bound, base)
+
+    def refutes(count: int) -> bool:
+        return probe.p_value(method, np.full(count, -base), level) <= level
+
+    enough = 1
+    while not refutes(enough):
+        enough *= 2
+    return bisect_left(range(enough), True, key=refutes)
+
+
+def _lost_and_won(of_units: NDArray[np.floating]) -> tuple[int, int]:
+    return int((of_units > 0.5).sum()), int((of_units < -0.5).sum())
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The tested samples as they are, or perturbed.
+
+    Attributes:
+        name: ``"clean"`` or the name of the perturbation.
+        scores: ``(n, E - 1)``, low where a sample may leave.
+        losses: ``(n, E)``, what leaving at each exit loses against the final one.
+    """
+
+    name: str
+    scores: Scores
+    losses: Losses
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far along the path the guarantee reaches.
+
+    Attributes:
+        steps: how many policies of the path keep the bound, from the first; 0 when none does.
+        p_values: of the last of them, or of the first when none does: one per condition and question, ``None`` each
+            where an expectation was controlled.
+        losses: likewise, the mean loss of its units.
+    """
+
+    steps: int
+    p_values: tuple[tuple[float | None, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+
+
+def questions(
+    metric: MetricChoice,
+    class_weights: Floats | None,
+    labels: Ints,
+    groups: Ints | None,
+    num_classes: int,
+    bound: float,
+) -> list[Question]:
+    """What a metric asks of the tested samples.
+
+    Without groups samples are independent. The mean recall is then asked of blocks, each with samples of every class,
+    whose classes count alike. With groups the loss of a group is that of the metric within it, and groups count alike.
+
+    Args:
+        metric: not a function.
+        class_weights: ``(K,)`` or ``None``.
+        labels: ``(n,)``.
+        groups: ``(n,)`` group of each sample, from 0, or ``None``.
+        num_classes: ``K``.
+        bound: of the loss.
+    """
+    every = np.arange(len(labels))
+    low, high, paired = -1.0, 1.0, True
+    if isinstance(metric, BoundedLoss) or metric == "brier":
+        loss = metric if isinstance(metric, BoundedLoss) else BRIER
+        low, high, paired = loss.low - loss.high, loss.high - loss.low, False
+    elif metric == "disagreement":
+        low = 0.0
+
+    def question(name: str, rows: Ints, weight: Floats | None = None) -> Question:
+        if groups is None:
+            return Question(name, rows, None, weight, paired and weight is None, low, high, bound)
+        weight = np.ones(len(rows)) if weight is None else weight
+        rows, weight = rows[weight > 0], weight[weight > 0]
+        _, unit = np.unique(groups[rows], return_inverse=True)
+        share = weight / np.bincount(unit, weight)[unit]
+        alone = paired and len(unit) == int(unit.max(initial=-1)) + 1
+        return Question(name, rows, unit, share, alone, low, high, bound)
+
+    if metric == "per_class":
+        return [question(f"recall of class {label}", every[labels == label]) for label in range(num_classes)]
+    if metric == "balanced":
+        weights = np.ones(num_classes) if class_weights is None else class_weights
+        if groups is not None:
+            pairs = groups * num_classes + labels
+            of_pair = np.bincount(pairs, minlength=pairs.max(initial=0) + 1)[pairs]
+            return [question("mean recall", every, weights[labels] / of_pair)]
+        return [_blocks(labels, weights, bound)]
+    if metric == "accuracy" and class_weights is not None:
+        if groups is not None:
+            return [question("accuracy", every, class_weights[labels])]
+        # The mean of weighted losses over that of the weights is within the bound where the mean of weight times
+        # (loss - bound) is at most 0.
+        weight = class_weights[labels] / class_weights.max()
+        return [Question("accuracy", every, None, weight, False, -1.0 - bound, 1.0 - bound, 0.0, bound)]
+    names = {"disagreement": "disagreement", "brier": "Brier score", "accuracy": "accuracy"}
+    return [question(names[metric] if isinstance(metric, str) else "loss", every)]
+
+
+def walk(
+    path: Sequence[Sequence[float]],
+    conditions: Sequence[Condition],
+    asked: Sequence[Question],
+    method: str,
+    level: float | None,
+) -> Outcome:
+    """Test the policies of a path in their order, up to the first that cannot be shown to keep every bound.
+
+    Args:
+        path: thresholds of the policies, ``-inf`` for closed exits; none falls from one policy to the next.
+        conditions: of the same tested samples.
+        asked: what must keep its bound under each condition.
+        method: ``"exact"``, ``"betting"`` or ``"bentkus"``.
+        level: with what probability the bound may break; ``None`` controls the expectation.
+    """
+    replays = [_Replay(path, condition) for condition in conditions]
+    tests = [_test(replay, question, method, level) for replay in replays for question in asked]
+    steps = 0
+    while steps < len(path) and all(test(steps) for test in tests):
+        steps += 1
+    if not path:
+        return Outcome(0, (), ())
+    of_units = [[question.of_units(replay.losses(max(steps - 1, 0))) for question in asked] for replay in replays]
+    return Outcome(
+        steps,
+        tuple(
+            tuple(
+                None if level is None else question.p_value(method, values, level)
+                for question, values in zip(asked, row, strict=True)
+            )
+            for row in of_units
+        ),
+        tuple(
+            tuple(float(values.mean(dtype=np.float64)) if len(values) else 0.0 for values in row) for row in of_units
+        ),
+    )
+
+
+class _Replay:
+    """Where the samples of one condition leave under each policy of a path.
+
+    As thresholds do not fall along the path, a sample may leave at an exit from some step on. Its ``since``, ``(E - 1,
+    n)``, is the first step at which it has left by that exit.
+    """
+
+    def __init__(self, path: Sequence[Sequence[float]], condition: Condition) -> None:
+        self.condition, self.length = condition, len(path)
+        thresholds = np.asarray(path, dtype=np.float32).reshape(len(path), condition.scores.shape[1])
+        first = [
+            np.where(
+                np.isnan(scores), len(path), np.maximum(np.searchsorted(limits, scores), (limits == -np.inf).sum())
+            )
+            for limits, scores in zip(thresholds.T, condition.scores.T, strict=True)
+        ]
+        self.since: Ints = np.minimum.accumulate(np.array(first), axis=0)
+
+    def losses(self, step: int) -> Losses:
+        """Of all samples under one policy, ``(n,)``."""
+        exit_index = (self.since > step).sum(axis=0)
+        losses: Losses = np.take_along_axis(self.condition.losses, exit_index[:, None], axis=1)[:, 0]
+        return losses
+
+    def counts(self, is_counted: NDArray[np.bool_], rows: Ints) -> Ints:
+        """How many of ``rows`` are counted where they leave, ``(n, E)``, under each policy: ``(steps,)``."""
+        total = np.full(self.length + 1, is_counted[rows, -1].sum())
+        for k, since in enumerate(self.since[:, rows]):
+            change = is_counted[rows, k].astype(np.float64) - is_counted[rows, k + 1]
+            total = total + np.bincount(since, change, self.length + 1).cumsum().astype(np.int64)
+        return total[:-1]
+
+
+def _test(replay: _Replay, question: Question, method: str, level: float | None) -> Callable[[int], bool]:
+    """Whether one policy after another, by its step, can be shown to keep the bound."""
+    if level is None:
+        control = _Monotone(question)
+        return lambda step: control.keeps(question.of_units(replay.losses(step)))
+    if method != "exact":
+        return lambda step: question.p_value(method, question.of_units(replay.losses(step)), level) <= level
+    lost, won = (
+        replay.counts(is_counted, question.rows)
+        for is_counted in (replay.condition.losses > 0.5, replay.condition.losses < -0.5)
+    )
+    if question.low >= 0:
+        return lambda step: bounds.binomial(int(lost[step]), question.num_units, question.bound) <= level
+    test = bounds.paired_test(question.num_units, question.bound)
+    statistics = test.statistics(lost, won).tolist()
+    return lambda step: test.rejects(statistics[step], level)
+
+
+def num_to_fit(num_samples: int, least: int) -> int:
+    """How many of the samples fit; the others are enough to test, where that is possible at all."""
+    return min(round(FIT_SHARE * num_samples), max(num_samples - least, 0))
+
+
+def chance_test(labels: Ints, predictions: Ints, num_classes: int) -> float:
+    """By how many of its deviations the number of right answers is more than chance would give them, were the labels
+    shuffled (the permutation distribution of agreement; Hoeffding 1951, Ann. Math. Stat. 22, 558-566). 0 for one class.
+    """
+    n = len(labels)
+    truth, said = (np.bincount(values, minlength=num_classes) / n for values in (labels, predictions))
+    expected = truth @ said
+    variance = n**2 / max(n - 1, 1) * (expected - truth @ said**2 - said @ truth**2 + expected**2)
+    if variance <= 1e-12 * n:
+        return 0.0
+    return float(((labels == predictions).sum() - n * expected) / math.sqrt(variance))
+
+
+class _Monotone:
+    """Conformal risk control along a path: the loss of each unit is the largest that it has met so far, and never a
+    win, so that it only grows; its mean, with one unit more that loses all, must keep the bound."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.worst = question.of_units(np.zeros(question.rows.max(initial=-1) + 1))
+
+    def keeps(self, of_units: NDArray[np.floating]) -> bool:
+        self.worst = np.maximum(self.worst, of_units)
+        question, count = self.question, len(of_units)
+        return float(self.worst.sum() + question.high) <= question.bound * (count + 1) + 1e-12
+
+
+def _blocks(labels: Ints, weights: Floats, bound: float) -> Question:
+    """The mean recall: as many blocks as the rarest class has samples; within a block each class has the mean of its
+    samples there, and classes are weighed."""
+    asked = np.flatnonzero(weights > 0)
+    counts = np.bincount(labels, minlength=len(weights))
+    num_blocks = int(counts[asked].min())
+    rows = np.flatnonzero(np.isin(labels, asked)) if num_blocks else np.empty(0, dtype=np.int64)
+    unit, weight = np.empty(len(rows), dtype=np.int64), np.empty(len(rows))
+    for label in asked if num_blocks else ():
+        of_class = labels[rows] == label
+        unit[of_class] = np.arange(counts[label]) % num_blocks
+        weight[of_class] = weights[label] / weights[asked].sum() / np.bincount(unit[of_class])[unit[of_class]]
+    return Question("mean recall", rows, unit, weight, False, -1.0, 1.0, bound)
