@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import cet
 from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, Split, Windows, build, perturbation, train
-from cet.training.lightning import ShuffledBatches
+from cet.training.sampling import ShuffledBatches
 
 TINY = replace(CONSISTENT, epochs=4, batch_size=16)
 

@@ -35,8 +35,8 @@ from cet.model.early_exit import EarlyExit
 from cet.model.heads import ExitHead, HeadSpec
 from cet.perturb.base import Perturbation
 from cet.training.fit import CHECKPOINT
-from cet.training.lightning import ShuffledBatches, batches
 from cet.training.recipes import Recipe
+from cet.training.sampling import batches, shuffled
 from cet.training.sensor_net import EXITS, SensorNet, Standardized
 
 MODEL = "model.safetensors"
@@ -164,14 +164,15 @@ def prepare(settings: Settings) -> Prepared:
     parts = read_parts(settings)
     classes = parts.train.classes()
     model = _build(classes, parts.train.x.shape[1], parts.train.x, settings.seed)
+    labels = parts.train.class_indices(classes)
     if settings.preset is not None:
         settings.preset(settings.severity)(parts.train.x[:2])  # it may not fit such samples
-    order = ShuffledBatches(len(parts.train), settings.batch_size, seed=settings.seed)
+    order = shuffled(labels, settings.batch_size, settings.recipe().labelled_share, seed=settings.seed)
     in_order = BatchSampler(SequentialSampler(range(len(parts.calibration))), 1024, drop_last=False)
     named = {"train": parts.train, "calibration": parts.calibration, "test": parts.test}
     return Prepared(
         model,
-        batches(parts.train.x, parts.train.class_indices(classes), order),
+        batches(parts.train.x, labels, order),
         batches(parts.calibration.x, parts.calibration.class_indices(classes), in_order),
         {
             "classes": list(classes),

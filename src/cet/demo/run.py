@@ -217,4 +217,4 @@ def _some(windows: Windows, count: int | None, seed: int) -> Windows:
     if count is None or count >= len(windows):
         return windows
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
-    return replace(windows, x=windows.x[chosen], y=windows.y[chosen], person=windows.person[chosen])
+    return windows.rows(chosen)

@@ -10,13 +10,28 @@ if TYPE_CHECKING:
     from cet.data.smartwatch import Split, Windows, find_dataset, load_windows, split_by_person
     from cet.training.heads import train_heads
     from cet.training.lightning import MultiExitTraining
-    from cet.training.recipes import CONSISTENT, JOINT, Recipe, build, perturbation, train
+    from cet.training.recipes import (
+        AUGMENTATION,
+        CONSISTENT,
+        JOINT,
+        NOISY_LABELS,
+        RECIPES,
+        Recipe,
+        build,
+        perturbation,
+        train,
+    )
+    from cet.training.sampling import LabelledShare
     from cet.training.sensor_net import EXITS, SensorNet
 
 __all__ = [
+    "AUGMENTATION",
     "CONSISTENT",
     "EXITS",
     "JOINT",
+    "NOISY_LABELS",
+    "RECIPES",
+    "LabelledShare",
     "MultiExitTraining",
     "Recipe",
     "SensorNet",
@@ -33,6 +48,7 @@ __all__ = [
 
 _MODULE_OF = {
     **dict.fromkeys(("Split", "Windows", "find_dataset", "load_windows", "split_by_person"), "cet.data.smartwatch"),
+    "LabelledShare": "cet.training.sampling",
     "MultiExitTraining": "cet.training.lightning",
     **dict.fromkeys(("EXITS", "SensorNet"), "cet.training.sensor_net"),
     "train_heads": "cet.training.heads",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cet.data.batches import Inputs, as_call, call, class_indices
+from cet.data.batches import UNLABELLED, Inputs, as_call, call, class_indices
 from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_loss_config, consistent_exit_loss
 from cet.partition.inputs import Call
@@ -25,16 +25,20 @@ class ConsistentExitLoss:
 
     Args:
         perturb: maps the input of the model to a perturbed one of the same structure, shapes and dtypes; see
-            :mod:`cet.perturb`.
-        consistency_weight: weight of the consistency term; 0 leaves joint training of all exits on clean input, and
-            the perturbed input is then never computed.
+            :mod:`cet.perturb`. ``None``, with ``consistency_weight=0``, is joint training of all exits on clean input.
+        consistency_weight: weight of the consistency term. 1 suits labels that can be trusted, 3 labels that are partly
+            wrong or mostly missing; 10 makes exits collapse. 0 leaves the supervised terms alone.
         target: ``"soft"`` matches the teacher's distribution, ``"hard"`` its most likely class.
-        teacher: ``"self"``, each exit teaches itself, or ``"final"``, the last exit teaches all.
-        min_confidence: rows whose teacher is less sure than this add no consistency term.
+        teacher: whose answer on clean input counts: ``"mean"``, the average of all exits; ``"self"``, each exit's own,
+            which drags a weak first exit down at larger weights; ``"final"``, that of the last exit.
+        min_confidence: rows whose teacher is less sure than this add no consistency term. With ``target="hard"`` it
+            must be above 0: guesses taught as if they were certain cost the first exit much of its accuracy.
         exit_weights: one weight per exit, shallow first, the final one included; ``1 / E`` each when not given.
-
         allow_eval: whether layers that do something else in train mode, such as BatchNorm and Dropout, may be in eval
             mode while the model is in train mode. A part of the model all of whose parameters are frozen may be anyway.
+        supervise_perturbed: weight of the supervised term on the perturbed input. With ``consistency_weight=0`` the
+            loss is data augmentation: cross-entropy on both copies. Where both are 0 the perturbed input is never
+            computed.
 
     A call ``loss(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
     then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass. Inputs that all
@@ -46,8 +50,9 @@ class ConsistentExitLoss:
 
     Raises:
         ValueError: for arguments out of range, labels of wrong shape or range, a model in eval mode or partly so, a
-            perturbation that changes shapes, dtypes or shared inputs, or a number of exit weights other than the
-            model's exits.
+            perturbation that changes shapes, dtypes or shared inputs, a number of exit weights other than the
+            model's exits, a model of which nothing may be trained, and, where labels are on the CPU, a batch without
+            any label when ``consistency_weight`` is 0.
         TypeError: for labels that name no class, and a model that does not return a tuple of logits.
     """
 
@@ -56,16 +61,24 @@ class ConsistentExitLoss:
         perturb: Callable[[Inputs], Inputs] | None,
         consistency_weight: float = 1.0,
         target: Target = "soft",
-        teacher: Teacher = "self",
+        teacher: Teacher = "mean",
         min_confidence: float = 0.0,
         exit_weights: Sequence[float] | None = None,
         allow_eval: bool = False,
+        *,
+        supervise_perturbed: float = 1.0,
     ) -> None:
-        check_loss_config(consistency_weight, target, teacher, min_confidence, exit_weights)
-        if consistency_weight > 0 and not callable(perturb):
-            raise TypeError(f"perturb is {perturb!r}; give a callable, or consistency_weight=0 for none")
+        check_loss_config(consistency_weight, supervise_perturbed, target, teacher, min_confidence, exit_weights)
+        if not (callable(perturb) or (perturb is None and consistency_weight == 0)):
+            raise TypeError(f"perturb is {perturb!r}; give a callable, or None with consistency_weight=0")
+        if target == "hard" and min_confidence == 0 and consistency_weight > 0:
+            raise ValueError(
+                "target 'hard' with min_confidence 0 teaches guesses as if they were certain; give min_confidence, "
+                "such as 0.95, or target='soft'"
+            )
         self.perturb = perturb
         self.consistency_weight = consistency_weight
+        self.supervise_perturbed = supervise_perturbed
         self.target: Target = target
         self.teacher: Teacher = teacher
         self.min_confidence = min_confidence
@@ -82,31 +95,50 @@ class ConsistentExitLoss:
             raise ValueError("model is in eval mode, where it gives one answer per row; call model.train() first")
         if not self.allow_eval:
             _check_modes(multi_exit)
-        if self.consistency_weight == 0:
-            clean = perturbed = _check_outputs(call(model, x), len(y))
+        self._check_learnable(multi_exit, y)
+        perturbs = self.perturb is not None and (self.consistency_weight > 0 or self.supervise_perturbed > 0)
+        if perturbs:
+            clean, perturbed = self._clean_and_perturbed(model, multi_exit, x, len(y))
         else:
-            assert self.perturb is not None
-            versions = [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-            perturbed_x = self.perturb(x)
-            if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
-                raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
-            _check_same_kind(x, perturbed_x)
-            args, kwargs = _stack(x, perturbed_x, len(y), multi_exit)
-            outputs = _check_outputs(model(*args, **kwargs), 2 * len(y))
-            clean = tuple(logits[: len(y)] for logits in outputs)
-            perturbed = tuple(logits[len(y) :] for logits in outputs)
+            clean = perturbed = _check_outputs(call(model, x), len(y))
         self._check_exit_weights(len(clean))
         parts = consistent_exit_loss(
             clean,
             perturbed,
             y,
             consistency_weight=self.consistency_weight,
+            supervise_perturbed=self.supervise_perturbed if perturbs else 0.0,
             target=self.target,
-            teacher=self.teacher,
+            teacher=self.teacher if perturbs else "self",
             min_confidence=self.min_confidence,
             exit_weights=self.exit_weights,
         )
         return parts.loss, parts
+
+    def _clean_and_perturbed(
+        self, model: nn.Module, multi_exit: nn.Module, x: Inputs, num_rows: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The logits of all exits, by one pass."""
+        assert self.perturb is not None
+        versions = [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+        perturbed_x = self.perturb(x)
+        if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
+            raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
+        _check_same_kind(x, perturbed_x)
+        args, kwargs = _stack(x, perturbed_x, num_rows, multi_exit)
+        outputs = _check_outputs(model(*args, **kwargs), 2 * num_rows)
+        return tuple(logits[:num_rows] for logits in outputs), tuple(logits[num_rows:] for logits in outputs)
+
+    def _check_learnable(self, model: nn.Module, y: Tensor) -> None:
+        """Refuse what would train nothing."""
+        parameters = list(model.parameters())
+        if parameters and torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in parameters):
+            raise ValueError("every parameter of the model is frozen, so no exit can learn; call requires_grad_(True)")
+        if self.consistency_weight == 0 and y.device.type == "cpu" and len(y) and bool((y == UNLABELLED).all()):
+            raise ValueError(
+                "no row of the batch has a label, and with consistency_weight 0 nothing else can be learnt from; give "
+                "labelled rows in each batch, as cet.training.LabelledShare does, or consistency_weight > 0"
+            )
 
     def _check_exit_weights(self, num_exits: int | None) -> None:
         if self.exit_weights is not None and num_exits is not None and len(self.exit_weights) != num_exits:
