@@ -337,7 +337,10 @@ def consistent_exit_loss_into(
     """``config`` is a LossConfig of :mod:`cet.ops`. Gradients are contiguous, None where they are not wanted. Of
     ``work``, ``(2,)`` int32, the first entry becomes the number of labelled rows."""
     exits, (rows, classes) = len(clean.ptrs), clean.ptrs[0].shape
-    block_k = block_size(classes, _CLASS_BLOCK if classes <= _CLASS_BLOCK else _CLASS_BLOCK // 2)
+    # Where the mean of the exits teaches, a program holds one more block of a row, and no more than these fit.
+    is_mean = config.teacher == "mean"
+    class_block = _CLASS_BLOCK // 2 if is_mean else _CLASS_BLOCK
+    block_k = block_size(classes, class_block if classes <= class_block else class_block // 2)
     row_block = max(1, _TILE // block_k)
     blocks = triton.cdiv(rows, row_block)
     partials = losses.loss_ptr.new_empty(4, exits, blocks)
@@ -358,12 +361,12 @@ def consistent_exit_loss_into(
             CLASSES=classes,
             HARD=config.target == "hard",
             FINAL_TEACHER=config.teacher == "final",
-            MEAN_TEACHER=config.teacher == "mean",
+            MEAN_TEACHER=is_mean,
             ALIGN=alignment(clean.ptrs[0].element_size(), *clean.strides, *perturbed.strides),
             ROWS=row_block,
             BLOCK_K=block_k,
             BLOCK_SUM=_SUM_BLOCK,
-            num_warps=4 if classes <= 2048 else 8 if classes <= _CLASS_BLOCK or config.teacher == "mean" else 16,
+            num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_mean else 16,
         )
 
 

@@ -13,21 +13,30 @@ comparisons (Bonferroni). All other figures are secondary and not corrected.
 
 from __future__ import annotations
 
+import io
+import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import click
+import torch
 from rich.progress import track
 
-from benchmarks.quality.conditions import LABELS, METHODS, SPLITS
-from benchmarks.quality.runs import Job, finish
+from benchmarks.harness import provenance
+from benchmarks.quality import report
+from benchmarks.quality.conditions import LABELS, METHODS, SPLITS, WIDTHS
+from benchmarks.quality.figures import figures_of
+from benchmarks.quality.runs import Job, Result, finish
+from cet.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 RUNS = Path(__file__).parents[2] / "runs" / "quality"
 MAIN = ("augmentation", "consistent")
+MOST_SEEDS = 10
 SMOKE = {"every": 16, "epochs": 1}
 
 
@@ -42,7 +51,9 @@ def chosen(names: str, known: Sequence[str], option: str) -> list[str]:
 @click.option("--labels", default=";".join(LABELS), show_default=True, help="Kinds of labels, split by semicolons.")
 @click.option("--methods", default=";".join(MAIN), show_default=True, help=f"Of {'; '.join(METHODS)}.")
 @click.option("--splits", type=click.IntRange(1, len(SPLITS)), default=len(SPLITS), show_default=True)
-@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Trainings per split and method.")
+@click.option(
+    "--seeds", type=click.IntRange(1, MOST_SEEDS), default=2, show_default=True, help="Trainings per split and method."
+)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes of one thread.")
 @click.option("--smoke", is_flag=True, help="One epoch on few windows: its figures mean nothing.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where logits are kept.")
@@ -62,6 +73,32 @@ def main(
         running = [pool.submit(finish, job, runs, **(SMOKE if smoke else {})) for job in todo]
         for finished in track(as_completed(running), "Trainings", total=len(running)):
             finished.result()
+    write(runs, output, smoke)
+
+
+def write(runs: Path, output: Path, smoke: bool) -> None:
+    """The figures of all trainings that there are, also of earlier calls."""
+    every = [Job(*one) for one in product(LABELS, METHODS, SPLITS, range(MOST_SEEDS))]
+    kept = [job for job in every if job.path(runs).is_file()]
+    figures = [one for job in kept for one in figures_of(job, Result.read(job.path(runs)))]
+    table = report.Table(figures)
+    picture = io.BytesIO()
+    report.plot(table).savefig(picture, format="png", dpi=120)
+    summary = {
+        **provenance(torch.device("cpu"), "quality"),
+        "smoke": smoke,
+        "widths": WIDTHS,
+        "recipes": {f"{labels}: {method}": asdict(METHODS[method](labels)) for labels, method in table.present()},
+        "differences": report.differences(table),
+    }
+    contents = {
+        "quality.csv": report.as_csv(figures),
+        "quality.json": (json.dumps(summary, indent=1) + "\n").encode(),
+        "quality.png": picture.getvalue(),
+        "quality.md": report.tables(table).encode(),
+    }
+    for name, content in contents.items():
+        write_atomically(output / name, content)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cet import perturb
 from cet.data.batches import UNLABELLED
+from cet.data.smartwatch import mislabelled
 from cet.perturb.base import Draws, TensorPerturbation
 from cet.training import AUGMENTATION, CONSISTENT, JOINT, NOISY_LABELS, Recipe, Windows, perturbation
 from cet.training.sampling import mixed_seed
@@ -53,45 +54,17 @@ METHODS: dict[str, Callable[[str], Method]] = {
 """By name, for each kind of labels; batches, steps and rows a step are the same unless the name says otherwise."""
 
 
-def _full(windows: Windows, _: torch.Generator) -> Tensor:
-    return windows.y
-
-
 def _few(windows: Windows, draw: torch.Generator) -> Tensor:
-    chosen = _some(len(windows), 0.05, draw)
-    return torch.where(chosen, windows.y, UNLABELLED)
-
-
-def _wrong_recordings(windows: Windows, draw: torch.Generator) -> Tensor:
-    assert windows.recording is not None
-    recordings, of_window = windows.recording.unique(return_inverse=True)
-    return _wrong(windows, _some(len(recordings), 0.2, draw)[of_window], of_window, draw)
-
-
-def _wrong_windows(windows: Windows, draw: torch.Generator) -> Tensor:
-    each = torch.arange(len(windows))
-    return _wrong(windows, _some(len(windows), 0.4, draw), each, draw)
-
-
-def _some(count: int, share: float, draw: torch.Generator) -> Tensor:
-    """A mask, true for just this share."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=draw)[: round(share * count)]] = True
-    return mask
-
-
-def _wrong(windows: Windows, is_wrong: Tensor, unit: Tensor, draw: torch.Generator) -> Tensor:
-    """Labels moved on to another class, by the same step for all windows of a unit."""
-    classes = len(windows.classes)
-    step = torch.randint(1, classes, (int(unit.max()) + 1,), generator=draw)[unit]
-    return torch.where(is_wrong, (windows.y + step) % classes, windows.y)
+    """Labels of 5 % of the windows."""
+    kept = torch.randperm(len(windows), generator=draw)[: round(0.05 * len(windows))]
+    return torch.full_like(windows.y, UNLABELLED).index_copy(0, kept, windows.y[kept])
 
 
 LABELS: dict[str, Callable[[Windows, torch.Generator], Tensor]] = {
-    "full": _full,
+    "full": lambda windows, _: windows.y,
     "5 % labels": _few,
-    "20 % wrong recordings": _wrong_recordings,
-    "40 % wrong windows": _wrong_windows,
+    "20 % wrong recordings": lambda windows, draw: mislabelled(windows, 0.2, draw, whole_recordings=True),
+    "40 % wrong windows": lambda windows, draw: mislabelled(windows, 0.4, draw),
 }
 """What becomes of the labels of the training persons; those of calibration and test persons stay right."""
 

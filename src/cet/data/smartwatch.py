@@ -140,6 +140,36 @@ def split_by_person(windows: Windows, *, seed: int) -> Split:
     return Split(scaled.of_persons(train), scaled.of_persons(calibration), scaled.of_persons(test))
 
 
+def mislabelled(windows: Windows, share: float, draw: torch.Generator, *, whole_recordings: bool = False) -> Tensor:
+    """Labels of which a share is wrong, each another class drawn at random, as happens where people note what they did.
+
+    Args:
+        windows: as they were recorded.
+        share: in [0, 1], of the windows; of the recordings with ``whole_recordings``, all windows of which then get the
+            same wrong label.
+        draw: where the random numbers come from.
+        whole_recordings: see above; the windows must know their recording.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Raises:
+        ValueError: for a share out of range, and windows that do not know their recording.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; give a fraction in [0, 1]")
+    if whole_recordings and windows.recording is None:
+        raise ValueError("windows do not know which recording they are from; leave out whole_recordings")
+    units = torch.arange(len(windows))
+    if whole_recordings:
+        units = windows.recording.unique(return_inverse=True)[1]  # type: ignore[union-attr]
+    count = int(units.max()) + 1
+    is_wrong = torch.zeros(count, dtype=torch.bool)
+    is_wrong[torch.randperm(count, generator=draw)[: round(share * count)]] = True
+    step = torch.randint(1, len(windows.classes), (count,), generator=draw)
+    return torch.where(is_wrong[units], (windows.y + step[units]) % len(windows.classes), windows.y)
+
+
 def _installed_dataset() -> Path | None:
     package = importlib.util.find_spec("seglearn")
     for location in (package and package.submodule_search_locations) or ():

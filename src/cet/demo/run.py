@@ -12,16 +12,19 @@ import torch
 import cet
 from cet.calibration import calibrate
 from cet.calibration.cost import exit_costs
+from cet.data.smartwatch import mislabelled
 from cet.demo.evaluation import perturbed
 from cet.demo.figures import Progress, Stages, evaluate, made_with, measure, sha256, threads, versions, write_report
 from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
-from cet.demo.markdown import SCOPE
+from cet.demo.markdown import SCOPE, wrong_labels_scope
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
 from cet.training import (
+    AUGMENTATION,
     CONSISTENT,
     EXITS,
     JOINT,
+    NOISY_LABELS,
     Recipe,
     Split,
     Windows,
@@ -46,6 +49,8 @@ class Settings:
         threads: of torch; as many as it likes when not given.
         data: the recordings; those of the installed `seglearn` when not given.
         epochs: replaces the number that the recipes train.
+        wrong_labels: share of the training windows whose label is wrong; where there are any, augmentation competes
+            with the recipe for such labels.
         test_windows: how many windows of the test persons to use; all when not given.
         timed_batches: rounds of the throughput measurement.
         timed_windows: windows of the latency measurement.
@@ -57,6 +62,7 @@ class Settings:
     threads: int | None = None
     data: str | None = None
     epochs: int | None = None
+    wrong_labels: float = 0.0
     test_windows: int | None = None
     timed_batches: int = 100
     timed_windows: int = 400
@@ -117,7 +123,12 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
     assert settings.threads is not None
     split = split_by_person(windows, seed=settings.seed)
     test = _some(split.test, settings.test_windows, settings.seed)
-    recipes = [replace(recipe, epochs=settings.epochs or recipe.epochs) for recipe in (JOINT, CONSISTENT)]
+    chosen = (JOINT, CONSISTENT)
+    if settings.wrong_labels:
+        draw = torch.Generator().manual_seed(settings.seed)
+        y = mislabelled(split.train, settings.wrong_labels, draw)
+        split, chosen = replace(split, train=replace(split.train, y=y)), (AUGMENTATION, NOISY_LABELS)
+    recipes = [replace(recipe, epochs=settings.epochs or recipe.epochs) for recipe in chosen]
     with threads(settings.threads):
         models = {recipe.name: _train(folder, recipe, split, settings.seed, stages) for recipe in recipes}
         folder.tidy()
@@ -129,7 +140,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
             model.save(folder / f"{recipe.name}.safetensors")
         timing = measure(
             models,
-            CONSISTENT.name,
+            recipes[1].name,
             test,
             stages,
             conditions=CONDITIONS,
@@ -142,7 +153,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
     report = Report(
         schema_version=SCHEMA_VERSION,
         title="Early exit on smartwatch data",
-        scope=SCOPE,
+        scope=SCOPE if not settings.wrong_labels else f"{wrong_labels_scope(settings.wrong_labels)} {SCOPE}",
         settings={**asdict(settings), "data": None if settings.data is None else path.name},
         versions=versions(),
         exits=[*EXITS, "final"],

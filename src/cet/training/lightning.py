@@ -17,10 +17,11 @@ from cet.data.batches import BatchFn, call, class_indices, split_batch
 from cet.model.checkpoint import write_atomically
 from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.training.loss import ConsistentExitLoss
+from cet.training.loss import ConsistentExitLoss, check_finite
 from cet.training.sampling import mixed_seed
 
 CHECKPOINT_KEY = "cet_training"
+TEACHER_KEY = "cet_teacher"
 
 
 class MultiExitTraining(LightningModule):
@@ -70,6 +71,7 @@ class MultiExitTraining(LightningModule):
         x, y = split_batch(batch, self.batch_fn)
         torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx) + self.global_rank)
         loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
+        check_finite(loss, x)
         self.log(
             "train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y), sync_dist=True
         )
@@ -92,6 +94,7 @@ class MultiExitTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.identity
+        checkpoint[TEACHER_KEY] = self.loss.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY, {})
@@ -101,6 +104,7 @@ class MultiExitTraining(LightningModule):
                     f"the checkpoint was trained with {name} {saved.get(name)!r}, not {self.identity.get(name)!r}; "
                     "train into another directory, or start anew without resume"
                 )
+        self.loss.load_state_dict(self.model, checkpoint.get(TEACHER_KEY, {}))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

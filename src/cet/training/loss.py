@@ -6,9 +6,10 @@ An implementation of the objective of "Consistency Training of Multi-exit Archit
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from cet.data.batches import UNLABELLED, Inputs, as_call, call, class_indices
 from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import ExitLosses, Target, Teacher, check_loss_config, consistent_exit_loss
 from cet.partition.inputs import Call
+
+TEACHERS = (*get_args(Teacher), "ema")
 
 
 class ConsistentExitLoss:
@@ -30,7 +33,9 @@ class ConsistentExitLoss:
             wrong or mostly missing; 10 makes exits collapse. 0 leaves the supervised terms alone.
         target: ``"soft"`` matches the teacher's distribution, ``"hard"`` its most likely class.
         teacher: whose answer on clean input counts: ``"mean"``, the average of all exits; ``"self"``, each exit's own,
-            which drags a weak first exit down at larger weights; ``"final"``, that of the last exit.
+            which drags a weak first exit down at larger weights; ``"final"``, that of the last exit; ``"ema"``, the
+            average of all exits of a model whose weights are a moving average of those at each call so far (Tarvainen &
+            Valpola 2017, arXiv 1703.01780), which costs a further pass over the clean rows.
         min_confidence: rows whose teacher is less sure than this add no consistency term. With ``target="hard"`` it
             must be above 0: guesses taught as if they were certain cost the first exit much of its accuracy.
         exit_weights: one weight per exit, shallow first, the final one included; ``1 / E`` each when not given.
@@ -39,6 +44,7 @@ class ConsistentExitLoss:
         supervise_perturbed: weight of the supervised term on the perturbed input. With ``consistency_weight=0`` the
             loss is data augmentation: cross-entropy on both copies. Where both are 0 the perturbed input is never
             computed.
+        ema_decay: in [0, 1), of the moving average; early on it is that of a plain mean, where this is less.
 
     A call ``loss(model, x, y)`` runs the model once, on the clean and the perturbed rows together: batch statistics
     then see both, as they will at inference, and wrappers such as DistributedDataParallel see one pass. Inputs that all
@@ -61,14 +67,19 @@ class ConsistentExitLoss:
         perturb: Callable[[Inputs], Inputs] | None,
         consistency_weight: float = 1.0,
         target: Target = "soft",
-        teacher: Teacher = "mean",
+        teacher: Teacher | Literal["ema"] = "mean",
         min_confidence: float = 0.0,
         exit_weights: Sequence[float] | None = None,
         allow_eval: bool = False,
         *,
         supervise_perturbed: float = 1.0,
+        ema_decay: float = 0.99,
     ) -> None:
-        check_loss_config(consistency_weight, supervise_perturbed, target, teacher, min_confidence, exit_weights)
+        check_loss_config(
+            consistency_weight, supervise_perturbed, target, teacher, min_confidence, exit_weights, teachers=TEACHERS
+        )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay is {ema_decay}; give a number in [0, 1)")
         if not (callable(perturb) or (perturb is None and consistency_weight == 0)):
             raise TypeError(f"perturb is {perturb!r}; give a callable, or None with consistency_weight=0")
         if target == "hard" and min_confidence == 0 and consistency_weight > 0:
@@ -80,10 +91,11 @@ class ConsistentExitLoss:
         self.consistency_weight = consistency_weight
         self.supervise_perturbed = supervise_perturbed
         self.target: Target = target
-        self.teacher: Teacher = teacher
+        self.teacher = teacher
         self.min_confidence = min_confidence
         self.exit_weights = None if exit_weights is None else tuple(exit_weights)
         self.allow_eval = allow_eval
+        self._average = MovingAverage(ema_decay) if teacher == "ema" else None
 
     def __call__(self, model: nn.Module, x: Inputs, y: Tensor) -> tuple[Tensor, ExitLosses]:
         x = dict(x) if isinstance(x, Mapping) else x
@@ -102,18 +114,47 @@ class ConsistentExitLoss:
         else:
             clean = perturbed = _check_outputs(call(model, x), len(y))
         self._check_exit_weights(len(clean))
-        parts = consistent_exit_loss(
-            clean,
-            perturbed,
-            y,
+        supervise_perturbed = self.supervise_perturbed if perturbs else 0.0
+        if not perturbs or self._average is not None:
+            parts = consistent_exit_loss(
+                *(clean, perturbed, y),
+                consistency_weight=0.0,
+                supervise_perturbed=supervise_perturbed,
+                teacher="self",
+                exit_weights=self.exit_weights,
+            )
+        else:
+            parts = self._taught(clean, perturbed, y, supervise_perturbed)
+        if perturbs and self._average is not None and self.consistency_weight > 0:
+            taught = self._taught(
+                self._average.logits(multi_exit, x, len(y)), perturbed, torch.full_like(y, UNLABELLED), 0.0
+            )
+            parts = parts._replace(
+                loss=parts.loss + taught.loss, consistency=taught.consistency, confident=taught.confident
+            )
+        return parts.loss, parts
+
+    def _taught(
+        self, clean: Sequence[Tensor], perturbed: Sequence[Tensor], y: Tensor, supervise_perturbed: float
+    ) -> ExitLosses:
+        return consistent_exit_loss(
+            *(clean, perturbed, y),
             consistency_weight=self.consistency_weight,
-            supervise_perturbed=self.supervise_perturbed if perturbs else 0.0,
+            supervise_perturbed=supervise_perturbed,
             target=self.target,
-            teacher=self.teacher if perturbs else "self",
+            teacher="mean" if self.teacher == "ema" else self.teacher,
             min_confidence=self.min_confidence,
             exit_weights=self.exit_weights,
         )
-        return parts.loss, parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be kept to go on with training: the teacher ``"ema"``; empty for the others."""
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` kept of training this model."""
+        if self._average is not None and state:
+            self._average.load_state_dict(model, state)
 
     def _clean_and_perturbed(
         self, model: nn.Module, multi_exit: nn.Module, x: Inputs, num_rows: int
@@ -146,6 +187,62 @@ class ConsistentExitLoss:
                 f"exit_weights has {len(self.exit_weights)} entries but the model has {num_exits} exits; "
                 "give one per exit, the final one included"
             )
+
+
+class MovingAverage:
+    """A model whose weights and buffers are a moving average of another's."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.model: nn.Module | None = None
+        self.count = 0
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, x: Inputs, num_rows: int) -> tuple[Tensor, ...]:
+        """What the average answers in train mode, the weights that the model has now taken in."""
+        average = self.model = self.model or copy.deepcopy(model).requires_grad_(False)
+        weight = max(1.0 - self.decay, 1.0 / (self.count + 1))
+        self.count += 1
+        for mine, theirs in zip(_tensors(average), _tensors(model), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs.to(mine.device), weight)
+            else:
+                mine.copy_(theirs)
+        return _check_outputs(call(average.train(), x), num_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.model is None else {"count": self.count, "model": self.model.state_dict()}
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.load_state_dict(state["model"])
+        self.count = state["count"]
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def check_finite(loss: Tensor, x: Inputs) -> None:
+    """Refuse to take a step from a loss that is not finite; on the CPU alone, as looking waits for a GPU.
+
+    Raises:
+        RuntimeError: then.
+    """
+    if loss.device.type != "cpu" or bool(loss.isfinite()):
+        return
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
+            bad = (~leaf.isfinite()).flatten(1).any(dim=1).nonzero() if leaf.ndim > 1 else (~leaf.isfinite()).nonzero()
+            if len(bad):
+                raise RuntimeError(
+                    f"the loss is {loss.item()}, as {len(bad)} of {len(leaf)} rows of the batch are not finite, first "
+                    f"row {int(bad[0])}; leave them out, or fill in what is missing"
+                )
+    raise RuntimeError(
+        f"the loss is {loss.item()}; give a lower learning_rate or finite inputs, and train float16 models in float32 "
+        "or bfloat16"
+    )
 
 
 def _check_outputs(outputs: Any, num_rows: int) -> tuple[Tensor, ...]:

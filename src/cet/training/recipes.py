@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -36,7 +36,7 @@ class Recipe:
     consistency_weight: float
     supervise_perturbed: float = 1.0
     target: Target = "soft"
-    teacher: Teacher = "mean"
+    teacher: Teacher | Literal["ema"] = "mean"
     min_confidence: float = 0.0
     exit_weights: tuple[float, ...] | None = None
     severity: float = 1.0
@@ -134,7 +134,6 @@ def train(
             "seed": seed,
             **asdict(recipe),
             "epochs": epochs,
-            "widths": list(widths),
         },
     )
     order = shuffled(split.train.y, recipe.batch_size, recipe.labelled_share, seed=seed)

@@ -27,7 +27,7 @@ def losses_and_gradients(
     exits = len(config.exit_weights)
     rows, classes = logits[0].shape
     loss = logits[0].new_empty((), dtype=torch.float32)
-    parts = [loss.new_empty((exits,)) for _ in range(4)]
+    supervised, consistency, confident, supervised_perturbed = (loss.new_empty((exits,)) for _ in range(4))
     labels = labels.contiguous()
     pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
     backend.kernels().consistent_exit_loss(  # type: ignore[union-attr] # dispatch has seen them
@@ -47,10 +47,13 @@ def losses_and_gradients(
         config.target == "hard",
         config.teacher,
         loss.data_ptr(),
-        *(part.data_ptr() for part in parts),
+        supervised.data_ptr(),
+        consistency.data_ptr(),
+        confident.data_ptr(),
+        supervised_perturbed.data_ptr(),
         torch.get_num_threads(),
     )
-    return ExitLosses(loss, *parts)
+    return ExitLosses(loss, supervised, consistency, confident, supervised_perturbed)
 
 
 class _ConsistentExitLoss(torch.autograd.Function):
