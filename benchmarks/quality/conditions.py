@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cet import perturb
 from cet.data.batches import UNLABELLED
-from cet.data.smartwatch import mislabelled
+from cet.data.smartwatch import Windows, mislabelled
 from cet.perturb.base import Draws, TensorPerturbation
-from cet.training import AUGMENTATION, CONSISTENT, JOINT, NOISY_LABELS, Recipe, Windows, perturbation
+from cet.training import AUGMENTATION, CONSISTENT, JOINT, NOISY_LABELS, Recipe, perturbation
 from cet.training.sampling import mixed_seed
 
 WIDTHS = (16, 24, 32, 64)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 import cet
 from benchmarks.quality.conditions import INPUTS, KINDS, METHODS, with_labels
+from cet.data.smartwatch import Split, Windows, load_windows, split_by_person
 from cet.files import write_atomically
-from cet.training import Split, Windows, load_windows, split_by_person, train
+from cet.training import train
 
 MAX_DROP = 0.01
 

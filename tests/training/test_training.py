@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cet
+from cet.data.smartwatch import Split, Windows
 from cet.training import (
     CONSISTENT,
     JOINT,
@@ -25,8 +26,6 @@ from cet.training import (
     LabelledShare,
     MultiExitTraining,
     SensorNet,
-    Split,
-    Windows,
     build,
     perturbation,
     train,
