@@ -79,8 +79,9 @@ def main(
 def write(runs: Path, output: Path, smoke: bool) -> None:
     """The figures of all trainings that there are, also of earlier calls."""
     every = [Job(*one) for one in product(LABELS, METHODS, SPLITS, range(MOST_SEEDS))]
-    kept = [job for job in every if job.path(runs).is_file()]
-    figures = [one for job in kept for one in figures_of(job, Result.read(job.path(runs)))]
+    kept = {job: Result.read(job.path(runs)) for job in every if job.path(runs).is_file()}
+    full = max(result.facts["full_cost"] for result in kept.values())
+    figures = [one for job, result in kept.items() for one in figures_of(job, result, full)]
     table = report.Table(figures)
     picture = io.BytesIO()
     report.plot(table).savefig(picture, format="png", dpi=120)

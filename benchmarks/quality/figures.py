@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Figures:
         area: accuracy under the curve of accuracy against compute, one entropy threshold for all exits; the mean over
             compute from the first exit's cost to that of all.
         policy: accuracy of the policy calibrated on clean samples of others.
-        cost: its mean FLOPs, of the net without exits.
+        cost: its mean FLOPs, of those of the largest net without exits.
         ece: calibration error of the largest probability, in 15 bins (Guo et al. 2017, arXiv 1706.04599).
         scaled_ece: the same at the policy's temperatures.
         flips: windows whose label differs from that on clean input.
@@ -59,11 +59,12 @@ class Figures:
 VALUES = [field.name for field in fields(Figures)][7:]
 
 
-def figures_of(job: Job, result: Result) -> Iterator[Figures]:
-    """One per person and input."""
-    facts, full = result.facts, result.facts["full_cost"]
+def figures_of(job: Job, result: Result, full: float) -> Iterator[Figures]:
+    """One per person and input. ``full`` is the cost of the largest net without exits."""
+    facts = result.facts
     # Without an exit that counts there is nothing but the last.
-    exits = slice(-1, None) if job.method == "static" else slice(None)
+    is_static = job.method == "static"
+    exits = slice(-1, None) if is_static else slice(None)
     temperatures = facts["temperatures"] or [1.0] * len(result.calibration)
     thresholds = [-np.inf if t is None else t for t in facts["thresholds"]]
     closed = [-np.inf] * len(thresholds)
@@ -74,7 +75,7 @@ def figures_of(job: Job, result: Result) -> Iterator[Figures]:
         scores = _scores(logits, temperatures)
         predicted = logits.argmax(-1)
         right = predicted == result.y
-        leaving = simulate(closed if job.method == "static" else thresholds, scores)
+        leaving = simulate(closed if is_static else thresholds, scores)
         at_curve = [simulate([threshold] * scores.shape[1], scores) for threshold in curve]
         errors = [
             _confidence_gap(logits, right, of_exits)
@@ -92,19 +93,14 @@ def figures_of(job: Job, result: Result) -> Iterator[Figures]:
                 of_exits[exits][0],
                 of_exits[-1],
                 np.mean([_macro_f1(labels[rows], result.y[rows]) for labels in predicted[exits]]),
-                np.trapezoid(accuracies, costs) / (costs[-1] - costs[0]),
+                of_exits[-1] if is_static else np.trapezoid(accuracies, costs) / (costs[-1] - costs[0]),
                 right[leaving[rows], rows].mean(),
-                policy_cost[leaving[rows]].mean() if job.method != "static" else 1.0,
+                facts["full_cost"] / full if is_static else policy_cost[leaving[rows]].mean(),
                 *(_expected(gap[exits][:, rows], sure[exits][:, rows]) for gap, sure in errors),
                 (predicted != clean)[exits][:, rows].mean(),
             )
             percent = (round(100 * float(value), DIGITS - 2) for value in values)
-            yield Figures(*astuple_of(job), int(person), kind, severity, *percent)
-
-
-def astuple_of(job: Job) -> tuple[str, str, int, int]:
-    labels, method, split, seed = astuple(job)
-    return labels, method, split, seed
+            yield Figures(job.labels, job.method, job.split, job.seed, int(person), kind, severity, *percent)
 
 
 def _scores(logits: NDArray[np.float16], temperatures: Sequence[float]) -> NDArray[np.float32]:

@@ -15,11 +15,10 @@ constexpr int64_t kBytesPerLogit = 16;  // an exponential and a logarithm cost m
 
 struct Softmax {
   float* exps;  // exp(x - max), zeros behind them up to a whole register
-  float max, sum;
-  float largest;  // probability, 1 / sum
-
-  // What is subtracted from logits for log-probabilities.
-  float log_normalizer() const { return max + logf(sum); }
+  float max;             // logit
+  float share;           // what an exponential is multiplied by for a probability
+  float largest;         // probability
+  float log_normalizer;  // what is subtracted from a logit for the logarithm of a probability
 };
 
 template <class T>
@@ -43,8 +42,8 @@ Softmax softmax(const T* logits, int64_t classes, float* exps) {
     store(exps + k, e);
     total += e;
   }
-  const float normalizer = sum(total);
-  return {exps, top, normalizer, 1.0f / normalizer};
+  const float normalizer = sum(total), share = 1.0f / normalizer;
+  return {exps, top, share, share, top + logf(normalizer)};
 }
 
 // The first of the largest, as torch.max gives it; the last class where none is, in a row with NaN.
@@ -58,26 +57,24 @@ int64_t argmax(const T* logits, int64_t classes, float largest) {
 template <class T>
 void cross_entropy_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
-    store_upto(grad + k, load(p.exps + k) * (scale / p.sum), classes - k);
+    store_upto(grad + k, load(p.exps + k) * (scale * p.share), classes - k);
   }
-  store(grad + label, (p.exps[label] / p.sum - 1.0f) * scale);
+  store(grad + label, (p.exps[label] * p.share - 1.0f) * scale);
 }
 
-// The mean of the exits' softmaxes, whose exponentials lie one after another: its exponentials, and its logarithms for
-// logits.
+// The mean of the exits' softmaxes: probabilities for exponentials, and their logarithms for logits unless these are null.
 Softmax mean_softmax(const Softmax* exits, int64_t num_exits, int64_t classes, float* exps, float* logits) {
+  const float share = 1.0f / static_cast<float>(num_exits);
   Vec largest = {};
   for (int64_t k = 0; k < classes; k += kLanes) {
     Vec total = {};
-    for (int64_t e = 0; e < num_exits; ++e) total += load(exits[e].exps + k) * exits[e].largest;
-    const Vec p = total / static_cast<float>(num_exits);
+    for (int64_t e = 0; e < num_exits; ++e) total += load(exits[e].exps + k) * exits[e].share;
+    const Vec p = total * share;
     store(exps + k, p);
-    store(logits + k, log(p));
+    if (logits != nullptr) store(logits + k, log(p));
     largest = max(p, largest);
   }
-  const float top = max(largest);
-  for (int64_t k = 0; k < classes; k += kLanes) store(exps + k, load(exps + k) / top);
-  return {exps, logf(top), 1.0f / top, top};
+  return {exps, 0.0f, 1.0f, max(largest), 0.0f};
 }
 
 // KL(teacher || student); the logits of both are read again, from the first-level cache. A class that the teacher rules
@@ -85,40 +82,43 @@ Softmax mean_softmax(const Softmax* exits, int64_t num_exits, int64_t classes, f
 template <class TeacherT, class T>
 float soft_divergence(const TeacherT* teacher_logits, const Softmax& teacher, const T* student_logits,
                       const Softmax& student, int64_t classes) {
-  const float teacher_shift = teacher.log_normalizer(), student_shift = student.log_normalizer();
   Vec total = {};
   for (int64_t k = 0; k < classes; k += kLanes) {
-    const Vec log_p = load_upto(teacher_logits + k, classes - k, 0.0f) - teacher_shift;
-    const Vec log_q = load_upto(student_logits + k, classes - k, 0.0f) - student_shift;
+    const Vec log_p = load_upto(teacher_logits + k, classes - k, 0.0f) - teacher.log_normalizer;
+    const Vec log_q = load_upto(student_logits + k, classes - k, 0.0f) - student.log_normalizer;
     const Vec p = load(teacher.exps + k);
     total += p == 0.0f ? Vec{} : p * (log_p - log_q);
   }
-  return sum(total) / teacher.sum;
+  return sum(total) * teacher.share;
 }
 
-// What a row adds to the gradient of the student's logits: its probabilities less those of the teacher, and less those of
-// the label, by their shares.
-struct Pull {
-  float consistency, supervised;  // shares; 0 where a term is not
-  int64_t target, label;          // target < 0: the teacher's whole distribution
+// The gradient of the student's logits: its probabilities less those of the teacher, and less those of the label, by their
+// shares, of which one is 0 where its term is not.
+struct Shares {
+  float consistency, supervised;
 };
 
 template <class T>
-void student_gradient(const Softmax& teacher, const Softmax& student, const Pull& pull, int64_t classes, float scale,
-                      T* grad) {
-  const float of_student = (pull.consistency + pull.supervised) * scale / student.sum;
-  const float of_teacher = pull.target < 0 ? pull.consistency * scale / teacher.sum : 0.0f;
+void soft_gradient(const Softmax& teacher, const Softmax& student, Shares shares, int64_t label, int64_t classes,
+                   float scale, T* grad) {
+  const float of_student = (shares.consistency + shares.supervised) * scale * student.share;
+  const float of_teacher = shares.consistency * scale * teacher.share;
   for (int64_t k = 0; k < classes; k += kLanes) {
     store_upto(grad + k, load(student.exps + k) * of_student - load(teacher.exps + k) * of_teacher, classes - k);
   }
-  const auto correct = [&](int64_t k) {
-    const float q = student.exps[k] / student.sum;
-    const float p = pull.target < 0 ? teacher.exps[k] / teacher.sum : k == pull.target ? 1.0f : 0.0f;
-    const float y = k == pull.label ? 1.0f : 0.0f;
-    store(grad + k, (pull.consistency * (q - p) + pull.supervised * (q - y)) * scale);
-  };
-  if (pull.target >= 0) correct(pull.target);
-  if (pull.supervised != 0.0f) correct(pull.label);
+  if (shares.supervised == 0.0f) return;
+  const float p = teacher.exps[label] * teacher.share, q = student.exps[label] * student.share;
+  store(grad + label, (shares.consistency * (q - p) + shares.supervised * (q - 1.0f)) * scale);
+}
+
+template <class T>
+void hard_gradient(int64_t target, const Softmax& student, Shares shares, int64_t label, int64_t classes, float scale,
+                   T* grad) {
+  cross_entropy_gradient(student, target, classes, (shares.consistency + shares.supervised) * scale, grad);
+  if (shares.supervised == 0.0f || label == target) return;
+  const float q = student.exps[target] * student.share, r = student.exps[label] * student.share;
+  store(grad + target, (shares.consistency * (q - 1.0f) + shares.supervised * q) * scale);
+  store(grad + label, (shares.consistency * r + shares.supervised * (r - 1.0f)) * scale);
 }
 
 template <class T>
@@ -168,7 +168,7 @@ void loss_rows(const LossArguments& arguments) {
       for (int64_t k = 0; k < s.exits; ++k) clean[k] = softmax(clean_row(k), s.classes, clean_exps + k * padded);
       const bool is_mean = s.teacher == Teacher::mean;
       Softmax mean = {};
-      if (is_mean) mean = mean_softmax(clean, s.exits, s.classes, mean_exps, mean_logits);
+      if (is_mean) mean = mean_softmax(clean, s.exits, s.classes, mean_exps, s.hard_target ? nullptr : mean_logits);
       const int64_t label = s.labels[row];
       for (int64_t k = 0; k < s.exits; ++k) {
         const ExitLogits& e = exits[k];
@@ -176,8 +176,8 @@ void loss_rows(const LossArguments& arguments) {
         const Softmax student = softmax(student_logits, s.classes, student_exps);
 
         if (label != kUnlabelled) {
-          task_sums[k].supervised += clean[k].log_normalizer() - to_float(clean_row(k)[label]);
-          task_sums[k].supervised_perturbed += student.log_normalizer() - to_float(student_logits[label]);
+          task_sums[k].supervised += clean[k].log_normalizer - to_float(clean_row(k)[label]);
+          task_sums[k].supervised_perturbed += student.log_normalizer - to_float(student_logits[label]);
         }
         const int64_t taught_by = s.teacher == Teacher::self ? k : s.exits - 1;
         const Softmax& teacher = is_mean ? mean : clean[taught_by];
@@ -185,8 +185,8 @@ void loss_rows(const LossArguments& arguments) {
         int64_t target = -1;
         float divergence;
         if (s.hard_target) {
-          target = is_mean ? argmax(mean_exps, s.classes, 1.0f) : argmax(clean_row(taught_by), s.classes, teacher.max);
-          divergence = student.log_normalizer() - to_float(student_logits[target]);
+          target = is_mean ? argmax(mean_exps, s.classes, mean.largest) : argmax(clean_row(taught_by), s.classes, teacher.max);
+          divergence = student.log_normalizer - to_float(student_logits[target]);
         } else if (is_mean) {
           divergence = soft_divergence(mean_logits, mean, student_logits, student, s.classes);
         } else {
@@ -204,9 +204,14 @@ void loss_rows(const LossArguments& arguments) {
           }
         }
         if (e.perturbed_grad != nullptr) {
-          const Pull pull = {consistency_share * confident, label != kUnlabelled ? supervised_share : 0.0f, target, label};
-          student_gradient(teacher, student, pull, s.classes, gradient_scale<T>(e.weight * perturbed_scale),
-                           static_cast<T*>(e.perturbed_grad) + row * s.classes);
+          T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
+          const Shares shares = {consistency_share * confident, label != kUnlabelled ? supervised_share : 0.0f};
+          const float scale = gradient_scale<T>(e.weight * perturbed_scale);
+          if (s.hard_target) {
+            hard_gradient(target, student, shares, label, s.classes, scale, grad);
+          } else {
+            soft_gradient(teacher, student, shares, label, s.classes, scale, grad);
+          }
         }
       }
     }

@@ -34,6 +34,18 @@ class LabelAudit:
     contradicting: Tensor
     group: tuple[Any, ...] = ()
 
+    @classmethod
+    def joined(cls, audits: Iterable[LabelAudit]) -> LabelAudit:
+        """One audit of all the rows, such as those of folds, each audited by a model that was trained on the others."""
+        parts = list(audits)
+        return cls(
+            torch.cat([part.suspicion for part in parts]),
+            torch.cat([part.suggested for part in parts]),
+            torch.cat([part.label for part in parts]),
+            torch.cat([part.contradicting for part in parts]),
+            tuple(group for part in parts for group in part.group),
+        )
+
     def rows(self, limit: int | None = None) -> list[int]:
         """Positions of the labelled rows, most suspicious first."""
         order = self.suspicion.argsort(descending=True, stable=True)
@@ -101,9 +113,9 @@ def audit_labels(
     """Find labels that are probably wrong: those which all exits of a trained model contradict.
 
     The score is the normalised margin of Northcutt et al. 2021 (arXiv 1911.00068), of the mean of the exits'
-    probabilities. The model may have been trained on these very labels if it did not learn them by heart: few epochs
-    and the recipe ``"noisy-labels"`` keep it from that. One that never saw the rows, such as one trained on the other
-    half, is the better judge. Rare classes look more suspicious than they are.
+    probabilities. A model that was trained on these very labels has learnt part of what is wrong in them: train one on
+    each part of the data, audit the other part by it, and join the audits by :meth:`LabelAudit.joined`; keep recordings
+    whole. Rare classes look more suspicious than they are.
 
     Args:
         model: trained; it runs in eval mode where it is, and has its own modes back afterwards.
