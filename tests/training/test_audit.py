@@ -52,8 +52,10 @@ def test_groups_are_ranked_by_their_mean(model: cet.EarlyExit) -> None:
     audit = cet.audit_labels(model, loader(), group=["a", "b", "a", "b", "c"])
     first, second = audit.groups()
     assert (first.group, first.num_rows, second.group, second.num_rows) == ("b", 2, "a", 2)
-    assert first.suspicion == pytest.approx(audit.suspicion[[1, 3]].mean().item())
-    assert "b" in str(audit).splitlines()[1]
+    mean = (X.softmax(1) + (2 * X).softmax(1)) / 2
+    assert first.doubt == pytest.approx(1 - (mean[1, 2] + mean[3, 1]).item() / 2)
+    halves = [cet.audit_labels(model, [batch], group="ab") for batch in loader()[:2]]
+    assert cet.LabelAudit.joined(halves).groups() == audit.groups()
     with pytest.raises(ValueError, match="audit_labels was given no group"):
         cet.audit_labels(model, loader()).groups()
 

@@ -22,6 +22,7 @@ class LabelAudit:
     Attributes:
         suspicion: ``(N,)`` float32 in [-1, 1]: the largest probability of another class less that of the label, both
             the mean over the exits. Above 0 the exits together answer something else. NaN for a row without a label.
+        doubt: ``(N,)`` float32 in [0, 1]: one less the probability of the label, the mean over the exits; NaN likewise.
         suggested: ``(N,)`` int64, the class that the exits together find likeliest.
         label: ``(N,)`` int64, as given; -100 for a row without one.
         contradicting: ``(N,)`` int64, how many exits answer another class than the label; 0 for a row without one.
@@ -29,6 +30,7 @@ class LabelAudit:
     """
 
     suspicion: Tensor
+    doubt: Tensor
     suggested: Tensor
     label: Tensor
     contradicting: Tensor
@@ -40,6 +42,7 @@ class LabelAudit:
         parts = list(audits)
         return cls(
             torch.cat([part.suspicion for part in parts]),
+            torch.cat([part.doubt for part in parts]),
             torch.cat([part.suggested for part in parts]),
             torch.cat([part.label for part in parts]),
             torch.cat([part.contradicting for part in parts]),
@@ -52,8 +55,8 @@ class LabelAudit:
         return order[~self.suspicion[order].isnan()].tolist()[:limit]
 
     def groups(self) -> list[Suspect]:
-        """The groups with a labelled row, most suspicious first: those whose labels are wrong together, as those of a
-        recording under a wrong name are, stand out more than their rows do.
+        """The groups with a labelled row, by the mean doubt of their rows, most first: those whose labels are wrong
+        together, as those of a recording under a wrong name are, stand out more than their rows do.
 
         Raises:
             ValueError: where no groups were given.
@@ -66,21 +69,21 @@ class LabelAudit:
         suspects = [
             Suspect(
                 group,
-                float(self.suspicion[rows].mean()),
+                float(self.doubt[rows].mean()),
                 int(self.label[rows].mode().values),
                 int(self.suggested[rows].mode().values),
                 len(rows),
             )
             for group, rows in members.items()
         ]
-        return sorted(suspects, key=lambda suspect: -suspect.suspicion)
+        return sorted(suspects, key=lambda suspect: -suspect.doubt)
 
     def __str__(self) -> str:
         """The first ten suspects: groups where there are, else rows."""
         if self.group:
-            lines = [f"{'group':>12}  suspicion  label  suggested  rows"]
+            lines = [f"{'group':>12}      doubt  label  suggested  rows"]
             lines += [
-                f"{s.group!s:>12}  {s.suspicion:>9.2f}  {s.label:>5}  {s.suggested:>9}  {s.num_rows:>4}"
+                f"{s.group!s:>12}  {s.doubt:>9.2f}  {s.label:>5}  {s.suggested:>9}  {s.num_rows:>4}"
                 for s in self.groups()[:10]
             ]
             return "\n".join(lines)
@@ -94,10 +97,10 @@ class LabelAudit:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A group of rows and its mean suspicion, with its most frequent label and suggestion."""
+    """A group of rows and its mean doubt, with its most frequent label and suggestion."""
 
     group: Any
-    suspicion: float
+    doubt: float
     label: int
     suggested: int
     num_rows: int
@@ -112,10 +115,10 @@ def audit_labels(
 ) -> LabelAudit:
     """Find labels that are probably wrong: those which all exits of a trained model contradict.
 
-    The score is the normalised margin of Northcutt et al. 2021 (arXiv 1911.00068), of the mean of the exits'
-    probabilities. A model that was trained on these very labels has learnt part of what is wrong in them: train one on
-    each part of the data, audit the other part by it, and join the audits by :meth:`LabelAudit.joined`; keep recordings
-    whole. Rare classes look more suspicious than they are.
+    The scores are the normalised margin, for rows, and the self-confidence, for groups, of Northcutt et al. 2021 (arXiv
+    1911.00068), of the mean of the exits' probabilities. A model that was trained on these very labels has learnt part
+    of what is wrong in them: train one on each part of the data, audit the other part by it, and join the audits by
+    :meth:`LabelAudit.joined`; keep recordings whole. Rare classes look more suspicious than they are.
 
     Args:
         model: trained; it runs in eval mode where it is, and has its own modes back afterwards.
@@ -152,9 +155,10 @@ def audit_labels(
         raise ValueError(f"group has {len(groups)} entries for {len(label)} rows; give one per row of the loader")
     given = label.clamp(min=0)[:, None]
     others = probability.scatter(1, given, -1.0).amax(dim=1)
-    suspicion = others - probability.gather(1, given).squeeze(1)
+    of_label = probability.gather(1, given).squeeze(1)
     return LabelAudit(
-        suspicion.masked_fill(~has_label, float("nan")),
+        (others - of_label).masked_fill(~has_label, float("nan")),
+        (1.0 - of_label).masked_fill(~has_label, float("nan")),
         probability.argmax(dim=1),
         label,
         ((answer != label[:, None]) & has_label[:, None]).sum(dim=1),
