@@ -78,7 +78,7 @@ soak: setup
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.end_to_end
-	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.quality --workers 2
 
 # With the Python that is given, which has PyTorch: no virtual environment and no network.
 OUT ?= runs/gpu

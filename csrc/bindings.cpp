@@ -218,9 +218,10 @@ void check_labels(const int64_t* labels, int64_t rows, int64_t classes) {
 }
 
 void consistent_exit_loss(const Kernels& kernels, const std::vector<ExitLogits>& logits, int dtype, int64_t rows,
-                          int64_t classes, Pointer labels, float consistency_weight, float min_confidence,
-                          bool hard_target, bool final_teacher, Pointer loss, Pointer supervised, Pointer consistency,
-                          Pointer confident, int threads) {
+                          int64_t classes, Pointer labels, float consistency_weight, float supervise_perturbed,
+                          float min_confidence, bool hard_target, const std::string& teacher, Pointer loss,
+                          Pointer supervised, Pointer consistency, Pointer confident, Pointer supervised_perturbed,
+                          int threads) {
   check_labels(at<int64_t>(labels), rows, classes);
   std::vector<cet::ExitLogits> exits;
   for (const auto& [clean, clean_stride, clean_grad, perturbed, perturbed_stride, perturbed_grad, weight] : logits) {
@@ -233,18 +234,25 @@ void consistent_exit_loss(const Kernels& kernels, const std::vector<ExitLogits>&
                                     classes,
                                     at<int64_t>(labels),
                                     consistency_weight,
+                                    supervise_perturbed,
                                     min_confidence,
                                     hard_target,
-                                    final_teacher};
+                                    teacher == "mean"   ? cet::Teacher::mean
+                                    : teacher == "self" ? cet::Teacher::self
+                                                        : cet::Teacher::final};
   const py::gil_scoped_release release;
   std::vector<cet::ExitTerms> terms(exits.size());
   kernels.consistent_exit_loss({config, exits.data(), terms.data(), threads});
   double total = 0.0;
   for (size_t k = 0; k < exits.size(); ++k) {
-    total += exits[k].weight * (terms[k].supervised + consistency_weight * terms[k].consistency);
+    // A term of weight 0 may be infinite.
+    const auto weighted = [](float weight, double term) { return weight == 0.0f ? 0.0 : weight * term; };
+    total += exits[k].weight * (terms[k].supervised + weighted(supervise_perturbed, terms[k].supervised_perturbed) +
+                                weighted(consistency_weight, terms[k].consistency));
     at<float>(supervised)[k] = static_cast<float>(terms[k].supervised);
     at<float>(consistency)[k] = static_cast<float>(terms[k].consistency);
     at<float>(confident)[k] = static_cast<float>(terms[k].confident);
+    at<float>(supervised_perturbed)[k] = static_cast<float>(terms[k].supervised_perturbed);
   }
   *at<float>(loss) = static_cast<float>(total);
 }
@@ -276,6 +284,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       .def("scatter_rows", &scatter_rows, arg("rows"), arg("num_rows"), arg("output"), arg("output_rows"),
            arg("row_bytes"), arg("index"), arg("count"), arg("positions"))
       .def("consistent_exit_loss", &consistent_exit_loss, arg("exits"), arg("dtype"), arg("rows"), arg("classes"),
-           arg("labels"), arg("consistency_weight"), arg("min_confidence"), arg("hard_target"), arg("final_teacher"),
-           arg("loss"), arg("supervised"), arg("consistency"), arg("confident"), arg("threads"));
+           arg("labels"), arg("consistency_weight"), arg("supervise_perturbed"), arg("min_confidence"),
+           arg("hard_target"), arg("teacher"), arg("loss"), arg("supervised"), arg("consistency"), arg("confident"),
+           arg("supervised_perturbed"), arg("threads"));
 }

@@ -94,6 +94,18 @@ def log_normalizer(softmax):
 
 
 @triton.jit
+def mean_probability(
+    clean, normalizers, o_row, m_row, o_class, EXITS: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Of the exits' softmaxes on the clean input, ``(ROWS, BLOCK_K)``."""
+    b_sum = tl.exp(load_logits(clean.ptrs[0], clean.strides[0], o_row, m_row, o_class, CLASSES, ALIGN) - normalizers[0])
+    for i in tl.static_range(1, EXITS):
+        b_logits = load_logits(clean.ptrs[i], clean.strides[i], o_row, m_row, o_class, CLASSES, ALIGN)
+        b_sum += tl.exp(b_logits - normalizers[i])
+    return b_sum / EXITS
+
+
+@triton.jit
 def store_gradient(grad_ptr, o_grad, b_difference, b_factor, scale, mask):
     """Differences of probabilities ``(ROWS, K)`` times a factor per row and a scale: in float16, where small gradients
     would be lost, always the same one, and :func:`scale_kernel` does the rest."""
@@ -127,6 +139,7 @@ def consistent_exit_loss_kernel(
     CLASSES: tl.constexpr,
     HARD: tl.constexpr,
     FINAL_TEACHER: tl.constexpr,
+    MEAN_TEACHER: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,6 +179,22 @@ def consistent_exit_loss_kernel(
         if FINAL_TEACHER:
             teacher = softmax_of_rows(teacher_ptr, s_teacher, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
 
+    normalizers = ()
+    if MEAN_TEACHER:
+        for i in tl.static_range(EXITS):
+            softmax = softmax_of_rows(clean.ptrs[i], clean.strides[i], o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
+            normalizers += (log_normalizer(softmax),)
+        b_largest = tl.full([ROWS], 0.0, tl.float32)
+        b_likeliest = tl.zeros([ROWS], tl.int32)
+        for i_class in range(0, CLASSES, BLOCK_K):
+            o_class = i_class + tl.arange(0, BLOCK_K)
+            b_mean = mean_probability(clean, normalizers, o_row, m_row, o_class, EXITS, CLASSES, ALIGN)
+            b_mean = tl.where((o_class < CLASSES)[None, :], b_mean, 0.0)
+            b_top = tl.max(b_mean, axis=1)
+            b_likeliest = tl.where(b_top > b_largest, i_class + tl.argmax(b_mean, axis=1), b_likeliest)
+            b_largest = tl.maximum(b_largest, b_top)
+        teacher = b_largest, b_likeliest, 1.0 / b_largest
+
     weight = pick(config.exit_weights, i_exit, EXITS)
     labelled = tl.maximum(tl.load(work_ptr), 1).to(tl.float32)
     b_label = tl.load(labels_ptr + o_row, mask=m_row, other=_UNLABELLED)
@@ -174,7 +203,13 @@ def consistent_exit_loss_kernel(
     # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
     b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
     b_label_logit = tl.zeros([ROWS], tl.float32)
+    b_student_label_logit = tl.zeros([ROWS], tl.float32)
     b_divergence = tl.zeros([ROWS], tl.float32)
+    # The gradient of the student's logits: differences to the teacher and to the label, by their shares.
+    of_consistency = config.consistency_weight / rows
+    of_perturbed = of_consistency + config.supervise_perturbed / labelled
+    consistency_share = tl.where(of_perturbed > 0.0, of_consistency / of_perturbed, 0.0)
+    b_supervised_share = tl.where(b_label == _UNLABELLED, 0.0, b_one * (1.0 - consistency_share))
     for i_class in range(0, CLASSES, BLOCK_K):
         o_class = i_class + tl.arange(0, BLOCK_K)
         if CLASSES > BLOCK_K:
@@ -186,13 +221,19 @@ def consistent_exit_loss_kernel(
         m_class = (o_class < CLASSES)[None, :]
         b_is_label = o_class[None, :] == b_label[:, None]
         b_label_logit += tl.sum(tl.where(b_is_label, b_clean, 0.0), axis=1)
+        b_student_label_logit += tl.sum(tl.where(b_is_label, b_student, 0.0), axis=1)
         if HARD:
             b_is_target = o_class[None, :] == teacher[1][:, None]
             b_divergence += tl.sum(tl.where(b_is_target, log_normalizer(student) - b_student, 0.0), axis=1)
             b_target = b_is_target.to(tl.float32)
         else:
-            b_target = tl.exp(b_teacher - teacher[0][:, None]) / teacher[2][:, None]
-            b_log_ratio = (b_teacher - log_normalizer(teacher)) - (b_student - log_normalizer(student))
+            if MEAN_TEACHER:
+                b_target = mean_probability(clean, normalizers, o_row, m_row, o_class, EXITS, CLASSES, ALIGN)
+                b_log_target = tl.log(b_target)
+            else:
+                b_target = tl.exp(b_teacher - teacher[0][:, None]) / teacher[2][:, None]
+                b_log_target = b_teacher - log_normalizer(teacher)
+            b_log_ratio = b_log_target - (b_student - log_normalizer(student))
             # A class that the teacher rules out adds nothing, whatever the student's logit.
             b_divergence += tl.sum(tl.where(m_class & (b_target != 0.0), b_target * b_log_ratio, 0.0), axis=1)
 
@@ -200,9 +241,13 @@ def consistent_exit_loss_kernel(
         o_grad = o_row[:, None] * CLASSES + o_class[None, :]
         if perturbed.grad_ptrs is not None:
             b_share = tl.exp(b_student - student[0][:, None]) / student[2][:, None]
+            b_difference = (consistency_share * b_confident)[:, None] * (b_share - b_target)
+            # Where the share is 0 the label may be none.
+            b_difference += b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
             grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
-            scale = weight * config.consistency_weight / rows
-            store_gradient(grad_ptr, o_grad, b_share - b_target, b_confident, scale, mask)
+            store_gradient(
+                grad_ptr, o_grad, b_difference, tl.full([ROWS], 1.0, tl.float32), weight * of_perturbed, mask
+            )
         if clean.grad_ptrs is not None:
             b_share = tl.exp(b_clean - clean_softmax[0][:, None]) / clean_softmax[2][:, None]
             b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_share - b_is_label.to(tl.float32))
@@ -212,11 +257,14 @@ def consistent_exit_loss_kernel(
 
     b_supervised = b_one * (clean_softmax[0] + tl.log(clean_softmax[2]) - b_label_logit)
     b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
+    b_supervised_perturbed = b_one * (student[0] + tl.log(student[2]) - b_student_label_logit)
+    b_supervised_perturbed = tl.where(b_label == _UNLABELLED, 0.0, b_supervised_perturbed)
     b_consistency = tl.where(m_row, b_confident * b_divergence, 0.0)
     partial_ptr = partials_ptr + i_exit * blocks + i_block
     tl.store(partial_ptr, tl.sum(b_supervised, axis=0))
     tl.store(partial_ptr + EXITS * blocks, tl.sum(b_consistency, axis=0))
     tl.store(partial_ptr + 2 * EXITS * blocks, tl.sum(b_confident, axis=0))
+    tl.store(partial_ptr + 3 * EXITS * blocks, tl.sum(b_supervised_perturbed, axis=0))
 
     tl.debug_barrier()
     if tl.atomic_add(work_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
@@ -225,30 +273,34 @@ def consistent_exit_loss_kernel(
             partial_ptr = partials_ptr + i * blocks
             supervised = sum_of_blocks(partial_ptr, blocks, BLOCK_SUM) / labelled
             consistency = sum_of_blocks(partial_ptr + EXITS * blocks, blocks, BLOCK_SUM) / rows
+            confident = sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows
+            supervised_perturbed = sum_of_blocks(partial_ptr + 3 * EXITS * blocks, blocks, BLOCK_SUM) / labelled
             tl.store(losses.supervised_ptr + i, supervised)
             tl.store(losses.consistency_ptr + i, consistency)
-            tl.store(
-                losses.confident_ptr + i, sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows
+            tl.store(losses.confident_ptr + i, confident)
+            tl.store(losses.supervised_perturbed_ptr + i, supervised_perturbed)
+            # A term of weight 0 may be infinite.
+            of_exit = supervised
+            of_exit += tl.where(
+                config.supervise_perturbed > 0.0, config.supervise_perturbed * supervised_perturbed, 0.0
             )
-            loss += config.exit_weights[i] * (supervised + config.consistency_weight * consistency)
+            of_exit += tl.where(config.consistency_weight > 0.0, config.consistency_weight * consistency, 0.0)
+            loss += config.exit_weights[i] * of_exit
         tl.store(losses.loss_ptr, loss)
 
 
 @triton.jit
-def scale_kernel(
-    gradient_ptrs, factors, scale_ptr, labelled_ptr, size, CLEAN: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Multiplies gradients in place, of which the first ``CLEAN`` are those of clean logits.
+def scale_kernel(gradient_ptrs, factors, scale_ptr, labelled_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiplies gradients in place.
 
-    Mostly the scale is 1, and nothing is read or written. In float16 each gradient has a factor too, and those of the
-    clean logits are divided by the number of labelled rows.
+    Mostly the scale is 1, and nothing is read or written. In float16 each gradient has a factor too, the sum of one
+    number and of another over the number of labelled rows.
     """
     scale = tl.load(scale_ptr).to(tl.float32)
     i_gradient = tl.program_id(0) % COUNT
     if factors is not None:
-        scale *= pick(factors, i_gradient, COUNT)
-        if i_gradient < CLEAN:
-            scale /= tl.maximum(tl.load(labelled_ptr), 1).to(tl.float32)
+        labelled = tl.maximum(tl.load(labelled_ptr), 1).to(tl.float32)
+        scale *= pick(factors[0], i_gradient, COUNT) + pick(factors[1], i_gradient, COUNT) / labelled
     if scale != 1.0:
         gradient_ptr = pick(gradient_ptrs, i_gradient, COUNT)
         o_entry = (tl.program_id(0) // COUNT).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -269,11 +321,13 @@ class _Losses(NamedTuple):
     supervised_ptr: Tensor
     consistency_ptr: Tensor
     confident_ptr: Tensor
+    supervised_perturbed_ptr: Tensor
 
 
 class _Config(NamedTuple):
     exit_weights: tuple[float, ...]
     consistency_weight: float
+    supervise_perturbed: float
     min_confidence: float
 
 
@@ -283,12 +337,15 @@ def consistent_exit_loss_into(
     """``config`` is a LossConfig of :mod:`cet.ops`. Gradients are contiguous, None where they are not wanted. Of
     ``work``, ``(2,)`` int32, the first entry becomes the number of labelled rows."""
     exits, (rows, classes) = len(clean.ptrs), clean.ptrs[0].shape
-    block_k = block_size(classes, _CLASS_BLOCK if classes <= _CLASS_BLOCK else _CLASS_BLOCK // 2)
+    # Where the mean of the exits teaches, a program holds one more block of a row, and no more than these fit.
+    is_mean = config.teacher == "mean"
+    class_block = _CLASS_BLOCK // 2 if is_mean else _CLASS_BLOCK
+    block_k = block_size(classes, class_block if classes <= class_block else class_block // 2)
     row_block = max(1, _TILE // block_k)
     blocks = triton.cdiv(rows, row_block)
-    partials = losses.loss_ptr.new_empty(3, exits, blocks)
+    partials = losses.loss_ptr.new_empty(4, exits, blocks)
     labels = labels.contiguous()
-    weights = tuple(map(float, config.exit_weights))
+    numbers = config.consistency_weight, config.supervise_perturbed, config.min_confidence
     with on_device_of(labels):
         count_labelled_kernel[(1,)](labels, work, rows, BLOCK=_BLOCK)
         consistent_exit_loss_kernel[(blocks * exits,)](
@@ -296,7 +353,7 @@ def consistent_exit_loss_into(
             perturbed,
             labels,
             losses,
-            _Config(weights, float(config.consistency_weight), float(config.min_confidence)),
+            _Config(tuple(map(float, config.exit_weights)), *map(float, numbers)),
             partials,
             work,
             rows,
@@ -304,11 +361,12 @@ def consistent_exit_loss_into(
             CLASSES=classes,
             HARD=config.target == "hard",
             FINAL_TEACHER=config.teacher == "final",
+            MEAN_TEACHER=is_mean,
             ALIGN=alignment(clean.ptrs[0].element_size(), *clean.strides, *perturbed.strides),
             ROWS=row_block,
             BLOCK_K=block_k,
             BLOCK_SUM=_SUM_BLOCK,
-            num_warps=4 if classes <= 2048 else 8 if classes <= _CLASS_BLOCK else 16,
+            num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_mean else 16,
         )
 
 
@@ -319,7 +377,7 @@ def losses_and_gradients(
     scaled in float16; the number of labelled rows, the first entry of an int32 tensor."""
     exits = len(logits) // 2
     loss = logits[0].new_empty((), dtype=torch.float32)
-    losses = _Losses(loss, *(loss.new_empty(exits) for _ in range(3)))
+    losses = _Losses(loss, *(loss.new_empty(exits) for _ in range(4)))
     if len(labels) == 0:  # nothing to launch
         losses = _Losses(*(loss.zero_() for loss in losses))
     logits = [x if x.stride(1) == 1 else x.contiguous() for x in logits]
@@ -333,20 +391,19 @@ def losses_and_gradients(
 
 
 def scale_into(
-    gradients: Sequence[Tensor | None], scale: Tensor, factors: Sequence[float] | None, labelled: Tensor
+    gradients: Sequence[Tensor | None], scale: Tensor, factors: Sequence[tuple[float, float]] | None, labelled: Tensor
 ) -> None:
-    """Make gradients of the loss those of ``scale`` times the loss, in place; in float16 each has a factor too."""
-    exits = len(gradients) // 2
+    """Make gradients of the loss those of ``scale`` times the loss, in place; in float16 each has a factor too, the sum
+    of its first number and of its second over the number of labelled rows."""
     given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
     size = given[0][1].numel()
     with on_device_of(scale):
         scale_kernel[(triton.cdiv(size, _BLOCK) * len(given),)](
             tuple(gradient for _, gradient in given),
-            None if factors is None else tuple(factors[i] for i, _ in given),
+            None if factors is None else tuple(zip(*(factors[i] for i, _ in given), strict=True)),
             scale,
             labelled,
             size,
-            CLEAN=sum(i < exits for i, _ in given),
             COUNT=len(given),
             BLOCK=_BLOCK,
         )

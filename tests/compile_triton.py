@@ -68,12 +68,12 @@ def padded(rows: int) -> None:
 
 def loss(rows: int, classes: int, exits: int, dtype: torch.dtype, target: Target, teacher: Teacher) -> None:
     logits, labels = [torch.zeros(rows, classes, dtype=dtype)] * (2 * exits), torch.zeros(rows, dtype=torch.int64)
-    config = LossConfig(1.0, target, teacher, 0.5, (1 / exits,) * exits)
+    config = LossConfig(1.0, 1.0, target, teacher, 0.5, (1 / exits,) * exits)
     consistent_exit_loss.losses_and_gradients(logits, labels, config, [True] * (2 * exits))
 
 
 def scale(dtype: torch.dtype) -> None:
-    factors = [0.25] * 8 if dtype is HALF else None
+    factors = [(0.25, 0.25)] * 8 if dtype is HALF else None
     gradients, labelled = [torch.zeros(1024, 1000, dtype=dtype)] * 8, torch.ones(2, dtype=torch.int32)
     consistent_exit_loss.scale_into(gradients, torch.ones(()), factors, labelled)
 
@@ -111,9 +111,9 @@ CASES: dict[str, Callable[[int], None]] = {
     "row copy, several": lambda rows: take(torch.zeros(rows, 64, 64), torch.zeros(rows).bool(), torch.zeros(rows, 7)),
     "row copy, transposed": lambda _: take(torch.zeros(196, 1024).T),
     "row copy, padded": send,
-    "loss, 7 classes": lambda rows: loss(rows, 7, 4, FLOAT, "soft", "self"),
+    "loss, 7 classes": lambda rows: loss(rows, 7, 4, FLOAT, "soft", "mean"),
     "loss, 1000 classes": lambda rows: loss(rows, 1000, 4, BFLOAT, "hard", "final"),
-    "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "final"),
+    "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "mean"),
     "gradients": lambda _: scale(FLOAT),
     "gradients in float16": lambda _: scale(HALF),
 }

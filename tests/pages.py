@@ -70,7 +70,9 @@ def check_command(line: str) -> None:
         wanted = {word for word in arguments if "=" not in word}
         assert wanted <= targets, f"make has no target {wanted - targets}"
     elif program.endswith("python") and arguments[0] == "-m" and arguments[1].startswith("benchmarks."):
-        _parse(import_module(arguments[1]).main, click.Context(click.Command(arguments[1])), arguments[2:])
+        module = import_module(arguments[1])
+        module = import_module(f"{arguments[1]}.__main__") if hasattr(module, "__path__") else module
+        _parse(module.main, click.Context(click.Command(arguments[1])), arguments[2:])
     elif program.endswith("python") and arguments[0].endswith(".py"):
         assert (ROOT / arguments[0]).is_file(), f"there is no {arguments[0]}"
     elif program.endswith("pytest"):

@@ -15,9 +15,10 @@ constexpr int64_t kBytesPerLogit = 16;  // an exponential and a logarithm cost m
 
 struct Softmax {
   float* exps;  // exp(x - max), zeros behind them up to a whole register
-  float max, sum;
-
-  float log_sum() const { return logf(sum); }
+  float max;             // logit
+  float share;           // what an exponential is multiplied by for a probability
+  float largest;         // probability
+  float log_normalizer;  // what is subtracted from a logit for the logarithm of a probability
 };
 
 template <class T>
@@ -41,7 +42,8 @@ Softmax softmax(const T* logits, int64_t classes, float* exps) {
     store(exps + k, e);
     total += e;
   }
-  return {exps, top, sum(total)};
+  const float normalizer = sum(total), share = 1.0f / normalizer;
+  return {exps, top, share, share, top + logf(normalizer)};
 }
 
 // The first of the largest, as torch.max gives it; the last class where none is, in a row with NaN.
@@ -55,33 +57,68 @@ int64_t argmax(const T* logits, int64_t classes, float largest) {
 template <class T>
 void cross_entropy_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
   for (int64_t k = 0; k < classes; k += kLanes) {
-    store_upto(grad + k, load(p.exps + k) * (scale / p.sum), classes - k);
+    store_upto(grad + k, load(p.exps + k) * (scale * p.share), classes - k);
   }
-  store(grad + label, (p.exps[label] / p.sum - 1.0f) * scale);
+  store(grad + label, (p.exps[label] * p.share - 1.0f) * scale);
+}
+
+// The mean of the exits' softmaxes: probabilities for exponentials, and their logarithms for logits unless these are null.
+Softmax mean_softmax(const Softmax* exits, int64_t num_exits, int64_t classes, float* exps, float* logits) {
+  const float share = 1.0f / static_cast<float>(num_exits);
+  Vec largest = {};
+  for (int64_t k = 0; k < classes; k += kLanes) {
+    Vec total = {};
+    for (int64_t e = 0; e < num_exits; ++e) total += load(exits[e].exps + k) * exits[e].share;
+    const Vec p = total * share;
+    store(exps + k, p);
+    if (logits != nullptr) store(logits + k, log(p));
+    largest = max(p, largest);
+  }
+  return {exps, 0.0f, 1.0f, max(largest), 0.0f};
 }
 
 // KL(teacher || student); the logits of both are read again, from the first-level cache. A class that the teacher rules
 // out adds nothing, whatever the student's logit.
-template <class T>
-float soft_divergence(const T* teacher_logits, const Softmax& teacher, const T* student_logits, const Softmax& student,
-                      int64_t classes) {
-  const float teacher_shift = teacher.max + teacher.log_sum(), student_shift = student.max + student.log_sum();
+template <class TeacherT, class T>
+float soft_divergence(const TeacherT* teacher_logits, const Softmax& teacher, const T* student_logits,
+                      const Softmax& student, int64_t classes) {
   Vec total = {};
   for (int64_t k = 0; k < classes; k += kLanes) {
-    const Vec log_p = load_upto(teacher_logits + k, classes - k, 0.0f) - teacher_shift;
-    const Vec log_q = load_upto(student_logits + k, classes - k, 0.0f) - student_shift;
+    const Vec log_p = load_upto(teacher_logits + k, classes - k, 0.0f) - teacher.log_normalizer;
+    const Vec log_q = load_upto(student_logits + k, classes - k, 0.0f) - student.log_normalizer;
     const Vec p = load(teacher.exps + k);
     total += p == 0.0f ? Vec{} : p * (log_p - log_q);
   }
-  return sum(total) / teacher.sum;
+  return sum(total) * teacher.share;
+}
+
+// The gradient of the student's logits: its probabilities less those of the teacher, and less those of the label, by their
+// shares, of which one is 0 where its term is not.
+struct Shares {
+  float consistency, supervised;
+};
+
+template <class T>
+void soft_gradient(const Softmax& teacher, const Softmax& student, Shares shares, int64_t label, int64_t classes,
+                   float scale, T* grad) {
+  const float of_student = (shares.consistency + shares.supervised) * scale * student.share;
+  const float of_teacher = shares.consistency * scale * teacher.share;
+  for (int64_t k = 0; k < classes; k += kLanes) {
+    store_upto(grad + k, load(student.exps + k) * of_student - load(teacher.exps + k) * of_teacher, classes - k);
+  }
+  if (shares.supervised == 0.0f) return;
+  const float p = teacher.exps[label] * teacher.share, q = student.exps[label] * student.share;
+  store(grad + label, (shares.consistency * (q - p) + shares.supervised * (q - 1.0f)) * scale);
 }
 
 template <class T>
-void soft_gradient(const Softmax& teacher, const Softmax& student, int64_t classes, float scale, T* grad) {
-  for (int64_t k = 0; k < classes; k += kLanes) {
-    const Vec q = load(student.exps + k) * (scale / student.sum), p = load(teacher.exps + k) * (scale / teacher.sum);
-    store_upto(grad + k, q - p, classes - k);
-  }
+void hard_gradient(int64_t target, const Softmax& student, Shares shares, int64_t label, int64_t classes, float scale,
+                   T* grad) {
+  cross_entropy_gradient(student, target, classes, (shares.consistency + shares.supervised) * scale, grad);
+  if (shares.supervised == 0.0f || label == target) return;
+  const float q = student.exps[target] * student.share, r = student.exps[label] * student.share;
+  store(grad + target, (shares.consistency * (q - 1.0f) + shares.supervised * q) * scale);
+  store(grad + label, (shares.consistency * r + shares.supervised * (r - 1.0f)) * scale);
 }
 
 template <class T>
@@ -103,59 +140,77 @@ void loss_rows(const LossArguments& arguments) {
   int64_t labelled = 0;
   for (int64_t row = 0; row < s.rows; ++row) labelled += s.labels[row] != kUnlabelled;
   const double supervised_scale = 1.0 / static_cast<double>(labelled > 0 ? labelled : 1);
-  const float consistency_scale = s.consistency_weight / static_cast<float>(s.rows);
+  const double consistency_scale = s.consistency_weight / static_cast<double>(s.rows);
+  const double perturbed_scale = consistency_scale + s.supervise_perturbed * supervised_scale;
+  const float consistency_share = perturbed_scale > 0.0 ? static_cast<float>(consistency_scale / perturbed_scale) : 0.0f;
+  const float supervised_share =
+      perturbed_scale > 0.0 ? static_cast<float>(s.supervise_perturbed * supervised_scale / perturbed_scale) : 0.0f;
 
+  // Exponentials of the student, of the clean logits at each exit, of the teacher where it is the mean, and its logits.
   const int64_t padded = (s.classes + kLanes - 1) / kLanes * kLanes;
+  const int64_t floats = (s.exits + 3) * padded;
   const int workers = workers_for(s.exits * s.rows * s.classes * 2 * kBytesPerLogit, arguments.threads);
-  const Buffer<float> scratch(workers * 3 * padded);
+  const Buffer<float> scratch(workers * floats);
+  const Buffer<Softmax> softmaxes(workers * s.exits);
   const int64_t tasks = (s.rows + kRowsPerTask - 1) / kRowsPerTask;
   const Buffer<ExitTerms> sums(tasks * s.exits);
   for_each_task(workers, tasks, [&](int worker, int64_t task) {
-    float* exps = scratch.get() + worker * 3 * padded;
+    float* const student_exps = scratch.get() + worker * floats;
+    float* const clean_exps = student_exps + padded;
+    float* const mean_exps = clean_exps + s.exits * padded;
+    float* const mean_logits = mean_exps + padded;
+    Softmax* const clean = softmaxes.get() + worker * s.exits;
     ExitTerms* task_sums = sums.get() + task * s.exits;
     for (int64_t k = 0; k < s.exits; ++k) task_sums[k] = {};
     const int64_t end = (task + 1) * kRowsPerTask < s.rows ? (task + 1) * kRowsPerTask : s.rows;
     for (int64_t row = task * kRowsPerTask; row < end; ++row) {
-      const auto clean_row = [&](const ExitLogits& e) { return static_cast<const T*>(e.clean) + row * e.clean_stride; };
-      const ExitLogits& last = exits[s.exits - 1];
-      const Softmax final_clean = softmax(clean_row(last), s.classes, exps);
+      const auto clean_row = [&](int64_t k) { return static_cast<const T*>(exits[k].clean) + row * exits[k].clean_stride; };
+      for (int64_t k = 0; k < s.exits; ++k) clean[k] = softmax(clean_row(k), s.classes, clean_exps + k * padded);
+      const bool is_mean = s.teacher == Teacher::mean;
+      Softmax mean = {};
+      if (is_mean) mean = mean_softmax(clean, s.exits, s.classes, mean_exps, s.hard_target ? nullptr : mean_logits);
+      const int64_t label = s.labels[row];
       for (int64_t k = 0; k < s.exits; ++k) {
         const ExitLogits& e = exits[k];
-        const bool is_final = k == s.exits - 1;
-        const T* clean_logits = clean_row(e);
         const T* student_logits = static_cast<const T*>(e.perturbed) + row * e.perturbed_stride;
-        const Softmax clean = is_final ? final_clean : softmax(clean_logits, s.classes, exps + padded);
-        const Softmax student = softmax(student_logits, s.classes, exps + 2 * padded);
+        const Softmax student = softmax(student_logits, s.classes, student_exps);
 
-        const int64_t label = s.labels[row];
         if (label != kUnlabelled) {
-          task_sums[k].supervised += clean.max + clean.log_sum() - to_float(clean_logits[label]);
+          task_sums[k].supervised += clean[k].log_normalizer - to_float(clean_row(k)[label]);
+          task_sums[k].supervised_perturbed += student.log_normalizer - to_float(student_logits[label]);
         }
-        const Softmax& teacher = s.final_teacher ? final_clean : clean;
-        const T* teacher_logits = s.final_teacher ? clean_row(last) : clean_logits;
-        const float confident = 1.0f / teacher.sum >= s.min_confidence ? 1.0f : 0.0f;
-        const int64_t target = s.hard_target ? argmax(teacher_logits, s.classes, teacher.max) : -1;
-        const float divergence = s.hard_target
-                                     ? student.max + student.log_sum() - to_float(student_logits[target])
-                                     : soft_divergence(teacher_logits, teacher, student_logits, student, s.classes);
+        const int64_t taught_by = s.teacher == Teacher::self ? k : s.exits - 1;
+        const Softmax& teacher = is_mean ? mean : clean[taught_by];
+        const float confident = teacher.largest >= s.min_confidence ? 1.0f : 0.0f;
+        int64_t target = -1;
+        float divergence;
+        if (s.hard_target) {
+          target = is_mean ? argmax(mean_exps, s.classes, mean.largest) : argmax(clean_row(taught_by), s.classes, teacher.max);
+          divergence = student.log_normalizer - to_float(student_logits[target]);
+        } else if (is_mean) {
+          divergence = soft_divergence(mean_logits, mean, student_logits, student, s.classes);
+        } else {
+          divergence = soft_divergence(clean_row(taught_by), teacher, student_logits, student, s.classes);
+        }
         task_sums[k].confident += confident;
         task_sums[k].consistency += confident * divergence;
 
         if (e.clean_grad != nullptr) {
           T* grad = static_cast<T*>(e.clean_grad) + row * s.classes;
           if (label != kUnlabelled) {
-            cross_entropy_gradient(clean, label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
+            cross_entropy_gradient(clean[k], label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
           } else {
             zero(grad, s.classes);
           }
         }
         if (e.perturbed_grad != nullptr) {
           T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
-          const float scale = gradient_scale<T>(e.weight * consistency_scale) * confident;
+          const Shares shares = {consistency_share * confident, label != kUnlabelled ? supervised_share : 0.0f};
+          const float scale = gradient_scale<T>(e.weight * perturbed_scale);
           if (s.hard_target) {
-            cross_entropy_gradient(student, target, s.classes, scale, grad);
+            hard_gradient(target, student, shares, label, s.classes, scale, grad);
           } else {
-            soft_gradient(teacher, student, s.classes, scale, grad);
+            soft_gradient(teacher, student, shares, label, s.classes, scale, grad);
           }
         }
       }
@@ -169,8 +224,10 @@ void loss_rows(const LossArguments& arguments) {
       total.supervised += part.supervised;
       total.consistency += part.consistency;
       total.confident += part.confident;
+      total.supervised_perturbed += part.supervised_perturbed;
     }
-    arguments.terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows};
+    arguments.terms[k] = {total.supervised * supervised_scale, total.consistency / rows, total.confident / rows,
+                          total.supervised_perturbed * supervised_scale};
   }
 }
 

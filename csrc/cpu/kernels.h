@@ -75,20 +75,23 @@ struct ExitLogits {
 constexpr int64_t kUnlabelled = -100;
 
 // Gradients in float16 are differences of probabilities times this: the largest power of two that keeps them finite. The
-// caller multiplies by the weight, divides by the rows and by this, and by then knows the loss scale, in float32.
+// caller multiplies by the weights, divides by the rows and by this, and by then knows the loss scale, in float32.
 constexpr float kHalfGradientScale = 32768.0f;
+
+enum class Teacher : int { mean, self, final };
 
 struct LossConfig {
   DType dtype;
   int64_t exits, rows, classes;
   const int64_t* labels;  // (rows,)
-  float consistency_weight, min_confidence;
-  bool hard_target, final_teacher;
+  float consistency_weight, supervise_perturbed, min_confidence;
+  bool hard_target;
+  Teacher teacher;
 };
 
-// Means over the rows, the supervised term's over the labelled ones.
+// Means over the rows, those of the supervised terms over the labelled ones.
 struct ExitTerms {
-  double supervised, consistency, confident;
+  double supervised, consistency, confident, supervised_perturbed;
 };
 
 // What each kernel takes.

@@ -28,6 +28,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 struct bfloat16 {
@@ -260,6 +261,27 @@ static inline Vec exp(Vec x) {
   p = p * (r * r) + r + 1.0f;
   const Vec power = bit_cast<Vec>((bit_cast<UintVec>(shifted) + 127) << 23);
   return x < kExpUnderflow ? Vec{} : p * power;
+}
+
+// The natural logarithm of a normal number > 0, within 1 ulp; some number around -88 of 0 and of subnormals, NaN of NaN.
+static inline Vec log(Vec x) {
+  constexpr uint32_t kRootOfHalf = 0x3f3504f3;
+  const UintVec offset = bit_cast<UintVec>(x) - kRootOfHalf;
+  const Vec e = __builtin_convertvector((IntVec)offset >> 23, Vec);
+  const Vec m = bit_cast<Vec>((offset & 0x7fffff) + kRootOfHalf) - 1.0f;  // x = (1 + m) 2^e, 1 + m in [sqrt(1/2), sqrt(2))
+  // The minimax polynomial of log(1 + m) (Cephes, logf).
+  Vec p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vec square = m * m;
+  const Vec low = p * m * square - e * 2.12194440e-4f - square * 0.5f;
+  return x == x ? low + m + e * 0.693359375f : x;
 }
 
 }  // namespace cet::CET_CAPABILITY

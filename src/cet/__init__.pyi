@@ -22,6 +22,8 @@ from .partition.cache import UncutWarning as UncutWarning
 from .partition.stages import CutError as CutError
 from .partition.stages import Stages as Stages
 from .runtime.policy import ExitPolicy as ExitPolicy
+from .training.audit import LabelAudit as LabelAudit
+from .training.audit import audit_labels as audit_labels
 from .training.heads import train_heads as train_heads
 from .training.loss import ConsistentExitLoss as ConsistentExitLoss
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from test_interruptions import heed_ctrl_c, obey_permissions, small_disk
 
 import cet
 from cet.cli import main, train
-from cet.cli.runs import TrainingFolder, load_run
+from cet.cli.runs import Settings, TrainingFolder, load_run
 from cet.demo.report import Report
 from commands import CET
 
@@ -189,6 +190,49 @@ class TestTrain:
         assert run(*args, "--overwrite")[0] == 0
         assert json.loads((mine / "run.json").read_text())["settings"]["epochs"] == 1
         assert (mine / "notes.txt").read_text() == "mine"
+
+    def test_recipes_and_what_options_change_of_them(self) -> None:
+        options = dict.fromkeys(("consistency_weight", "supervise_perturbed", "target", "teacher"))
+        options |= {"min_confidence": None, "labelled_share": None, "perturb": "sensor", "recipe": "noisy-labels"}
+        fixed = {"severity": 1.0, "epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.0, "seed": 0}
+        rest = {"calibration_data": None, "test_data": None, "calibration_share": 0.2, "test_share": 0.2, "threads": 1}
+        settings = Settings(data="x.npz", augment=False, **{**options, **fixed, **rest})
+        assert (settings.training.consistency_weight, settings.training.epochs) == (3.0, 3)
+        changed = replace(settings, consistency_weight=0.5, teacher="final").loss()
+        assert (changed.consistency_weight, changed.teacher, changed.supervise_perturbed) == (0.5, "final", 1.0)
+        assert replace(settings, perturb="none", recipe="joint").loss().perturb is None
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                ("--perturb", "none", "--recipe", "consistent"),
+                "there is no perturbation; give --perturb, or --recipe joint",
+            ),
+            (("--target", "hard"), "target 'hard' with min_confidence 0 teaches guesses as if they were certain"),
+        ],
+    )
+    def test_recipes_that_cannot_be_are_refused_before_data_are_read(
+        self, run: Any, tmp_path: Path, options: tuple[str, ...], message: str
+    ) -> None:
+        done = run("train", "--data", tmp_path / "none.npz", "--output", tmp_path / "r", *options)
+        check_one_sentence(done, message)
+        assert not (tmp_path / "r").exists()
+
+    def test_samples_without_a_label_train_and_do_nothing_else(self, run: Any, tmp_path: Path) -> None:
+        few = arrays(288, 0)
+        few["y"][np.arange(288) % 24 >= 12] = ""
+        np.savez(tmp_path / "few.npz", **few)
+        more = ("--recipe", "noisy-labels", "--epochs", 1)
+        assert run("train", "--data", tmp_path / "few.npz", "--output", tmp_path / "r", *FAST, *more)[0] == 0
+        facts = json.loads((tmp_path / "r" / "run.json").read_text())["facts"]
+        assert facts["classes"] == list(LABELS)
+        assert facts["samples"] == {"train": 192, "calibration": 24, "test": 24}
+        assert run("calibrate", tmp_path / "r", "--quick")[0] == 0
+        few["y"][:] = ""
+        np.savez(tmp_path / "none.npz", **few)
+        done = run("train", "--data", tmp_path / "none.npz", "--output", tmp_path / "s", *FAST)
+        check_one_sentence(done, "none.npz: no sample has a label in y", code=1)
 
     def test_files_of_their_own_calibrate_and_test(self, run: Any, files: Path, tmp_path: Path) -> None:
         np.savez(tmp_path / "test.npz", **arrays(36, 3, people="xyz"))

@@ -204,3 +204,14 @@ def test_channels_are_standardised() -> None:
     assert mean.tolist() == pytest.approx(x.double().mean((0, 2)).tolist(), abs=1e-7)
     assert scale[:2].tolist() == pytest.approx(x.double().std((0, 2), correction=0)[:2].tolist(), rel=1e-6)
     assert scale[2] == 1.0
+
+
+@pytest.mark.parametrize(("y", "none"), [(np.array([3, -100, 7]), -100), (np.array(["a", "", "b"]), "")])
+def test_samples_may_lack_a_label(y: Any, none: Any) -> None:
+    data = Arrays("f.npz", torch.zeros(3, 2, 4), y, None)
+    assert data.classes() == (y[0], y[2])
+    assert data.class_indices(data.classes()).tolist() == [0, -100, 1]
+    assert data.labelled().y.tolist() == [y[0], y[2]]  # type: ignore[union-attr]
+    unlabelled = Arrays("f.npz", data.x, np.full_like(y, none), None)
+    with pytest.raises(ValueError, match=r"f\.npz: no sample has a label in y; give some"):
+        unlabelled.classes()

@@ -26,17 +26,23 @@ def true_losses(clean: list[Tensor], perturbed: list[Tensor], labels: Tensor, **
     labelled = [row for row, label in enumerate(labels.tolist()) if label != -100]
     loss, parts = torch.zeros((), dtype=clean[0].dtype), []
     for k in range(exits):
-        teacher = (clean[-1] if switches.get("teacher") == "final" else clean[k]).detach().log_softmax(1)
+        teachers = {"self": clean[k : k + 1], "final": clean[-1:], "mean": clean}[switches.get("teacher", "mean")]
+        teacher = torch.stack([x.detach().log_softmax(1) for x in teachers]).logsumexp(0) - math.log(len(teachers))
         student = perturbed[k].log_softmax(1)
         if switches.get("target") == "hard":
             divergence = -student[range(len(student)), teacher.argmax(1)]
         else:
             divergence = (teacher.exp() * (teacher - student)).sum(1)
         mask = (teacher.amax(1).exp() >= switches.get("min_confidence", 0.0)).to(divergence.dtype)
-        supervised = -clean[k].log_softmax(1)[labelled, labels[labelled]].sum() / max(1, len(labelled))
+        supervised, supervised_perturbed = (
+            -x.log_softmax(1)[labelled, labels[labelled]].sum() / max(1, len(labelled))
+            for x in (clean[k], perturbed[k])
+        )
         consistency = (mask * divergence).mean()
-        loss = loss + weights[k] * (supervised + switches.get("consistency_weight", 1.0) * consistency)
-        parts.append((supervised.detach(), consistency.detach(), mask.mean()))
+        loss = loss + weights[k] * supervised
+        loss = loss + weights[k] * switches.get("supervise_perturbed", 1.0) * supervised_perturbed
+        loss = loss + weights[k] * switches.get("consistency_weight", 1.0) * consistency
+        parts.append((supervised.detach(), consistency.detach(), mask.mean(), supervised_perturbed.detach()))
     return ExitLosses(loss, *(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
@@ -54,7 +60,8 @@ def assert_loss_right(clean: list[Tensor], perturbed: list[Tensor], labels: Tens
     dtype = torch.finfo(clean[0].dtype)
     # Gradients are differences of probabilities, each right to a few units in its last place, times these factors.
     labelled = max(1, int((labels != -100).sum()))
-    factor = 1 / labelled + switches.get("consistency_weight", 1.0) / len(labels)
+    factor = max(1.0, switches.get("supervise_perturbed", 1.0)) / labelled
+    factor += switches.get("consistency_weight", 1.0) / len(labels)
     factor *= 3 * max(switches.get("exit_weights") or [1 / len(clean)])
     for x, double in zip(given_logits, doubles, strict=True):
         assert x.grad is not None
@@ -66,9 +73,12 @@ def assert_loss_right(clean: list[Tensor], perturbed: list[Tensor], labels: Tens
 
 
 SWITCHES = [
-    {"target": target, "teacher": teacher, "min_confidence": confidence, "exit_weights": weights}
-    for target, teacher, confidence, weights in itertools.product(
-        ("soft", "hard"), ("self", "final"), (0.0, 0.4), (None, (0.5, 2.0, 0.0))
+    {"target": target, "teacher": teacher, "min_confidence": confidence, "exit_weights": weights, **supervise}
+    for (target, confidence, teacher), weights, supervise in zip(
+        itertools.product(("soft", "hard"), (0.0, 0.4), ("mean", "self", "final")),
+        itertools.cycle([None, (0.5, 2.0, 0.0)]),
+        itertools.cycle([{}, {}, {"supervise_perturbed": 0.0}, {"supervise_perturbed": 0.6}]),
+        strict=False,
     )
 ]
 
@@ -98,15 +108,42 @@ def test_any_size(backend: str, data: st.DataObject) -> None:
 
 def test_known_values(backend: str) -> None:
     clean, perturbed = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[0.0, 0.0]])
-    losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([1]), consistency_weight=2.0)
+    losses = ops.consistent_exit_loss(
+        [clean], [perturbed], torch.tensor([1]), consistency_weight=2.0, supervise_perturbed=3.0
+    )
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     torch.testing.assert_close(losses.supervised, torch.tensor([math.log(4)]))
+    torch.testing.assert_close(losses.supervised_perturbed, torch.tensor([math.log(2)]))
     torch.testing.assert_close(losses.consistency, torch.tensor([divergence]))
-    torch.testing.assert_close(losses.loss, torch.tensor(math.log(4) + 2 * divergence))
+    torch.testing.assert_close(losses.loss, torch.tensor(math.log(4) + 3 * math.log(2) + 2 * divergence))
     hard = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard", min_confidence=0.75)
     torch.testing.assert_close(hard.loss, torch.tensor(math.log(2)))
     assert hard.confident.tolist() == [1.0]
     assert ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), min_confidence=0.76).loss == 0
+
+
+def test_the_mean_of_exits_teaches_all(backend: str) -> None:
+    """Each exit is sure of another class; together they are not."""
+    clean = [torch.tensor([[math.log(9), 0.0]]), torch.tensor([[0.0, math.log(3)]])]
+    perturbed, none = [torch.zeros(1, 2, requires_grad=True) for _ in range(2)], torch.tensor([-100])
+    losses = ops.consistent_exit_loss(clean, perturbed, none, exit_weights=(1.0, 1.0))
+    p = torch.tensor([0.575, 0.425])
+    torch.testing.assert_close(losses.consistency, (p * (2 * p).log()).sum().expand(2))
+    for gradient in torch.autograd.grad(losses.loss, perturbed):
+        torch.testing.assert_close(gradient, (0.5 - p)[None])
+    assert ops.consistent_exit_loss(clean, perturbed, none, min_confidence=0.57).confident.tolist() == [1.0, 1.0]
+    assert ops.consistent_exit_loss(clean, perturbed, none, min_confidence=0.58).confident.tolist() == [0.0, 0.0]
+
+
+def test_a_term_of_weight_zero_may_be_infinite(backend: str) -> None:
+    clean = torch.zeros(2, 3)
+    perturbed = torch.tensor([[-math.inf, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    losses = ops.consistent_exit_loss(
+        [clean], [perturbed], torch.tensor([0, 1]), consistency_weight=0.0, supervise_perturbed=0.0
+    )
+    torch.testing.assert_close(losses.loss, torch.tensor(math.log(3)))
+    assert losses.consistency.isposinf().all()
+    assert losses.supervised_perturbed.isposinf().all()
 
 
 def test_ties_teach_their_first_class(backend: str) -> None:
@@ -115,7 +152,7 @@ def test_ties_teach_their_first_class(backend: str) -> None:
     torch.testing.assert_close(losses.loss, F.cross_entropy(perturbed, torch.tensor([0])))
 
 
-@pytest.mark.parametrize("teacher", ["self", "final"])
+@pytest.mark.parametrize("teacher", ["mean", "self", "final"])
 def test_a_class_that_the_teacher_rules_out_adds_nothing(backend: str, teacher: Any) -> None:
     clean, perturbed = ([torch.randn(5, 6, requires_grad=True) for _ in range(2)] for _ in range(2))
     masked = torch.zeros(6).index_fill_(0, torch.tensor([1, 4]), -math.inf)
@@ -134,7 +171,10 @@ def test_a_class_that_the_teacher_rules_out_adds_nothing(backend: str, teacher: 
         torch.testing.assert_close(a, b)
     open_to_the_student = ops.consistent_exit_loss([x + masked for x in clean], perturbed, labels, teacher=teacher)
     assert open_to_the_student.loss.isfinite()
-    closed_to_the_student = ops.consistent_exit_loss(clean, [x + masked for x in perturbed], labels, teacher=teacher)
+    unlabelled = torch.full_like(labels, -100)
+    closed_to_the_student = ops.consistent_exit_loss(
+        clean, [x + masked for x in perturbed], unlabelled, teacher=teacher
+    )
     assert closed_to_the_student.consistency.isposinf().all()
 
 
@@ -214,7 +254,9 @@ def test_only_wanted_gradients_are_given(backend: str) -> None:
         perturbed.grad = None
         loss.backward(retain_graph=True)
         assert perturbed.grad is not None
-        torch.testing.assert_close(perturbed.grad, (perturbed.softmax(1) - clean.softmax(1)).detach() / 4)
+        supervised = (perturbed.softmax(1) - F.one_hot(labels.clamp(min=0), 3)) * (labels >= 0)[:, None] / 3
+        consistency = (perturbed.softmax(1) - clean.softmax(1)) / 4
+        torch.testing.assert_close(perturbed.grad, (supervised + consistency).detach())
     with torch.no_grad():
         assert not ops.consistent_exit_loss([clean], [perturbed], labels).loss.requires_grad
 
@@ -222,8 +264,9 @@ def test_only_wanted_gradients_are_given(backend: str) -> None:
 Z = torch.zeros(3, 4)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number"),
+    ({"supervise_perturbed": math.inf}, ValueError, "supervise_perturbed is inf; give a finite number"),
     ({"target": "warm"}, ValueError, "target 'warm' is unknown"),
-    ({"teacher": "other"}, ValueError, "teacher 'other' is unknown"),
+    ({"teacher": "other"}, ValueError, "teacher 'other' is unknown; choose mean, self or final"),
     ({"min_confidence": 1.5}, ValueError, "min_confidence is 1.5"),
     ({"exit_weights": [math.nan]}, ValueError, r"exit_weights\[0\] is nan"),
     ({"exit_weights": [1.0, 1.0]}, ValueError, "2 exit_weights for 1 exits"),
@@ -252,7 +295,7 @@ def test_labels_out_of_range_are_refused(backend: str, label: int) -> None:
 @kernels_only
 def test_the_custom_operator_keeps_its_promises(backend: str) -> None:
     logits = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
-    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
+    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, 0.6, "soft", "mean", 0.3, [0.5, 0.5])
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(torch.ops.cet.consistent_exit_loss.default, arguments, test_utils=tests)
 

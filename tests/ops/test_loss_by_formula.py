@@ -17,19 +17,22 @@ def log_softmax(row):
     return [v - normaliser for v in row]
 
 
-def loss_by_formula(clean, perturbed, labels, consistency_weight, target, teacher, min_confidence, weights):
-    """L = sum_k w_k [mean over labelled CE + lambda * mean over all rows of m * D], and the unweighted parts."""
+def loss_by_formula(clean, perturbed, labels, consistency_weight, supervise, target, teacher, min_confidence, weights):
+    """L = sum_k w_k [mean over labelled of CE + a CE~, + lambda * mean over all rows of m * D], and the parts alone."""
     clean, perturbed, labels = [c.tolist() for c in clean], [p.tolist() for p in perturbed], labels.tolist()
     rows, labelled = len(labels), sum(y != -100 for y in labels)
-    total, supervised, consistency, confident = 0.0, [], [], []
+    teachers = {"self": lambda k: [clean[k]], "final": lambda k: clean[-1:], "mean": lambda k: clean}[teacher]
+    total, supervised, consistency, confident, supervised_perturbed = 0.0, [], [], [], []
     for k, weight in enumerate(weights):
-        ce = d = m = 0.0
+        ce = ce_perturbed = d = m = 0.0
         for b, y in enumerate(labels):
+            log_q = log_softmax(perturbed[k][b])
             if y != -100:
                 ce -= log_softmax(clean[k][b])[y]
-            log_p = log_softmax(clean[k if teacher == "self" else -1][b])
-            log_q = log_softmax(perturbed[k][b])
-            p = [math.exp(v) for v in log_p]
+                ce_perturbed -= log_q[y]
+            probabilities = [[math.exp(v) for v in log_softmax(exit_[b])] for exit_ in teachers(k)]
+            p = [sum(column) / len(column) for column in zip(*probabilities, strict=True)]
+            log_p = [math.log(v) for v in p]
             if max(p) < min_confidence:
                 continue
             m += 1
@@ -40,8 +43,9 @@ def loss_by_formula(clean, perturbed, labels, consistency_weight, target, teache
         supervised.append(ce / max(labelled, 1))
         consistency.append(d / rows)
         confident.append(m / rows)
-        total += weight * (supervised[-1] + consistency_weight * consistency[-1])
-    return total, supervised, consistency, confident
+        supervised_perturbed.append(ce_perturbed / max(labelled, 1))
+        total += weight * (supervised[-1] + supervise * supervised_perturbed[-1] + consistency_weight * consistency[-1])
+    return total, supervised, consistency, confident, supervised_perturbed
 
 
 def draw(rows, exits, classes, dtype=torch.float32):
@@ -51,26 +55,30 @@ def draw(rows, exits, classes, dtype=torch.float32):
     return clean, perturbed, labels
 
 
-SWITCHES = list(itertools.product([0.0, 0.7], ["soft", "hard"], ["self", "final"], [0.0, 0.6, 1.0], [None, (3, 0, 1)]))
+TEACHERS = ["mean", "self", "final"]
+SWITCHES = list(
+    itertools.product([(0.0, 0.4), (0.7, 0.0), (0.7, 0.4)], ["soft", "hard"], TEACHERS, [0.0, 0.6], [None, (3, 0, 1)])
+)
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_value_for_all_switches(switches, dtype):
-    consistency_weight, target, teacher, min_confidence, weights = switches
+    (consistency_weight, supervise), target, teacher, min_confidence, weights = switches
     clean, perturbed, labels = draw(9, 3, 5, dtype)
     got = consistent_exit_loss(
         clean,
         perturbed,
         labels,
         consistency_weight=consistency_weight,
+        supervise_perturbed=supervise,
         target=target,
         teacher=teacher,
         min_confidence=min_confidence,
         exit_weights=weights,
     )
     weights = weights or (1 / 3,) * 3
-    expected = loss_by_formula(clean, perturbed, labels, consistency_weight, target, teacher, min_confidence, weights)
+    expected = loss_by_formula(clean, perturbed, labels, *switches[0], *switches[1:-1], weights)
     for value, wanted in zip(got, expected, strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
@@ -82,12 +90,12 @@ def test_value_for_any_size(rows, exits, classes, seed):
     torch.manual_seed(seed)
     clean, perturbed, labels = draw(rows, exits, classes)
     got = consistent_exit_loss(clean, perturbed, labels).loss
-    expected = loss_by_formula(clean, perturbed, labels, 1.0, "soft", "self", 0.0, [1 / exits] * exits)[0]
+    expected = loss_by_formula(clean, perturbed, labels, 1.0, 1.0, "soft", "mean", 0.0, [1 / exits] * exits)[0]
     assert got.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("target", ["soft", "hard"])
-@pytest.mark.parametrize("teacher", ["self", "final"])
+@pytest.mark.parametrize("teacher", TEACHERS)
 def test_no_gradient_reaches_the_teacher(target, teacher):
     clean, perturbed, labels = draw(6, 3, 4)
     clean, perturbed = ([t.requires_grad_() for t in ts] for ts in (clean, perturbed))
@@ -100,13 +108,14 @@ def test_no_gradient_reaches_the_teacher(target, teacher):
 def test_gradients_match_autograd_of_the_formula_in_double_precision():
     clean, perturbed, labels = draw(7, 2, 5)
     leaves = [t.requires_grad_() for t in (*clean, *perturbed)]
-    got = torch.autograd.grad(consistent_exit_loss(clean, perturbed, labels, consistency_weight=0.5).loss, leaves)
+    switches = {"consistency_weight": 0.5, "supervise_perturbed": 0.2}
+    got = torch.autograd.grad(consistent_exit_loss(clean, perturbed, labels, **switches).loss, leaves)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
-    truth = 0.0
+    truth, seen = 0.0, labels != -100
+    teacher = torch.stack([c.detach().softmax(1) for c in doubles[:2]]).mean(0)
     for c, p in zip(doubles[:2], doubles[2:], strict=True):
-        seen = labels != -100
         truth = truth - c.log_softmax(1)[seen, labels[seen]].mean() / 2
-        teacher = c.detach().softmax(1)
+        truth = truth - 0.2 * p.log_softmax(1)[seen, labels[seen]].mean() / 2
         truth = truth + 0.5 * (teacher * (teacher.log() - p.log_softmax(1))).sum(1).mean() / 2
     for value, wanted in zip(got, torch.autograd.grad(truth, doubles), strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-7)

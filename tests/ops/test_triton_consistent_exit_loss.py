@@ -14,11 +14,13 @@ from test_consistent_exit_loss import (  # noqa: F401
     test_a_class_of_probability_zero_in_float32_adds_nothing,
     test_a_class_that_the_teacher_rules_out_adds_nothing,
     test_a_compiled_call_gives_the_same_loss_and_gradients,
+    test_a_term_of_weight_zero_may_be_infinite,
     test_half_precision_under_a_loss_scale,
     test_known_values,
     test_large_logits_do_not_overflow,
     test_loss_and_gradients,
     test_only_wanted_gradients_are_given,
+    test_the_mean_of_exits_teaches_all,
     test_ties_teach_their_first_class,
 )
 
@@ -40,7 +42,7 @@ def test_any_size(backend: str, data: st.DataObject) -> None:  # noqa: F811
     assert_loss_right([x[:rows] for x in stacked], [x[rows:] for x in stacked], labels, **switches)
 
 
-@pytest.mark.parametrize("switches", SWITCHES[::4])
+@pytest.mark.parametrize("switches", SWITCHES[::5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_more_classes_than_fit_in_registers(backend: str, dtype: torch.dtype, switches: dict[str, Any]) -> None:  # noqa: F811
     labels = torch.tensor([0, 4999, -100])
@@ -83,14 +85,14 @@ def test_no_rows_cost_nothing(backend: str) -> None:  # noqa: F811
     labels = torch.empty(0, dtype=torch.int64)
     for losses in (
         ops.consistent_exit_loss(logits[:2], logits[2:], labels),
-        torch.ops.cet.consistent_exit_loss(logits, labels, 0.5, "soft", "final", 0.3, [0.5, 0.5])[:4],
+        torch.ops.cet.consistent_exit_loss(logits, labels, 0.5, 0.6, "soft", "mean", 0.3, [0.5, 0.5])[:5],
     ):
-        assert [part.tolist() for part in losses] == [0.0, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+        assert [part.tolist() for part in losses] == [0.0, *[[0.0, 0.0]] * 4]
 
 
 def test_the_custom_operator_keeps_its_promises(backend: str) -> None:  # noqa: F811
     logits = [torch.randn(5, 3, requires_grad=True) for _ in range(4)]
-    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, "soft", "final", 0.3, [0.5, 0.5])
+    arguments = (logits, torch.tensor([0, 2, -100, 1, 1]), 0.5, 0.6, "soft", "mean", 0.3, [0.5, 0.5])
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(torch.ops.cet.consistent_exit_loss.default, arguments, test_utils=tests)
 

@@ -46,7 +46,15 @@ def shift(x):
     return x + 0.3
 
 
-@pytest.mark.parametrize("options", [{}, {"target": "hard", "teacher": "final", "min_confidence": 0.4}])
+OPTIONS = [
+    {},
+    {"target": "hard", "teacher": "final", "min_confidence": 0.4},
+    {"teacher": "self", "supervise_perturbed": 0.3},
+    {"consistency_weight": 0.0, "supervise_perturbed": 2.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_the_value_is_that_of_the_logits_on_clean_and_perturbed_rows_together(model, options):
     logits = model(torch.cat([X, shift(X)]))
     expected = consistent_exit_loss([z[:5] for z in logits], [z[5:] for z in logits], Y, **options)
@@ -62,11 +70,26 @@ def test_one_forward_pass(model):
     assert calls(model) == before + 2
 
 
-def test_weight_zero_is_joint_training_and_never_perturbs(model):
+def test_the_defaults_are_the_recipe_that_is_documented(model):
+    loss, parts = cet.ConsistentExitLoss(shift)(model, X, Y)
+    weighted = parts.supervised + parts.supervised_perturbed + parts.consistency
+    torch.testing.assert_close(loss.detach(), weighted.mean())
+    logits = model(torch.cat([X, shift(X)]))
+    assert torch.equal(loss, consistent_exit_loss([z[:5] for z in logits], [z[5:] for z in logits], Y).loss)
+
+
+def test_without_consistency_it_is_augmentation(model):
+    loss, _ = cet.ConsistentExitLoss(shift, consistency_weight=0.0)(model, X, Y)
+    logits = model(torch.cat([X, shift(X)]))
+    expected = sum(nn.functional.cross_entropy(z[rows], Y) for z in logits for rows in (slice(5), slice(5, None))) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_weights_of_zero_are_joint_training_and_never_perturb(model):
     def perturb(_):
         raise AssertionError("perturb was called")
 
-    loss, parts = cet.ConsistentExitLoss(perturb, consistency_weight=0.0)(model, X, Y)
+    loss, parts = cet.ConsistentExitLoss(perturb, consistency_weight=0.0, supervise_perturbed=0.0)(model, X, Y)
     expected = sum(nn.functional.cross_entropy(z, Y) for z in model(X)) / 2
     torch.testing.assert_close(loss, expected)
     assert cet.ConsistentExitLoss(None, consistency_weight=0)(model, X, Y)[0] == loss
@@ -153,9 +176,13 @@ BAD_ARGUMENTS = [
     ({"consistency_weight": -1.0}, ValueError, "consistency_weight is -1.0; give a finite number >= 0"),
     ({"consistency_weight": math.nan}, ValueError, "consistency_weight is nan"),
     ({"consistency_weight": math.inf}, ValueError, "consistency_weight is inf"),
+    ({"supervise_perturbed": -1.0}, ValueError, "supervise_perturbed is -1.0; give a finite number >= 0"),
     ({"perturb": None}, TypeError, "perturb is None; give a callable"),
+    ({"ema_decay": 1.0}, ValueError, r"ema_decay is 1.0; give a number in \[0, 1\)"),
+    ({"perturb": 3, "consistency_weight": 0.0}, TypeError, "perturb is 3; give a callable"),
+    ({"target": "hard"}, ValueError, "target 'hard' with min_confidence 0 teaches guesses .*; give min_confidence"),
     ({"target": "medium"}, ValueError, "target 'medium' is unknown; choose soft or hard"),
-    ({"teacher": "mine"}, ValueError, "teacher 'mine' is unknown; choose self or final"),
+    ({"teacher": "mine"}, ValueError, "teacher 'mine' is unknown; choose mean, self, final or ema"),
     ({"min_confidence": 1.5}, ValueError, r"min_confidence is 1.5; give a probability in \[0, 1\]"),
     ({"min_confidence": math.nan}, ValueError, "min_confidence is nan"),
     ({"exit_weights": (1.0, -1.0)}, ValueError, r"exit_weights\[1\] is -1.0"),
@@ -167,6 +194,54 @@ BAD_ARGUMENTS = [
 def test_bad_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         cet.ConsistentExitLoss(**{"perturb": shift, **arguments})
+
+
+def test_what_would_train_nothing_is_refused_before_the_model_runs(model):
+    none, before = torch.full_like(Y, -100), calls(model)
+    with pytest.raises(ValueError, match=r"no row of the batch has a label, .* give labelled rows in each batch"):
+        cet.ConsistentExitLoss(shift, consistency_weight=0.0)(model, X, none)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter of the model is frozen, so no exit can learn"):
+        cet.ConsistentExitLoss(shift)(model, X, Y)
+    assert calls(model) == before + 1
+    with torch.no_grad():
+        assert cet.ConsistentExitLoss(shift)(model, X, Y)[0].isfinite()
+
+
+class TestMovingAverage:
+    def test_the_first_teacher_is_the_model_and_the_next_lies_between(self, model):
+        loss_of = cet.ConsistentExitLoss(shift, teacher="ema", ema_decay=0.75)
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        loss, parts = loss_of(model, X, Y)
+        logits = model(torch.cat([X, shift(X)]))
+        taught = consistent_exit_loss(
+            model(X), [z[5:] for z in logits], torch.full_like(Y, -100), supervise_perturbed=0.0
+        )
+        torch.testing.assert_close(parts.consistency, taught.consistency)
+        weighted = parts.supervised + parts.supervised_perturbed + parts.consistency
+        torch.testing.assert_close(loss.detach(), weighted.mean())
+        for moved in range(1, 6):
+            with torch.no_grad():
+                for value in model.parameters():
+                    value.add_(1.0)
+            loss_of(model, X, Y)
+            state = loss_of.state_dict()["model"]
+            lag = [(before[name] + moved - state[name]).mean().item() for name in before]
+            # Of the mean of n values that rise by one it is (n - 1) / 2, until the decay forgets the old ones.
+            assert lag == pytest.approx([moved / 2 if moved < 4 else lag[0]] * len(lag), abs=1e-4)
+        assert lag[0] < moved / 2
+
+    def test_no_gradient_reaches_it_and_a_compiled_model_has_one(self, model):
+        loss_of = cet.ConsistentExitLoss(shift, teacher="ema")
+        loss, _ = loss_of(torch.compile(model, backend="eager"), X, Y)
+        loss.backward()
+        expected = cet.ConsistentExitLoss(shift, teacher="ema")(model, X, Y)[0]
+        torch.testing.assert_close(loss, expected)
+        assert all(p.grad is not None for p in model.parameters())
+        assert not any(p.requires_grad for p in loss_of._average.model.parameters())
+
+    def test_the_others_keep_nothing(self, model):
+        assert cet.ConsistentExitLoss(shift).state_dict() == {}
 
 
 BAD_LABELS = [

@@ -19,8 +19,18 @@ from torch.utils.data import DataLoader
 
 import cet
 from cet.data.smartwatch import Split, Windows
-from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, build, perturbation, train
-from cet.training.lightning import ShuffledBatches
+from cet.training import (
+    CONSISTENT,
+    JOINT,
+    RECIPES,
+    LabelledShare,
+    MultiExitTraining,
+    SensorNet,
+    build,
+    perturbation,
+    train,
+)
+from cet.training.sampling import ShuffledBatches, batches
 
 TINY = replace(CONSISTENT, epochs=4, batch_size=16)
 
@@ -75,11 +85,14 @@ def differ(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_the_recipes_differ_in_the_objective_alone() -> None:
-    objective = {"name", "consistency_weight", "target", "teacher", "min_confidence", "exit_weights", "severity"}
-    assert JOINT.consistency_weight == 0 < CONSISTENT.consistency_weight
-    for field in fields(JOINT):
-        if field.name not in objective:
-            assert getattr(JOINT, field.name) == getattr(CONSISTENT, field.name)
+    objective = {"name", "consistency_weight", "supervise_perturbed", "labelled_share"}
+    assert list(RECIPES) == ["joint", "augmentation", "consistent", "noisy-labels"]
+    for recipe in RECIPES.values():
+        for field in fields(recipe):
+            if field.name not in objective:
+                assert getattr(recipe, field.name) == getattr(CONSISTENT, field.name)
+    weights = {name: (r.supervise_perturbed, r.consistency_weight) for name, r in RECIPES.items()}
+    assert weights == {"joint": (0, 0), "augmentation": (1, 0), "consistent": (1, 1), "noisy-labels": (1, 3)}
 
 
 def test_one_seed_gives_all_recipes_the_same_net(split: Split) -> None:
@@ -293,3 +306,85 @@ def test_any_kind_of_batch_trains_the_same_model(split: Split, kind: str) -> Non
         for name, logits in zip(model.exit_names, model.eval().exit_logits(split.calibration.x, gain), strict=True):
             right = (logits.argmax(1) == y)[y != -100].float().mean()
             assert logged[f"accuracy_{name}"] == pytest.approx(float(right))
+
+
+class TestLabelledShare:
+    def labels(self, rows: int, labelled: int) -> torch.Tensor:
+        y = torch.full((rows,), -100)
+        y[torch.randperm(rows)[:labelled]] = 1
+        return y
+
+    @pytest.mark.parametrize(("share", "expected"), [(0.5, 4), (0.25, 2), (0.01, 1), (1.0, 8)])
+    def test_every_batch_has_its_share_and_rows_of_a_kind_come_round_equally_often(
+        self, share: float, expected: int
+    ) -> None:
+        y = self.labels(100, 10)
+        sampler = LabelledShare(y, 8, share, seed=1)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == 12
+        assert all(len(batch) == 8 and int((y[batch] != -100).sum()) == expected for batch in batches)
+        counts = torch.cat(batches).bincount(minlength=100)
+        for kind in (y == -100, y != -100):
+            assert int(counts[kind].max() - counts[kind].min()) <= 1
+
+    def test_the_order_is_that_of_the_seed_and_the_epoch(self) -> None:
+        y = self.labels(60, 20)
+        first, same, other = (LabelledShare(y, 8, 0.5, seed=s) for s in (0, 0, 1))
+        orders = [torch.stack(list(sampler)) for sampler in (first, same, other)]
+        first.set_epoch(1)
+        assert torch.equal(orders[0], orders[1])
+        assert not torch.equal(orders[0], orders[2])
+        assert not torch.equal(orders[0], torch.stack(list(first)))
+
+    def test_all_rows_serve_where_all_have_labels(self) -> None:
+        assert torch.cat(list(LabelledShare(torch.zeros(32).long(), 8, 0.5))).sort().values.tolist() == list(range(32))
+
+    @pytest.mark.parametrize(
+        ("y", "batch_size", "share", "message"),
+        [
+            ([-100, -100], 1, 0.5, "no row of y has a label"),
+            ([0, -100], 0, 0.5, "batch_size is 0; give at least 1"),
+            ([0, -100], 1, 0.0, r"share is 0.0; give a number in \(0, 1\]"),
+            ([0, -100], 1, 1.1, "share is 1.1"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_refused(self, y: list[int], batch_size: int, share: float, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            LabelledShare(torch.tensor(y), batch_size, share)
+
+
+def test_few_labels_train_with_the_rows_that_have_none(split: Split) -> None:
+    y = split.train.y.clone()
+    y[8:] = -100
+    few = replace(split, train=replace(split.train, y=y))
+    model = train(TINY, few, 0, epochs=6)
+    with torch.no_grad():
+        assert (model.exit_logits(split.test.x)[-1].argmax(1) == split.test.y).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("cause", ["input", "learning rate"])
+def test_a_loss_that_is_not_finite_stops_training_before_the_step(split: Split, cause: str) -> None:
+    x = split.train.x.clone()
+    if cause == "input":
+        x[3] = torch.nan
+    model = build(TINY, split, 0).train()
+    training = MultiExitTraining(model, TINY.loss(perturbation(1.0)))
+    if cause == "learning rate":
+        with torch.no_grad():
+            model.backbone.classifier.weight.fill_(torch.inf)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    message = "1 of 80 rows of the batch are not finite, first row 3" if cause == "input" else "lower learning_rate"
+    with warnings.catch_warnings(action="ignore"), pytest.raises(RuntimeError, match=message):
+        trainer.fit(training, batches(x, split.train.y, [torch.arange(80)]))
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_a_run_with_a_moving_average_goes_on_to_the_same_weights(split: Split, tmp_path: Path) -> None:
+    ema = replace(TINY, teacher="ema", epochs=3)
+    whole = train(ema, split, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(ema, split, 0, directory=tmp_path, callbacks=[StopIn(1, raise_keyboard_interrupt)])
+    assert_same_weights(train(ema, split, 0, directory=tmp_path, resume=True), whole)
+    assert differ(train(replace(TINY, epochs=3), split, 0), whole)

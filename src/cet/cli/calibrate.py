@@ -202,7 +202,7 @@ def _report(
     from cet.demo.report import SCHEMA_VERSION, Condition, Data, Report
     from cet.perturb import Compose
 
-    settings, recipe = run.settings, run.settings.recipe()
+    settings, recipe = run.settings, run.settings.training
     preset = settings.preset or (lambda _severity: Compose())
     conditions: dict[Condition, float] = {"clean": 0.0, **({"perturbed": severity} if severity else {})}
     severities = sorted({*conditions.values(), *(SEVERITIES if settings.preset else (0.0,))})

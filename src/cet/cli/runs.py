@@ -35,8 +35,9 @@ from cet.model.early_exit import EarlyExit
 from cet.model.heads import ExitHead, HeadSpec
 from cet.perturb.base import Perturbation
 from cet.training.fit import CHECKPOINT
-from cet.training.lightning import ShuffledBatches, batches
-from cet.training.recipes import Recipe
+from cet.training.loss import ConsistentExitLoss
+from cet.training.recipes import RECIPES, Recipe
+from cet.training.sampling import batches, shuffled
 from cet.training.sensor_net import EXITS, SensorNet, Standardized
 
 MODEL = "model.safetensors"
@@ -56,7 +57,7 @@ PRESETS: dict[str, Callable[[float], Perturbation]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option of `cet train`, as the run folder keeps them; see there."""
+    """Every option of `cet train`, as the run folder keeps them; see there. ``None`` is what the recipe says."""
 
     data: str
     calibration_data: str | None
@@ -66,10 +67,13 @@ class Settings:
     perturb: str
     severity: float
     augment: bool
-    consistency_weight: float
-    target: str
-    teacher: str
-    min_confidence: float
+    recipe: str
+    consistency_weight: float | None
+    supervise_perturbed: float | None
+    target: str | None
+    teacher: str | None
+    min_confidence: float | None
+    labelled_share: float | None
     epochs: int
     batch_size: int
     learning_rate: float
@@ -87,12 +91,25 @@ class Settings:
         """The perturbation of each severity; ``None`` without one."""
         return PRESETS.get(self.perturb)
 
-    def recipe(self) -> Recipe:
-        """How the model is trained."""
-        # Without a perturbation there is nothing to be consistent with.
-        weight = 0.0 if self.preset is None else self.consistency_weight
-        own = {field.name: getattr(self, field.name) for field in fields(Recipe) if hasattr(self, field.name)}
-        return Recipe(**{**own, "name": "consistent" if weight else "joint", "consistency_weight": weight})
+    @property
+    def training(self) -> Recipe:
+        """The recipe, with what the options change of it."""
+        own = {field.name: getattr(self, field.name, None) for field in fields(Recipe)}
+        return replace(RECIPES[self.recipe], **{name: value for name, value in own.items() if value is not None})
+
+    def loss(self) -> ConsistentExitLoss:
+        """The objective.
+
+        Raises:
+            ValueError: for one that wants a perturbation when there is none, and for options that do not fit together.
+        """
+        recipe = self.training
+        if self.preset is None and (recipe.consistency_weight > 0 or recipe.supervise_perturbed > 0):
+            raise ValueError(
+                f"recipe {self.recipe!r} compares samples with perturbed ones, but there is no perturbation; give "
+                "--perturb, or --recipe joint"
+            )
+        return recipe.loss(None if self.preset is None else self.preset(self.severity))
 
 
 class TrainingFolder(RunFolder):
@@ -164,14 +181,15 @@ def prepare(settings: Settings) -> Prepared:
     parts = read_parts(settings)
     classes = parts.train.classes()
     model = _build(classes, parts.train.x.shape[1], parts.train.x, settings.seed)
+    labels = parts.train.class_indices(classes)
     if settings.preset is not None:
         settings.preset(settings.severity)(parts.train.x[:2])  # it may not fit such samples
-    order = ShuffledBatches(len(parts.train), settings.batch_size, seed=settings.seed)
+    order = shuffled(labels, settings.batch_size, settings.training.labelled_share, seed=settings.seed)
     in_order = BatchSampler(SequentialSampler(range(len(parts.calibration))), 1024, drop_last=False)
     named = {"train": parts.train, "calibration": parts.calibration, "test": parts.test}
     return Prepared(
         model,
-        batches(parts.train.x, parts.train.class_indices(classes), order),
+        batches(parts.train.x, labels, order),
         batches(parts.calibration.x, parts.calibration.class_indices(classes), in_order),
         {
             "classes": list(classes),
@@ -196,8 +214,9 @@ def read_parts(settings: Settings) -> Parts:
         for path, share in zip(own, (settings.calibration_share, settings.test_share), strict=True)
     ]
     train, *drawn = split_parts(data, shares[0], shares[1], settings.seed)
+    # Nothing can be said of samples without a label; training alone has a use for them.
     calibration, test = (
-        read_windows(path) if path is not None else drawn.pop(0) if share > 0 else None
+        read_windows(path).labelled() if path is not None else drawn.pop(0).labelled() if share > 0 else None
         for path, share in zip(own, shares, strict=True)
     )
     if calibration is None:

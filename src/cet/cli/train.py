@@ -17,6 +17,7 @@ from cet.signals import INTERRUPTED
 if TYPE_CHECKING:
     from cet.cli.runs import Prepared, Settings, TrainingFolder
 
+RECIPES = ("joint", "augmentation", "consistent", "noisy-labels")
 PERTURBATIONS = ("sensor", "rotated-sensor", "audio-waveform", "audio-spectrogram", "image", "none")
 OF_THE_COMMAND = ("output", "config", "resume", "overwrite")
 
@@ -73,10 +74,21 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
 )
 @click.option("--severity", type=FiniteRange(0, 10), default=1.0, show_default=True, help="Of the perturbation.")
 @click.option("--augment", is_flag=True, help="Train on perturbed samples in the place of those given.")
-@click.option("--consistency-weight", type=FiniteRange(0), default=1.0, show_default=True, help="0: joint training.")
-@click.option("--target", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
-@click.option("--teacher", type=click.Choice(["self", "final"]), default="self", show_default=True)
-@click.option("--min-confidence", type=FiniteRange(0, 1), default=0.0, show_default=True, help="Of a teacher.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPES),
+    help="How to train; the options that follow change it.  [default: consistent, joint without a perturbation]",
+)
+@click.option("--consistency-weight", type=FiniteRange(0), help="Of the consistency term.")
+@click.option("--supervise-perturbed", type=FiniteRange(0), help="The weight of the labels on perturbed samples.")
+@click.option("--target", type=click.Choice(["soft", "hard"]))
+@click.option("--teacher", type=click.Choice(["mean", "self", "final"]), help="Mean: of all exits.")
+@click.option("--min-confidence", type=FiniteRange(0, 1), help="Of a teacher.")
+@click.option(
+    "--labelled-share",
+    type=FiniteRange(0, 1, min_open=True),
+    help="Of a batch, where some samples have no label.  [default: 0.5; 1 without consistency]",
+)
 @click.option("--epochs", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--learning-rate", type=FiniteRange(0, min_open=True), default=3e-3, show_default=True)
@@ -94,16 +106,22 @@ def command(
 ) -> None:
     """Train a model with early exits on your own data.
 
-    FILE holds x, numbers (samples, channels, length); y, a whole number or string per sample; and group, whose each
-    sample is: no person or device is then in two of the parts that train, calibrate and test. The net is a small 1-D
+    FILE holds x, numbers (samples, channels, length); y, a whole number or string per sample, -100 or an empty string
+    where it has no label; and group, whose each sample is: no person or device is then in two of the parts that train,
+    calibrate and test. The net is a small 1-D
     CNN that standardises its channels. For any other model or data, MODULE:NAME is a function without arguments that
     returns a cet.EarlyExit, an iterable of batches to train on, and one to validate on.
 
     Stopped by Ctrl-C or anything else, it goes on with --resume.
 
+    Recipes: joint trains all exits on the samples as they are; augmentation on a perturbed copy of each too;
+    consistent also wants the same answer on both, and noisy-labels wants that three times as much, for labels that are
+    partly wrong or mostly missing.
+
     \b
     Examples:
       cet train --data recordings.npz --output runs/mine
+      cet train --data recordings.npz --recipe noisy-labels --output runs/mine
       cet train --data mynet:build --epochs 30 --output runs/mine
       cet train --resume --output runs/mine
     """
@@ -183,8 +201,10 @@ def _settings(options: dict[str, Any]) -> Settings:
         data = str(Path(data).absolute())
     elif any(paths.values()):
         raise click.UsageError("--data MODULE:NAME gives all batches; leave out --calibration-data and --test-data.")
-    default = "none" if is_function(data) else "sensor"
-    settings = Settings(**{**options, **paths, "data": data, "perturb": options["perturb"] or default, "threads": 1})
+    perturb = options["perturb"] or ("none" if is_function(data) else "sensor")
+    recipe = options["recipe"] or ("joint" if perturb == "none" else "consistent")
+    settings = Settings(**{**options, **paths, "data": data, "perturb": perturb, "recipe": recipe, "threads": 1})
+    settings.loss()  # refuses what does not fit together
     return replace(settings, threads=options["threads"] or torch.get_num_threads())
 
 
@@ -192,24 +212,15 @@ def _fit(folder: TrainingFolder, settings: Settings, prepared: Prepared, made: d
     from cet.demo.folder import CHECKPOINTS
     from cet.training.fit import ShowTraining, fit
     from cet.training.lightning import MultiExitTraining
-    from cet.training.loss import ConsistentExitLoss
 
-    recipe = settings.recipe()
-    perturbation = None if settings.preset is None else settings.preset(settings.severity)
-    loss = ConsistentExitLoss(
-        perturbation,
-        consistency_weight=recipe.consistency_weight,
-        target=recipe.target,
-        teacher=recipe.teacher,
-        min_confidence=recipe.min_confidence,
-    )
+    loss = settings.loss()
     training = MultiExitTraining(
         prepared.model,
         loss,
         seed=settings.seed,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        augment=perturbation if settings.augment else None,
+        augment=loss.perturb if settings.augment else None,
         identity={**asdict(settings), **made},
     )
     return fit(

@@ -1,7 +1,8 @@
 """One's own samples: arrays in an `.npz` file, checked, split by group, their labels mapped to classes and back.
 
-The file holds `x`, one row per sample; `y`, one whole number or string per sample; and, where samples come from people
-or devices, `group`, whose each sample is. Nothing in it is executed: files that hold pickled objects are refused.
+The file holds `x`, one row per sample; `y`, one whole number or string per sample, -100 or the empty string where it
+has no label; and, where samples come from people or devices, `group`, whose each sample is. Nothing in it is executed:
+files that hold pickled objects are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cet.data.batches import UNLABELLED
+
 KEYS = ("x", "y", "group")
 
 Classes = tuple[int, ...] | tuple[str, ...]
@@ -30,7 +33,7 @@ class Arrays:
     Attributes:
         source: the name of the file, for errors.
         x: ``(n, C, ...)`` float32, finite, ``n >= 1``.
-        y: ``(n,)`` whole numbers or strings, the labels as they are in the file; ``None`` without labels.
+        y: ``(n,)`` whole numbers or strings, the labels as they are in the file; ``None`` where it holds none.
         group: ``(n,)`` whole numbers or strings, whose each sample is; ``None`` where this is not known.
     """
 
@@ -55,14 +58,19 @@ class Arrays:
         """Whose samples these are, each once; empty where this is not known."""
         return [] if self.group is None else np.unique(self.group).tolist()
 
+    def labelled(self) -> Arrays:
+        """The samples that have a label."""
+        return self.rows(np.flatnonzero(self._has_label()))
+
     def class_indices(self, classes: Classes) -> Tensor:
-        """The labels as positions in ``classes``, ``(n,)`` int64.
+        """The labels as positions in ``classes``, ``(n,)`` int64, -100 where there is none.
 
         Raises:
             ValueError: for a label that is not among them, and where there are no labels.
         """
         labels = self._labels()
-        position = {label: index for index, label in enumerate(classes)}
+        position: dict[Any, int] = {label: index for index, label in enumerate(classes)}
+        position[_no_label(labels)] = UNLABELLED
         unknown = [label for label in np.unique(labels).tolist() if label not in position]
         if unknown:
             raise ValueError(
@@ -75,9 +83,20 @@ class Arrays:
         """The labels, each once, in order.
 
         Raises:
-            ValueError: where there are no labels.
+            ValueError: where no sample has a label.
         """
-        return tuple(np.unique(self._labels()).tolist())
+        labels = self._labels()
+        has_label = self._has_label()
+        if not has_label.any():
+            raise ValueError(
+                f"{self.source}: no sample has a label in y; give some, so that there are classes to learn"
+            )
+        return tuple(np.unique(labels[has_label]).tolist())
+
+    def _has_label(self) -> NDArray[np.bool_]:
+        labels = self._labels()
+        has_label: NDArray[np.bool_] = labels != _no_label(labels)
+        return has_label
 
     def _labels(self) -> NDArray[Any]:
         if self.y is None:
@@ -214,6 +233,11 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     # A constant that float64 rounds has a tiny standard deviation.
     varies = std > 1e-9 * channels.abs().amax(dim=1)
     return mean.float(), std.where(varies, torch.ones_like(std)).float()
+
+
+def _no_label(labels: NDArray[Any]) -> int | str:
+    """What stands in ``y`` for a sample without a label."""
+    return "" if labels.dtype.kind == "U" else UNLABELLED
 
 
 def listed(names: Iterable[Any], at_most: int = 5) -> str:

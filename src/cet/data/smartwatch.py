@@ -35,12 +35,14 @@ class Windows:
         y: ``(N,)`` int64, the exercise, an index into ``classes``.
         person: ``(N,)`` int64, who wore the watch.
         classes: the names of the exercises.
+        recording: ``(N,)`` int64, which recording the window was cut from; ``None`` where that is not known.
     """
 
     x: Tensor
     y: Tensor
     person: Tensor
     classes: tuple[str, ...]
+    recording: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -48,7 +50,12 @@ class Windows:
     def of_persons(self, persons: Iterable[int]) -> Windows:
         """The windows of these persons, in the order they have here."""
         chosen = torch.isin(self.person, torch.tensor(list(persons), dtype=torch.int64))
-        return replace(self, x=self.x[chosen], y=self.y[chosen], person=self.person[chosen])
+        return self.rows(chosen)
+
+    def rows(self, index: Tensor) -> Windows:
+        """Some of the windows: those that a mask ``(N,)`` or indices name."""
+        recording = None if self.recording is None else self.recording[index]
+        return replace(self, x=self.x[index], y=self.y[index], person=self.person[index], recording=recording)
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,16 @@ def load_windows(path: Path | None = None, *, length: int = 128, stride: int = 3
     except Exception as error:  # a damaged pickle may raise anything
         fix = "reinstall seglearn 1.2.5" if path == _installed_dataset() else "give seglearn 1.2.5's watch_dataset.npy"
         raise ValueError(f"{path} is damaged or holds no smartwatch recordings ({error}); {fix}") from error
-    x, y, person = [], [], []
-    for signal, exercise, subject in zip(signals, exercises, persons, strict=True):
+    x, y, person, recording = [], [], [], []
+    for index, (signal, exercise, subject) in enumerate(zip(signals, exercises, persons, strict=True)):
         for start in range(0, len(signal) - length + 1, stride):
             x.append(torch.tensor(signal[start : start + length].T, dtype=torch.float32))
             y.append(int(exercise))
             person.append(int(subject))
+            recording.append(index)
     if not x:
         raise ValueError(f"length is {length}, longer than every recording in {path}; give a smaller one")
-    return Windows(torch.stack(x), torch.tensor(y), torch.tensor(person), classes)
+    return Windows(torch.stack(x), torch.tensor(y), torch.tensor(person), classes, torch.tensor(recording))
 
 
 def split_by_person(windows: Windows, *, seed: int) -> Split:
@@ -130,6 +138,36 @@ def split_by_person(windows: Windows, *, seed: int) -> Split:
     test, calibration, train = shuffled[:held_out], shuffled[held_out : 2 * held_out], shuffled[2 * held_out :]
     scaled = replace(windows, x=windows.x / _sensor_scale(windows.of_persons(train).x))
     return Split(scaled.of_persons(train), scaled.of_persons(calibration), scaled.of_persons(test))
+
+
+def mislabelled(windows: Windows, share: float, draw: torch.Generator, *, whole_recordings: bool = False) -> Tensor:
+    """Labels of which a share is wrong, each another class drawn at random, as happens where people note what they did.
+
+    Args:
+        windows: as they were recorded.
+        share: in [0, 1], of the windows; of the recordings with ``whole_recordings``, all windows of which then get the
+            same wrong label.
+        draw: where the random numbers come from.
+        whole_recordings: see above; the windows must know their recording.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Raises:
+        ValueError: for a share out of range, and windows that do not know their recording.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; give a fraction in [0, 1]")
+    if whole_recordings and windows.recording is None:
+        raise ValueError("windows do not know which recording they are from; leave out whole_recordings")
+    units = torch.arange(len(windows))
+    if whole_recordings:
+        units = windows.recording.unique(return_inverse=True)[1]  # type: ignore[union-attr]
+    count = int(units.max()) + 1
+    is_wrong = torch.zeros(count, dtype=torch.bool)
+    is_wrong[torch.randperm(count, generator=draw)[: round(share * count)]] = True
+    step = torch.randint(1, len(windows.classes), (count,), generator=draw)
+    return torch.where(is_wrong[units], (windows.y + step[units]) % len(windows.classes), windows.y)
 
 
 def _installed_dataset() -> Path | None:

@@ -14,6 +14,19 @@ SCOPE = (
     "It is an implementation of the objective of arXiv 2109.13192, not a reproduction of its tables."
 )
 
+TRAINED = {
+    "joint": "with the cross-entropy of all exits",
+    "augmentation": "with the cross-entropy of all exits on the windows and on a perturbed copy",
+    "consistent": "with the consistency objective on top",
+    "noisy-labels": "with the consistency objective on top, its weight 3",
+}
+"""How each recipe trains, where two are compared."""
+
+
+def wrong_labels_scope(share: float) -> str:
+    """What a report says first when labels were made wrong."""
+    return f"{100 * share:.3g} % of the training windows have a wrong label; all others are right."
+
 
 def to_markdown(report: Report) -> str:
     """The content of `report.md`."""
@@ -134,8 +147,9 @@ def _set_up(report: Report) -> str:
     ]
     epochs = next(iter(report["recipes"].values()))["recipe"]["epochs"]
     trained = (
-        f"The same net, trained twice for {epochs} epochs: *joint* with the cross-entropy of all exits, *consistent* "
-        "with the consistency objective on top."
+        f"The same net, trained twice for {epochs} epochs: "
+        + ", ".join(f"*{name}* {TRAINED[name]}" for name in report["recipes"])
+        + "."
         if len(report["recipes"]) > 1
         else f"A net trained for {epochs} epochs with the {_and(report['recipes'])} objective."
     )

@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from cet.demo.report import Condition, RecipeReport, Report, at
 from cet.plotting import GREY, STYLE, png
 
-COLOURS = {"joint": "#0072B2", "consistent": "#D55E00"}
-"""From the palette of Okabe & Ito (2008), which stays apart under all kinds of colour blindness."""
+COLOURS = {"joint": "#0072B2", "augmentation": "#0072B2", "consistent": "#D55E00", "noisy-labels": "#D55E00"}
+"""Baselines blue, consistent exits red; from the palette of Okabe & Ito (2008), which stays apart under all kinds of
+colour blindness."""
 
 DEPTHS = ("#d4e4f1", "#86b6da", "#3576b0", "#12325e")
 """Shallow to deep, apart by lightness alone."""

@@ -12,15 +12,15 @@ import torch
 import cet
 from cet.calibration import calibrate
 from cet.calibration.cost import exit_costs
-from cet.data.smartwatch import Split, Windows, find_dataset, load_windows, split_by_person
+from cet.data.smartwatch import Split, Windows, find_dataset, load_windows, mislabelled, split_by_person
 from cet.demo.evaluation import perturbed
 from cet.demo.figures import Progress, Stages, evaluate, made_with, measure, sha256, threads, versions, write_report
 from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
-from cet.demo.markdown import SCOPE
+from cet.demo.markdown import SCOPE, wrong_labels_scope
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
 from cet.perturb.base import Perturbation
-from cet.training import CONSISTENT, EXITS, JOINT, Recipe, build, perturbation, train
+from cet.training import AUGMENTATION, CONSISTENT, EXITS, JOINT, NOISY_LABELS, Recipe, build, perturbation, train
 from cet.training.fit import ShowTraining
 
 SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -37,6 +37,8 @@ class Settings:
         threads: of torch; as many as it likes when not given.
         data: the recordings; those of the installed `seglearn` when not given.
         epochs: replaces the number that the recipes train.
+        wrong_labels: share of the training windows whose label is wrong; where there are any, augmentation competes
+            with the recipe for such labels.
         test_windows: how many windows of the test persons to use; all when not given.
         timed_batches: rounds of the throughput measurement.
         timed_windows: windows of the latency measurement.
@@ -48,6 +50,7 @@ class Settings:
     threads: int | None = None
     data: str | None = None
     epochs: int | None = None
+    wrong_labels: float = 0.0
     test_windows: int | None = None
     timed_batches: int = 100
     timed_windows: int = 400
@@ -108,7 +111,12 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
     assert settings.threads is not None
     split = split_by_person(windows, seed=settings.seed)
     test = _some(split.test, settings.test_windows, settings.seed)
-    recipes = [replace(recipe, epochs=settings.epochs or recipe.epochs) for recipe in (JOINT, CONSISTENT)]
+    chosen = (JOINT, CONSISTENT)
+    if settings.wrong_labels:
+        draw = torch.Generator().manual_seed(settings.seed)
+        y = mislabelled(split.train, settings.wrong_labels, draw)
+        split, chosen = replace(split, train=replace(split.train, y=y)), (AUGMENTATION, NOISY_LABELS)
+    recipes = [replace(recipe, epochs=settings.epochs or recipe.epochs) for recipe in chosen]
     with threads(settings.threads):
         models = {recipe.name: _train(folder, recipe, split, settings.seed, stages) for recipe in recipes}
         folder.tidy()
@@ -120,7 +128,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
             model.save(folder / f"{recipe.name}.safetensors")
         timing = measure(
             models,
-            CONSISTENT.name,
+            recipes[1].name,
             test,
             stages,
             conditions=CONDITIONS,
@@ -133,7 +141,7 @@ def _run(folder: RunFolder, settings: Settings, path: Path, windows: Windows, st
     report = Report(
         schema_version=SCHEMA_VERSION,
         title="Early exit on smartwatch data",
-        scope=SCOPE,
+        scope=SCOPE if not settings.wrong_labels else f"{wrong_labels_scope(settings.wrong_labels)} {SCOPE}",
         settings={**asdict(settings), "data": None if settings.data is None else path.name},
         versions=versions(),
         exits=[*EXITS, "final"],
@@ -229,4 +237,4 @@ def _some(windows: Windows, count: int | None, seed: int) -> Windows:
     if count is None or count >= len(windows):
         return windows
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
-    return replace(windows, x=windows.x[chosen], y=windows.y[chosen], person=windows.person[chosen])
+    return windows.rows(chosen)

@@ -2,11 +2,15 @@
 
 from .heads import train_heads as train_heads
 from .lightning import MultiExitTraining as MultiExitTraining
+from .recipes import AUGMENTATION as AUGMENTATION
 from .recipes import CONSISTENT as CONSISTENT
 from .recipes import JOINT as JOINT
+from .recipes import NOISY_LABELS as NOISY_LABELS
+from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .recipes import build as build
 from .recipes import perturbation as perturbation
 from .recipes import train as train
+from .sampling import LabelledShare as LabelledShare
 from .sensor_net import EXITS as EXITS
 from .sensor_net import SensorNet as SensorNet

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from cet.data.batches import BatchFn, read_batches
 from cet.model.early_exit import EarlyExit
-from cet.training.loss import ConsistentExitLoss
+from cet.training.loss import ConsistentExitLoss, check_finite
 
 
 def train_heads(
@@ -81,6 +81,7 @@ def train_heads(
             for x, y in read_batches(loader, model.num_classes, batch_fn):
                 x, y = pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), (x, y))
                 value, _ = objective(model, x, y)
+                check_finite(value, x)
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

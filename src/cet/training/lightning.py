@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from cet.data.batches import BatchFn, call, class_indices, split_batch
 from cet.model.checkpoint import write_atomically
 from cet.model.early_exit import EarlyExit
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.training.loss import ConsistentExitLoss
+from cet.training.loss import ConsistentExitLoss, check_finite
+from cet.training.sampling import mixed_seed
 
 CHECKPOINT_KEY = "cet_training"
+TEACHER_KEY = "cet_teacher"
 
 
 class MultiExitTraining(LightningModule):
@@ -71,6 +71,7 @@ class MultiExitTraining(LightningModule):
         x, y = split_batch(batch, self.batch_fn)
         torch.manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx) + self.global_rank)
         loss, _ = self.loss(self.model, x if self.augment is None else self.augment(x), y)
+        check_finite(loss, x)
         self.log(
             "train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y), sync_dist=True
         )
@@ -93,6 +94,7 @@ class MultiExitTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = self.identity
+        checkpoint[TEACHER_KEY] = self.loss.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY, {})
@@ -102,6 +104,7 @@ class MultiExitTraining(LightningModule):
                     f"the checkpoint was trained with {name} {saved.get(name)!r}, not {self.identity.get(name)!r}; "
                     "train into another directory, or start anew without resume"
                 )
+        self.loss.load_state_dict(self.model, checkpoint.get(TEACHER_KEY, {}))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -121,38 +124,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path} is damaged or holds more than tensors and plain values; start anew without resume"
             ) from error
         return checkpoint
-
-
-class ShuffledBatches(Sampler[Tensor]):
-    """Row indices, batch by batch, in an order that the seed and the number of the epoch decide.
-
-    Lightning calls ``set_epoch`` before each epoch. Every batch is full: the rows left at the end of an epoch are not
-    used in it.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int) -> None:
-        self.num_rows = num_rows
-        self.batch_size = min(batch_size, num_rows)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        used = torch.randperm(self.num_rows, generator=order)[: len(self) * self.batch_size]
-        yield from used.view(len(self), self.batch_size)
-
-    def __len__(self) -> int:
-        return self.num_rows // self.batch_size
-
-
-def batches(x: Tensor, y: Tensor, sampler: Any) -> DataLoader[Any]:
-    """A loader that takes a whole batch from the tensors by one indexing operation."""
-    return DataLoader(TensorDataset(x, y), sampler=sampler, batch_size=None)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A seed of 64 bits in which all the numbers count."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

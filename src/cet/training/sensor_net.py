@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EXITS = ("block1", "block2", "block3")
+WIDTHS = (24, 32, 64, 128)
+
+
+def exits_of(widths: Sequence[int]) -> tuple[str, ...]:
+    """Behind every block of a :class:`SensorNet` but the last."""
+    return tuple(f"block{index + 1}" for index in range(len(widths) - 1))
+
+
+EXITS = exits_of(WIDTHS)
 
 
 class ResidualBlock(nn.Module):
@@ -32,25 +42,32 @@ class ResidualBlock(nn.Module):
 
 
 class SensorNet(nn.Module):
-    """Four residual blocks, each at half the rate of the one before and wider, then mean pooling and a classifier.
+    """Residual blocks, each at half the rate of the one before and wider, then mean pooling and a classifier.
 
     Deep blocks cost more than shallow ones and see more of the window, so that leaving early saves compute and costs
-    accuracy. The kernels of the first block are longer, so that its exit sees half a second at 50 Hz.
+    accuracy. The kernels of the first block are longer, so that its exit sees half a second at 50 Hz. The blocks are
+    the submodules ``block1``, ``block2`` and so on.
 
     Shape: windows ``(B, in_channels, L)`` to logits ``(B, num_classes)``.
+
+    Args:
+        num_classes: of the logits.
+        in_channels: of the windows.
+        widths: channels of each block.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 6) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 6, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        self.block1 = ResidualBlock(in_channels, 24, kernel_size=9)
-        self.block2 = ResidualBlock(24, 32, kernel_size=5)
-        self.block3 = ResidualBlock(32, 64, kernel_size=5)
-        self.block4 = ResidualBlock(64, 128, kernel_size=5)
-        self.classifier = nn.Linear(128, num_classes)
+        self.num_blocks = len(widths)
+        for index, (before, width) in enumerate(zip([in_channels, *widths], widths, strict=False)):
+            block = ResidualBlock(before, width, kernel_size=9 if index == 0 else 5)
+            self.add_module(f"block{index + 1}", block)
+        self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.block4(self.block3(self.block2(self.block1(x))))
-        logits: Tensor = self.classifier(features.mean(2))
+        for index in range(self.num_blocks):
+            x = getattr(self, f"block{index + 1}")(x)
+        logits: Tensor = self.classifier(x.mean(2))
         return logits
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import astuple, fields
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from cet.ops.exit_gate.definition import DTYPES
 from cet.ops.registration import Choice, Operation, explained_by
 
 __all__ = ["UNLABELLED", "ExitLosses", "LossConfig", "Target", "Teacher", "consistent_exit_loss"]
+
+NUM_LOSSES = len(ExitLosses._fields)
 
 LOSS = Operation(
     "consistent_exit_loss",
@@ -56,7 +59,7 @@ def _run_recorded(logits: list[Tensor], labels: Tensor, *numbers: Any) -> list[T
 
 
 def _fake(logits: list[Tensor], labels: Tensor, *numbers: Any) -> list[Tensor]:
-    shapes: list[tuple[int, ...]] = [(), *((len(logits) // 2,),) * 3]
+    shapes: list[tuple[int, ...]] = [(), *((len(logits) // 2,),) * 4]
     losses = [labels.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return [*losses, *(x.new_empty(x.shape) for x in logits)]
 
@@ -64,23 +67,23 @@ def _fake(logits: list[Tensor], labels: Tensor, *numbers: Any) -> list[Tensor]:
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     _, labels, *numbers = inputs
     ctx.config = LossConfig(*numbers)
-    ctx.save_for_backward(labels, *output[4:])
+    ctx.save_for_backward(labels, *output[NUM_LOSSES:])
 
 
 def _scale_gradients(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
     labels, *gradients = ctx.saved_tensors
     scales = [grads[0]] * len(gradients)
     if gradients[0].dtype is torch.float16:
-        supervised, consistency = ctx.config.half_factors(len(labels))
         labelled = (labels != UNLABELLED).sum().clamp(min=1)
-        scales = [*(grads[0] * factor / labelled for factor in supervised), *(grads[0] * f for f in consistency)]
+        factors = ctx.config.half_factors(len(labels))
+        scales = [grads[0] * (shared + supervised / labelled) for shared, supervised in factors]
     scaled = [(g.float() * scale).to(g.dtype) for g, scale in zip(gradients, scales, strict=True)]
-    return scaled, None, None, None, None, None, None
+    return scaled, *(None,) * (1 + len(fields(LossConfig)))
 
 
 LOSS.record_as(
-    "(Tensor[] logits, Tensor labels, float consistency_weight, str target, str teacher, float min_confidence, "
-    "float[] exit_weights) -> Tensor[]",
+    "(Tensor[] logits, Tensor labels, float consistency_weight, float supervise_perturbed, str target, str teacher, "
+    "float min_confidence, float[] exit_weights) -> Tensor[]",
     run=_run_recorded,
     fake=_fake,
     setup_context=_save_gradients,
@@ -100,32 +103,36 @@ def consistent_exit_loss(
     labels: Tensor,
     *,
     consistency_weight: float = 1.0,
+    supervise_perturbed: float = 1.0,
     target: Target = "soft",
-    teacher: Teacher = "self",
+    teacher: Teacher = "mean",
     min_confidence: float = 0.0,
     exit_weights: Sequence[float] | None = None,
 ) -> ExitLosses:
-    """``sum_k w_k [ CE(f_k(x), y) + consistency_weight * m * D(stop-grad p(x), p_k(x~)) ]``.
+    """``sum_k w_k [ CE(f_k(x), y) + a CE(f_k(x~), y) + consistency_weight * m * D(stop-grad p, p_k(x~)) ]``.
 
-    ``CE`` is averaged over the labelled rows, ``m D`` over all rows. ``p`` is the softmax of the same exit
-    (``teacher="self"``) or of the last one (``"final"``) on the clean input; ``D`` is the Kullback-Leibler divergence
-    from it (``target="soft"``; Xie et al. 2020, arXiv 1904.12848) or the cross-entropy with its most likely class
-    (``"hard"``; Sohn et al. 2020, arXiv 2001.07685); ``m`` is 1 where the largest entry of ``p`` reaches
-    ``min_confidence``, else 0. All arithmetic is in float32.
+    ``a`` is ``supervise_perturbed``. ``CE`` is averaged over the labelled rows, ``m D`` over all rows. ``p`` is the
+    teacher, on the clean input: the mean of the softmaxes of all exits (``teacher="mean"``; Lee & Lee 2021, arXiv
+    2104.00299), that of the same exit (``"self"``) or that of the last one (``"final"``). ``D`` is the Kullback-Leibler
+    divergence from it (``target="soft"``; Xie et al. 2020, arXiv 1904.12848) or the cross-entropy with its most likely
+    class (``"hard"``; Sohn et al. 2020, arXiv 2001.07685); ``m`` is 1 where the largest entry of ``p`` reaches
+    ``min_confidence``, else 0. All arithmetic is in float32. A term of weight 0 adds nothing, even an infinite one.
 
     Args:
         clean: E tensors ``(B, K)``, the logits on the clean input, shallow exit first.
         perturbed: E tensors ``(B, K)``, the logits on the perturbed input.
         labels: ``(B,)`` int64 in ``[0, K)``, or -100 for a row without a label, which adds the consistency term only.
-        consistency_weight: the weight lambda of the consistency term.
+        consistency_weight: the weight of the consistency term.
+        supervise_perturbed: the weight of the supervised term on the perturbed input.
         target: ``"soft"`` or ``"hard"``.
-        teacher: ``"self"`` or ``"final"``.
+        teacher: ``"mean"``, ``"self"`` or ``"final"``.
         min_confidence: rows whose teacher is less sure than this add no consistency term.
         exit_weights: one weight ``w_k`` per exit; ``1 / E`` each when not given.
 
     Returns:
-        The scalar loss, and per exit the supervised term, the consistency term, and the fraction of rows with
-        ``m = 1``. Gradients flow from the loss alone, and to the logits alone: not through the teacher, and not twice.
+        The scalar loss, and per exit the supervised term, the consistency term, the fraction of rows with ``m = 1``,
+        and the supervised term on the perturbed input, each before any weight. Gradients flow from the loss alone, and
+        to the logits alone: not through the teacher, and not twice.
 
     Raises:
         ValueError: for shapes or devices that do not fit, numbers out of range, and for labels out of range on the
@@ -133,7 +140,7 @@ def consistent_exit_loss(
         TypeError: for logits of different or not floating dtypes, or labels that are not int64.
     """
     config, logits = _checked(
-        clean, perturbed, labels, consistency_weight, target, teacher, min_confidence, exit_weights
+        clean, perturbed, labels, consistency_weight, supervise_perturbed, target, teacher, min_confidence, exit_weights
     )
     if not is_tracing():
         losses: ExitLosses = LOSS.run[_choose(logits, labels).backend](logits, labels, config)
@@ -142,8 +149,8 @@ def consistent_exit_loss(
     takes = logits[0].is_cpu if backend == "cpp" else backend == "triton"
     if not (takes and logits[0].dtype in DTYPES):
         return loss_definition(logits, labels, config)
-    numbers = consistency_weight, target, teacher, min_confidence, list(config.exit_weights)
-    recorded = LOSS.recorded(logits, labels, *numbers)[:4]
+    *numbers, weights = astuple(config)
+    recorded = LOSS.recorded(logits, labels, *numbers, list(weights))[:NUM_LOSSES]
     return ExitLosses(recorded[0], *(part.detach() for part in recorded[1:]))
 
 
@@ -152,32 +159,36 @@ def _checked(
     perturbed: Sequence[Tensor],
     labels: Tensor,
     consistency_weight: float,
+    supervise_perturbed: float,
     target: Target,
     teacher: Teacher,
     min_confidence: float,
     exit_weights: Sequence[float] | None,
 ) -> tuple[LossConfig, list[Tensor]]:
-    check_loss_config(consistency_weight, target, teacher, min_confidence, exit_weights)
+    check_loss_config(consistency_weight, supervise_perturbed, target, teacher, min_confidence, exit_weights)
     weights = (1.0 / max(1, len(clean)),) * len(clean) if exit_weights is None else tuple(exit_weights)
     logits = [*clean, *perturbed]
     _check(logits, labels, num_clean=len(clean), num_weights=len(weights))
-    return LossConfig(consistency_weight, target, teacher, min_confidence, weights), logits
+    return LossConfig(consistency_weight, supervise_perturbed, target, teacher, min_confidence, weights), logits
 
 
 def check_loss_config(
     consistency_weight: float,
+    supervise_perturbed: float,
     target: Target,
-    teacher: Teacher,
+    teacher: str,
     min_confidence: float,
     exit_weights: Sequence[float] | None,
+    teachers: Sequence[str] = get_args(Teacher),
 ) -> None:
     """Refuse a configuration of the loss with values that are out of range."""
-    if not 0.0 <= consistency_weight < math.inf:
-        raise ValueError(f"consistency_weight is {consistency_weight}; give a finite number >= 0")
+    for name, weight in (("consistency_weight", consistency_weight), ("supervise_perturbed", supervise_perturbed)):
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}; give a finite number >= 0")
     if target not in ("soft", "hard"):
         raise ValueError(f"target {target!r} is unknown; choose soft or hard")
-    if teacher not in ("self", "final"):
-        raise ValueError(f"teacher {teacher!r} is unknown; choose self or final")
+    if teacher not in teachers:
+        raise ValueError(f"teacher {teacher!r} is unknown; choose {', '.join(teachers[:-1])} or {teachers[-1]}")
     if not 0.0 <= min_confidence <= 1.0:
         raise ValueError(f"min_confidence is {min_confidence}; give a probability in [0, 1]")
     for index, weight in enumerate(exit_weights or ()):

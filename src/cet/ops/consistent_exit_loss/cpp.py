@@ -27,7 +27,7 @@ def losses_and_gradients(
     exits = len(config.exit_weights)
     rows, classes = logits[0].shape
     loss = logits[0].new_empty((), dtype=torch.float32)
-    supervised, consistency, confident = (loss.new_empty((exits,)) for _ in range(3))
+    supervised, consistency, confident, supervised_perturbed = (loss.new_empty((exits,)) for _ in range(4))
     labels = labels.contiguous()
     pointers = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
     backend.kernels().consistent_exit_loss(  # type: ignore[union-attr] # dispatch has seen them
@@ -42,16 +42,18 @@ def losses_and_gradients(
         classes,
         labels.data_ptr(),
         config.consistency_weight,
+        config.supervise_perturbed,
         config.min_confidence,
         config.target == "hard",
-        config.teacher == "final",
+        config.teacher,
         loss.data_ptr(),
         supervised.data_ptr(),
         consistency.data_ptr(),
         confident.data_ptr(),
+        supervised_perturbed.data_ptr(),
         torch.get_num_threads(),
     )
-    return ExitLosses(loss, supervised, consistency, confident)
+    return ExitLosses(loss, supervised, consistency, confident, supervised_perturbed)
 
 
 class _ConsistentExitLoss(torch.autograd.Function):
@@ -86,6 +88,5 @@ class _ConsistentExitLoss(torch.autograd.Function):
 
 
 def _half_factors(labels: Tensor, config: LossConfig) -> list[float]:
-    supervised, consistency = config.half_factors(len(labels))
     labelled = max(1, int((labels != UNLABELLED).sum()))
-    return [*(factor / labelled for factor in supervised), *consistency]
+    return [shared + supervised / labelled for shared, supervised in config.half_factors(len(labels))]

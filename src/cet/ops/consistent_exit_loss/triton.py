@@ -49,9 +49,6 @@ class _ConsistentExitLoss(torch.autograd.Function):
         labels, labelled, *logits = ctx.saved_tensors
         if gradients is None:
             _, gradients, _ = losses_and_gradients(logits, labels, ctx.config, ctx.wanted)
-        factors = None
-        if logits[0].dtype is torch.float16:
-            supervised, consistency = ctx.config.half_factors(len(labels))
-            factors = [*supervised, *consistency]
+        factors = ctx.config.half_factors(len(labels)) if logits[0].dtype is torch.float16 else None
         kernels.scale_into(gradients, grad, factors, labelled)
         return None, None, *(g if want else None for g, want in zip(gradients, ctx.wanted, strict=True))
