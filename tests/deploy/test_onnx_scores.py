@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cet.deploy.onnx import session_of
 from cet.deploy.onnx_nodes import Block, Weights
-from cet.deploy.onnx_scores import SCORES, score
+from cet.deploy.onnx_scores import SURENESS, negated, sureness
 from cet.ops.definitions import ScoreName
 from cet.ops.exit_gate.definition import score_definition
 
@@ -24,7 +24,8 @@ def session(name: ScoreName, temperature: float) -> Any:
     """A model of one score."""
     block = Block(Weights(), "")
     logits = ir.Value(name="logits", shape=ir.Shape(("n", "k")), type=ir.TensorType(ir.DataType.FLOAT))
-    scores = score(block, logits, name, temperature)
+    scores = sureness(block, logits, name, temperature, excludes=True, keepdims=True)
+    scores = block.op("Neg" if negated(name) else "Identity", scores)
     scores.name, scores.shape, scores.type = "scores", ir.Shape(("n", 1)), ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(
         [logits],
@@ -38,7 +39,7 @@ def session(name: ScoreName, temperature: float) -> Any:
 
 
 def test_every_score_has_a_form_in_onnx() -> None:
-    assert SCORES.keys() == set(get_args(ScoreName))
+    assert SURENESS.keys() == set(get_args(ScoreName))
 
 
 ANY_LOGIT = st.one_of(

@@ -12,6 +12,14 @@ import onnx_ir as ir
 
 Value = ir.Value
 
+_DTYPES = {
+    "GreaterOrEqual": ir.DataType.BOOL,
+    "NonZero": ir.DataType.INT64,
+    "Size": ir.DataType.INT64,
+    "If": None,
+}
+"""What these operators return; others return what their first input is, or what they cast to."""
+
 
 class Weights:
     """The initialisers of a model, each held once, whatever it is called in the graphs that it comes from."""
@@ -63,7 +71,9 @@ class Block:
     def ops(self, kind: str, *inputs: Value, outputs: int, **attributes: Any) -> tuple[Value, ...]:
         """Append a node with several outputs."""
         where = f"{self.prefix}{kind}_{len(self.nodes)}"
-        values = [ir.Value(name=f"{where}_{index}" if outputs > 1 else where) for index in range(outputs)]
+        dtype = _DTYPES.get(kind, inputs[0].dtype)
+        type_ = None if dtype is None else ir.TensorType(attributes.get("to", dtype))
+        values = [ir.Value(name=f"{where}_{index}" if outputs > 1 else where, type=type_) for index in range(outputs)]
         self.nodes.append(ir.node(kind, inputs, attributes, outputs=values, name=where))
         return tuple(values)
 

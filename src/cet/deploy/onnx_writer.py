@@ -10,6 +10,7 @@ index are columns of one tensor on the way, so that one scatter does. For a batc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,9 +23,9 @@ from onnxscript.optimizer import fold_constants
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
-from cet.deploy.onnx_scores import score
+from cet.deploy.onnx_scores import negated, sureness
 from cet.deploy.segments import ExportedStages
-from cet.ops.definitions import SCORES
+from cet.model.heads import ExitHead
 from cet.partition.export import CUTTING, quiet
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -87,6 +88,7 @@ class _Model:
     def __init__(self, stages: ExportedStages, graph: ir.Graph, description: Description) -> None:
         self.description = description
         self._segments = stages.segments
+        self._heads = stages.model.heads
         self._graph = graph.clone()
         self._parts = _split(self._graph, stages)
         self._graph.outputs.clear()
@@ -101,18 +103,14 @@ class _Model:
         names = stages.input_format.names
         self._entry = [by_name[names[index]] for index in stages.entry if names[index] in by_name]
         self._sized = [by_name[names[index]] for index in stages.sized]
-        is_low = SCORES[description.score].is_low_when_sure
-        self._leaves = "LessOrEqual" if is_low else "GreaterOrEqual"
-        never = -np.inf if is_low else np.inf
-        thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
-        self._thresholds = _value(THRESHOLDS, FLOAT, thresholds.shape)
-        self._thresholds.const_value = ir.tensor(thresholds, name=THRESHOLDS)
+        self._negated = negated(description.score)
+        never = -np.inf if self._negated else np.inf
+        self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
+        self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
+        self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
 
     def with_exits(self) -> bytes:
-        batch = self.description.batch
-        block, outputs = self._any_rows() if batch is None else self._one_row(0, self._entry)
-        if batch is not None:
-            outputs[2] = block.op("Squeeze", outputs[2], block.integers(1))
+        block, outputs = self._any_rows() if self.description.batch is None else self._one_row(0, self._entry)
         return self._to_bytes(block, outputs, self.description.thresholds_are_input)
 
     def without_exits(self) -> bytes:
@@ -137,46 +135,76 @@ class _Model:
         sources = {"made": made, "taken": values}
         return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
 
-    def _scored(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, Value, list[Value]]:
-        """The nodes of a segment; its logits, its scores ``(n, 1)``, and what crosses the cut behind it."""
+    def _scored(
+        self, depth: int, values: Sequence[Value], *, keepdims: bool
+    ) -> tuple[Block, Value, Value, list[Value]]:
+        """The nodes of a segment; its logits, how sure its rows are, and what crosses the cut behind it."""
         block, logits, crossing = self._segment(depth, values)
         exit_index = self._segments[depth].exit_index
         temperatures = self.description.temperatures
-        temperature = 1.0 if temperatures is None else temperatures[exit_index]
-        scores = score(block, logits, self.description.score, temperature)
-        return block, block.cast(logits, self.description.logits_dtype), scores, crossing
+        sure = sureness(
+            block,
+            logits,
+            self.description.score,
+            1.0 if temperatures is None else temperatures[exit_index],
+            # A linear layer rules no class out.
+            excludes=exit_index == len(self._heads) or type(self._heads[exit_index]) is not ExitHead,
+            keepdims=keepdims,
+        )
+        return block, block.cast(logits, self.description.logits_dtype), sure, crossing
+
+    def _leaves(self, block: Block, sure: Value, exit_index: int) -> Value:
+        """Whether rows leave: of NaN no comparison is true."""
+        if self.description.thresholds_are_input:
+            limit = block.op("Gather", self._given_thresholds, block.constant(np.int64(exit_index)))
+            limit = block.op("Neg", limit) if self._negated else limit
+        else:
+            limit = block.number(-self._thresholds[exit_index] if self._negated else self._thresholds[exit_index])
+        return block.op("GreaterOrEqual", sure, limit)
 
     def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
-        """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1, 1)`` of a batch of one, from a segment on."""
-        block, logits, scores, crossing = self._scored(depth, values)
+        """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
+        block, logits, sure, crossing = self._scored(depth, values, keepdims=False)
         exit_index = self._segments[depth].exit_index
-        if depth + 1 == len(self._segments):
-            return block, [logits, block.op("Identity", block.integers(exit_index)), scores]
-        leaving = Block(self._weights, f"{block.prefix}leaves/")
-        answers = [leaving.op("Identity", value) for value in (logits, block.integers(exit_index), scores)]
-        leaves = block.op(self._leaves, scores, self._threshold(block, exit_index))
+        last = depth + 1 == len(self._segments)
+        leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
+        answers = [
+            logits if last else leaving.op("Identity", logits),
+            leaving.op("Identity", block.integers(exit_index)),
+            leaving.op("Neg", sure) if self._negated else leaving.op("Identity", sure),
+        ]
+        if last:
+            return block, answers
+        leaves = self._leaves(block, sure, exit_index)
         return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
         block, packed = self._packed(0, self._entry)
         widths = block.integers(self.description.num_classes, 1, 1)
-        logits, scores, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
-        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, scores)]
-        return block, [logits, block.op("Cast", flat[0], to=INT64), flat[1]]
+        logits, sure, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
+        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, sure)]
+        score = block.op("Neg", flat[1]) if self._negated else flat[1]
+        dtypes = _dtype(self.description.logits_dtype), INT64, FLOAT
+        return block, [
+            value if dtype == width else block.op("Cast", value, to=dtype)
+            for value, dtype, width in zip((logits, flat[0], score), dtypes, [_dtype(self._width)] * 3, strict=True)
+        ]
+
+    @property
+    def _width(self) -> str:
+        """The dtype of what is packed: float32, which holds all of it exactly, or float64 where the logits need it."""
+        return "float64" if self.description.logits_dtype == "float64" else "float32"
 
     def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
-        """Logits, score and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, logits, scores, crossing = self._scored(depth, values)
+        """Logits, how sure rows are, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
+        block, logits, sure, crossing = self._scored(depth, values, keepdims=True)
         exit_index = self._segments[depth].exit_index
-        # In float32, which holds all of them exactly, or float64 where the logits need it.
-        width = "float64" if self.description.logits_dtype == "float64" else "float32"
-        both = block.op("Concat", block.cast(logits, width), block.cast(scores, width), axis=1)
-        packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, width)))
+        both = block.op("Concat", block.cast(logits, self._width), block.cast(sure, self._width), axis=1)
+        packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
         if depth + 1 == len(self._segments):
             return block, packed
-        leaves = block.op(self._leaves, scores, self._threshold(block, exit_index))
-        stays = block.op("Squeeze", block.op("Not", leaves), block.integers(1))
-        index = block.op("NonZero", stays)  # (1, number that stays)
+        stays = block.op("Not", self._leaves(block, sure, exit_index))
+        index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
 
         staying = Block(self._weights, f"{block.prefix}stays/")
@@ -193,9 +221,6 @@ class _Model:
         (packed,) = self._if(block, somebody, (staying, [answered]), (nobody, [left]))
         return block, packed
 
-    def _threshold(self, block: Block, exit_index: int) -> Value:
-        return block.op("Gather", self._thresholds, block.constant(np.int64(exit_index)))
-
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
     ) -> list[Value]:
@@ -210,17 +235,18 @@ class _Model:
         kinds = ((_dtype(self.description.logits_dtype), (rows, classes)), (INT64, (rows,)), (FLOAT, (rows,)))
         answers = []
         for name, value, (dtype, shape) in zip(OUTPUTS, outputs, kinds, strict=False):
-            answer = block.op("Cast", value, to=dtype)
-            answer.name, answer.dtype, answer.shape = name, dtype, ir.Shape(shape)
+            answer = value if value.producer() in block.nodes else block.op("Identity", value)
+            answer.name, answer.type, answer.shape = name, ir.TensorType(dtype), ir.Shape(shape)
             answers.append(answer)
         graph = ir.Graph(
-            [*self._inputs, *([self._thresholds] if thresholds_are_input else [])],
+            [*self._inputs, *([self._given_thresholds] if thresholds_are_input else [])],
             answers,
             nodes=block.nodes,
-            initializers=[*self._weights.values, self._thresholds],
+            initializers=[self._given_thresholds] if thresholds_are_input else [],
             opset_imports={"": OPSET},
             name="model",
         )
+        _place(graph, set(self._weights.values))
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="cet")
         model.metadata_props[KEY] = self.description.to_json()
         RemoveUnusedNodesPass()(model)
@@ -235,6 +261,19 @@ def _dtype(name: str) -> ir.DataType:
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _place(graph: ir.Graph, weights: set[Value]) -> None:
+    """Put each weight into the innermost branch that reads it: what branches read from around them costs at each call."""
+    branches = [a.as_graph() for node in graph for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
+    here = {value for node in graph for value in node.inputs if value in weights}
+    here |= {value for value in graph.outputs if value in weights}
+    here |= {value for a, b in itertools.combinations(read_in, 2) for value in a & b}
+    for value in sorted(here, key=lambda value: value.name or ""):
+        graph.register_initializer(value)
+    for branch, read in zip(branches, read_in, strict=True):
+        _place(branch, read - here)
 
 
 def _rearranges(node: ir.Node) -> bool | None:

@@ -78,6 +78,9 @@ def export_segments(
             staged = model.staged(*args, **kwargs)
         except CutError as error:
             raise ExportError(f"the model cannot be exported, as it cannot be cut: {error}") from error
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(f"the backbone fails on example_inputs ({reason}); give one that it takes") from error
         return _Exporter(model, staged, thresholds, batch).export()
 
 
@@ -179,13 +182,13 @@ class _AllSegments(nn.Module):
     def __init__(self, segments: Sequence[SegmentModule]) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
-        self.at = 0
+        self.traced: set[int] = set()  # changed in place: torch.export takes assignments to attributes back
 
     def forward(self, *examples: tuple[Sequence[Tensor], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         for at, (segment, example) in enumerate(zip(self.segments, examples, strict=True)):
-            self.at = at
             outputs += segment(*example)
+            self.traced.add(at)
         return tuple(outputs)
 
 
@@ -293,7 +296,7 @@ class _Exporter:
                 return torch.export.export(together, examples, dynamic_shapes=(tuple(shapes),), strict=False)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            name = self.model.exit_names[segments[together.at].exit_index]
+            name = self.model.exit_names[segments[len(together.traced)].exit_index]
             raise ExportError(
                 f"torch.export cannot trace the stage that ends in exit {name!r} ({reason}); give it code without "
                 "branches on values"
