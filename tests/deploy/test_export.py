@@ -23,8 +23,7 @@ CLOSED: tuple[float | None, ...] = (None, None)
 def net() -> cet.EarlyExit:
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
-    model = cet.EarlyExit(nn.Sequential(*layers), ["1", "3"], (torch.randn(8, 4),)).eval()
-    return model
+    return cet.EarlyExit(nn.Sequential(*layers), ["1", "3"], (torch.randn(8, 4),)).eval()
 
 
 def opened() -> cet.EarlyExit:
@@ -95,7 +94,7 @@ def test_wrong_names_are_refused(file: Path) -> None:
         loaded.predict(input=row, x=row)
     with pytest.raises(TypeError, match="input is given twice"):
         loaded.predict(row, input=row)
-    with pytest.raises(ValueError, match="thresholds are part of this file; .* thresholds='input'"):
+    with pytest.raises(ValueError, match=r"thresholds are part of this file; .* thresholds='input'"):
         loaded.thresholds = (0.5, 0.5)
 
 
@@ -137,7 +136,7 @@ class Branches(nn.Module):
 def test_branches_on_values_are_named(tmp_path: Path) -> None:
     stages = cet.Stages(stem=nn.Linear(4, 8), branch=Branches(), tail=nn.Linear(8, 3))
     model = cet.EarlyExit(stages, ["stem"], (torch.ones(3, 4),), policy=cet.ExitPolicy("entropy", (1.0,))).eval()
-    with pytest.raises(cet.ExportError, match="cannot trace the stage that ends in exit 'final'.*without branches"):
+    with pytest.raises(cet.ExportError, match=r"cannot trace the stage that ends in exit 'final'.*without branches"):
         cet.export(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 

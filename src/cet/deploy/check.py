@@ -115,15 +115,15 @@ def _forced(
     for k in early:
         yield tuple(always if index == k else None for index in range(len(closed)))
     halving: list[float | None] = list(closed)
-    staying = torch.ones(len(every_exit[0][0]), dtype=torch.bool)
+    kept = torch.ones(len(every_exit[0][0]), dtype=torch.bool)
     for k in early:
         scores = every_exit[k][1]
-        ordered = scores[staying & ~scores.isnan()].sort().values
+        ordered = scores[kept & ~scores.isnan()].sort().values
         if len(ordered) < 2:
             break
         middle = len(ordered) // 2
         halving[k] = threshold = float((ordered[middle - 1] + ordered[middle]) / 2)
-        staying &= scores > threshold if is_low else scores < threshold
+        kept &= scores > threshold if is_low else scores < threshold
     yield tuple(halving)
 
 

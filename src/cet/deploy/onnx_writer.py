@@ -207,18 +207,18 @@ class _Model:
         index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
 
-        staying = Block(self._weights, f"{block.prefix}stays/")
-        rows = staying.op("Squeeze", index, block.integers(0))
+        kept = Block(self._weights, f"{block.prefix}stays/")
+        rows = kept.op("Squeeze", index, block.integers(0))
         going_on = [
-            value if dim is None else staying.op("Gather", value, rows, axis=dim)
+            value if dim is None else kept.op("Gather", value, rows, axis=dim)
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
         deeper, answers = self._packed(depth + 1, going_on)
-        staying.nodes += deeper.nodes
-        answered = staying.op("ScatterND", packed, staying.op("Transpose", index), answers)
+        kept.nodes += deeper.nodes
+        answered = kept.op("ScatterND", packed, kept.op("Transpose", index), answers)
         nobody = Block(self._weights, f"{block.prefix}leaves/")
         left = nobody.op("Identity", packed)
-        (packed,) = self._if(block, somebody, (staying, [answered]), (nobody, [left]))
+        (packed,) = self._if(block, somebody, (kept, [answered]), (nobody, [left]))
         return block, packed
 
     def _if(
@@ -264,7 +264,7 @@ def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
 
 
 def _place(graph: ir.Graph, weights: set[Value]) -> None:
-    """Put each weight into the innermost branch that reads it: what branches read from around them costs at each call."""
+    """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call."""
     branches = [a.as_graph() for node in graph for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
     read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
     here = {value for node in graph for value in node.inputs if value in weights}
