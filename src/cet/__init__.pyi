@@ -11,6 +11,10 @@ from .calibration.cost import exit_costs as exit_costs
 from .calibration.metrics import BoundedLoss as BoundedLoss
 from .calibration.report import CalibrationReport as CalibrationReport
 from .calibration.report import Certificate as Certificate
+from .deploy.description import ExportError as ExportError
+from .deploy.export import export as export
+from .deploy.loading import load_exported as load_exported
+from .deploy.report import ExportReport as ExportReport
 from .model.check import AnswerMismatchError as AnswerMismatchError
 from .model.early_exit import EarlyExit as EarlyExit
 from .model.heads import ExitHead as ExitHead

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = ("demo", "train", "calibrate", "predict", "doctor", "energy", "completion")
+COMMANDS = ("demo", "train", "calibrate", "predict", "export", "doctor", "energy", "completion")
 """The modules of this package whose ``command`` is a command of `cet`."""
 
 

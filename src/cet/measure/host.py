@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 
 def host_facts() -> dict[str, str | int]:
     """The platform, the processor, the number of usable cores and the number of torch's threads."""
+    import torch  # exported models look up what is installed in processes without torch
+
     return {
         "platform": platform.platform(),
         "processor": _processor(),

@@ -54,11 +54,13 @@ class StagedBatch(NamedTuple):
         program: the stages.
         inputs: in the order of the backbone's signature; copies where the backbone changes its inputs.
         num_rows: of the batch.
+        input_format: of such calls.
     """
 
     program: Program
     inputs: Sequence[Any]
     num_rows: int
+    input_format: InputFormat
 
 
 class InputWay(NamedTuple):
@@ -332,9 +334,8 @@ class EarlyExit(nn.Module):
         self._require_eval("staged")
         way, inputs = self.bind(args, kwargs)
         program = way.cache.cut_now(inputs)
-        return StagedBatch(
-            program, copied(inputs) if self._changes_inputs else inputs, way.input_format.num_rows(inputs)
-        )
+        given = copied(inputs) if self._changes_inputs else inputs
+        return StagedBatch(program, given, way.input_format.num_rows(inputs), way.input_format)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, heads, policy and input format to one safetensors file, atomically; the runner is not saved.

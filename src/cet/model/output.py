@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # exported models answer in processes without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class ExitOutput:
         logits: ``(B, K)``, from the exit that the row took.
         exit_index: ``(B,)`` int64, that exit; ``E - 1`` is the final one.
         score: ``(B,)`` float32, the policy's score of the row at that exit.
+
+    These are tensors; or NumPy arrays where a model that :func:`cet.load_exported` read was called with such.
     """
 
     logits: Tensor
@@ -26,7 +29,7 @@ class ExitOutput:
     @property
     def labels(self) -> Tensor:
         """``(B,)`` int64, the most likely class of each row."""
-        return self.logits.argmax(dim=1)
+        return self.logits.argmax(1)
 
 
 class LossOutput(OrderedDict[str, Any]):

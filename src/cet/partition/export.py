@@ -33,6 +33,12 @@ A fork waits for the end of the cut: the child would otherwise have a patched to
 """
 os.register_at_fork(before=CUTTING.acquire, after_in_parent=CUTTING.release, after_in_child=CUTTING.release)
 
+_TALKATIVE = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._export.non_strict_utils",
+    "torch.onnx._internal.exporter._registration",
+)
+
 
 def export(
     backbone: nn.Module, exits: Sequence[str], input_format: InputFormat, inputs: Sequence[Any], *, dynamic: bool
@@ -56,7 +62,7 @@ def export(
             tensors.append(value.clone())
             shapes.append({**dims, 0: Dim.AUTO} if batched else dims)
     try:
-        with CUTTING, _quiet():
+        with CUTTING, quiet():
             return torch.export.export(
                 _Logits(backbone, input_format, inputs).eval(),
                 tuple(tensors),
@@ -73,15 +79,16 @@ def export(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what PyTorch prints, logs and warns of while it traces in this thread from the user: it is in the error."""
     thread = threading.get_ident()
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logs = [logging.getLogger(name) for name in _TALKATIVE]
 
     def is_of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    log.addFilter(is_of_others)
+    for log in logs:
+        log.addFilter(is_of_others)
     before = sys.stderr
     sys.stderr = _OfOthers(before, thread)
     try:
@@ -90,7 +97,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         sys.stderr = before
-        log.removeFilter(is_of_others)
+        for log in logs:
+            log.removeFilter(is_of_others)
 
 
 class _OfOthers(io.TextIOBase):

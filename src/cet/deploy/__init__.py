@@ -1,0 +1,1 @@
+"""Models with exits as files, for runtimes that know nothing of cet."""

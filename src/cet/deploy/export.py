@@ -1,0 +1,180 @@
+"""`cet.export`: a model with exits as one file that skips work where Python and PyTorch are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cet.deploy.check import Comparison, compare
+from cet.deploy.description import Description, ExportError, Input
+from cet.deploy.loading import format_of
+from cet.deploy.report import ExportReport, time_exits
+from cet.deploy.segments import ExportedStages, export_segments
+from cet.files import check_file, write_atomically
+from cet.measure.host import require, versions
+from cet.measure.rounds import Timings
+from cet.model.early_exit import EarlyExit
+from cet.partition.inputs import Call
+
+_NUMPY_DTYPES = {
+    getattr(torch, name): name
+    for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+}
+
+
+def export(
+    model: EarlyExit,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    format: str | None = None,
+    batch: Literal["dynamic", 1] = "dynamic",
+    thresholds: Literal["baked", "input"] = "baked",
+    class_labels: Sequence[str] | None = None,
+) -> ExportReport:
+    """Write a model with its exits and policy as one file for another runtime, in which rows that leave skip the rest.
+
+    The file is compared with the model, row by row, before it takes its name; on any fault nothing is written, and an
+    older file stays. Read it by :func:`cet.load_exported`, or by the runtime alone: its outputs are ``logits``
+    ``(B, K)``, ``exit_index`` ``(B,)`` int64 and ``score`` ``(B,)`` float32.
+
+    Args:
+        model: in eval mode.
+        path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit.
+        example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
+            not given. Sizes besides the batch may vary later where the model's stages allow it.
+        format: ``"onnx"``, where the suffix of ``path`` does not tell.
+        batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
+            is faster for that.
+        thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
+            ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's.
+        class_labels: a name for each class, to be kept in the file.
+
+    Returns:
+        What was compared, and how fast the file is beside the model without exits in the same runtime.
+
+    Raises:
+        ExportError: where the model has no form in this format, with the stage or input and the reason.
+        AnswerMismatchError: where the file would answer otherwise than the model.
+        ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed.
+        RuntimeError: in train mode.
+        ModuleNotFoundError: where a package that writes the format is not installed.
+        OSError: where the file cannot be written.
+    """
+    if not isinstance(model, EarlyExit):
+        raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
+    if model.training:
+        raise RuntimeError("model is in train mode; call model.eval() before export")
+    name = format_of(path, format)
+    if batch not in ("dynamic", 1):
+        raise ValueError(f"batch is {batch!r}; give 'dynamic' or 1")
+    if thresholds not in ("baked", "input"):
+        raise ValueError(f"thresholds is {thresholds!r}; give 'baked' or 'input'")
+    if thresholds == "baked" and all(threshold is None for threshold in model.policy.thresholds):
+        raise ValueError(
+            "every exit of model.policy is closed, so that no row would leave early; set a policy, as cet.calibrate "
+            "gives, or export with thresholds='input'"
+        )
+    if class_labels is not None and len(class_labels) != model.num_classes:
+        raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
+    require("export to ONNX", ["onnx", "onnxscript", "onnxruntime"], extra="onnx")
+    check_file(Path(os.path.realpath(path)))
+    call = model.example_inputs if example_inputs is None else _as_call(example_inputs)
+    rows = None if batch == "dynamic" else batch
+    opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
+    stages = export_segments(model, call, opened, rows)
+    description = describe(stages, rows, thresholds == "input", class_labels)
+    content, comparison, timings = _onnx(stages, description)
+    write_atomically(path, content)
+    return ExportReport(os.fspath(path), name, len(content), description, comparison, timings)
+
+
+def _onnx(stages: ExportedStages, description: Description) -> tuple[bytes, Comparison, Timings[str]]:
+    """The file, what came of comparing it, and its speed."""
+    from cet.deploy.onnx import OnnxModel, session_of
+    from cet.deploy.onnx_writer import OnnxWriter
+
+    writer = OnnxWriter(stages)
+    content = writer.with_exits(description)
+    # Only where thresholds can be moved can every way through the file be taken.
+    movable = replace(description, thresholds_are_input=True)
+    loaded = OnnxModel(session_of(content if movable == description else writer.with_exits(movable)), "the model")
+    comparison = compare(loaded, stages)
+    if movable != description:
+        compare(OnnxModel(session_of(content), "the model"), stages)
+    full = session_of(writer.without_exits(description))
+    return content, comparison, time_exits(loaded, partial(full.run, None), stages)
+
+
+def describe(
+    stages: ExportedStages, batch: int | None, thresholds_are_input: bool, class_labels: Sequence[str] | None
+) -> Description:
+    """What a file that holds these stages says of itself.
+
+    Raises:
+        ExportError: for inputs of a dtype that NumPy lacks, or constants that JSON cannot hold.
+    """
+    model, names = stages.model, stages.input_format.names
+    used = sorted({*stages.entry, *stages.sized})
+    inputs, constants, ignored = [], {}, []
+    for index, (name, value) in enumerate(zip(names, stages.inputs, strict=True)):
+        if not isinstance(value, Tensor):
+            if not (value is None or isinstance(value, bool | int | float | str)):
+                raise ExportError(
+                    f"input {name} is a {type(value).__name__}, which no file can hold; give a plain value"
+                )
+            constants[name] = value
+        elif index in used:
+            shape = stages.shapes[index]
+            inputs.append(Input(name, dtype_name(name, value.dtype), tuple(value.shape) if shape is None else shape))
+        else:
+            ignored.append(name)
+    return Description(
+        exits=model.exit_names,
+        num_classes=model.num_classes,
+        class_labels=None if class_labels is None else tuple(class_labels),
+        score=model.policy.score,
+        thresholds=model.policy.thresholds,
+        temperatures=model.policy.temperatures,
+        thresholds_are_input=thresholds_are_input,
+        batch=batch,
+        inputs=tuple(inputs),
+        constants=constants,
+        ignored=tuple(ignored),
+        parameters=_parameters(model.backbone),
+        ranges=stages.ranges,
+        logits_dtype=dtype_name("the answer", stages.logits_dtype),
+        versions={name: number for name, number in versions(("cet", "torch", "onnxscript")).items() if number},
+    )
+
+
+def dtype_name(what: str, dtype: torch.dtype) -> str:
+    """The name that NumPy has for a dtype.
+
+    Raises:
+        ExportError: where it has none.
+    """
+    if dtype not in _NUMPY_DTYPES:
+        raise ExportError(f"{what} has dtype {dtype}, which NumPy lacks; export model.float()")
+    return _NUMPY_DTYPES[dtype]
+
+
+def _as_call(example_inputs: Any) -> Call:
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def _parameters(backbone: nn.Module) -> tuple[str, ...]:
+    """The parameters of forward that take inputs by position, with a star before one that takes the rest."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.VAR_POSITIONAL)
+    parameters = signature(backbone.forward).parameters.values()
+    return tuple("*" * (p.kind is Parameter.VAR_POSITIONAL) + p.name for p in parameters if p.kind in positional)

@@ -1,0 +1,195 @@
+"""What :func:`cet.load_exported` returns: an exported model that is called like the model itself. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from cet.deploy.description import BATCH, Description, Input
+from cet.model.output import ExitOutput
+
+Array = npt.NDArray[Any]
+Thresholds = tuple[float | None, ...]
+
+
+class LoadedModel(ABC):
+    """An exported model.
+
+    Attributes:
+        description: what the file says of itself.
+        exit_names: of all exits, shallow first, the final one included.
+        class_labels: a name for each class, or None.
+    """
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self.exit_names = description.exits
+        self.class_labels = description.class_labels
+        self._thresholds = description.thresholds
+        self._dtypes = [np.dtype(given.dtype) for given in description.inputs]
+        plain = [given.name for given in description.inputs] == list(description.parameters)[: len(description.inputs)]
+        self._num_plain = len(description.inputs) if plain else -1
+
+    @abstractmethod
+    def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        """Logits, exit indices and scores of at least one row, whose inputs have been checked."""
+
+    def predict(self, *args: Any, **kwargs: Any) -> ExitOutput:
+        """Answer every row of a batch, as :meth:`cet.EarlyExit.predict` does.
+
+        Args:
+            args, kwargs: what the backbone's forward takes, as NumPy arrays or tensors, of the dtypes and sizes of
+                :attr:`description`.
+
+        Returns:
+            Logits ``(B, K)``, exit index ``(B,)`` int64 and score ``(B,)`` float32: tensors where the first input is
+            one, else arrays.
+
+        Raises:
+            TypeError, ValueError: for other inputs than the file takes, naming the input and the rule.
+        """
+        return self.answer(self._bind(args, kwargs) if kwargs or len(args) != self._num_plain else args)
+
+    def answer(self, given: Sequence[Any]) -> ExitOutput:
+        """Answer a batch whose tensors are given one by one, in the order of the file's inputs."""
+        arrays = [
+            value if type(value) is np.ndarray else _to_array(expected, value)
+            for expected, value in zip(self.description.inputs, given, strict=True)
+        ]
+        rows = self._check(arrays)
+        if rows == 0:
+            answers = (
+                np.empty((0, self.description.num_classes), self.description.logits_dtype),
+                np.empty(0, np.int64),
+                np.empty(0, np.float32),
+            )
+        else:
+            answers = self.run(arrays, self._thresholds)
+        if type(given[0]) is not np.ndarray:
+            torch = sys.modules["torch"]
+            return ExitOutput(*(torch.from_numpy(answer) for answer in answers))
+        return ExitOutput(*cast(Any, answers))
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """When samples leave: one number per early exit, None for a closed one. They can be assigned where the file was
+        exported with ``thresholds="input"``."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Sequence[float | None]) -> None:
+        if not self.description.thresholds_are_input:
+            raise ValueError("the thresholds are part of this file; export the model with thresholds='input'")
+        chosen = tuple(None if threshold is None else float(threshold) for threshold in thresholds)
+        if len(chosen) != len(self.exit_names) - 1:
+            raise ValueError(
+                f"{len(chosen)} thresholds were given but the model has {len(self.exit_names) - 1} early exits; give "
+                "one each, None for a closed one"
+            )
+        if any(threshold is not None and math.isnan(threshold) for threshold in chosen):
+            raise ValueError("a threshold is NaN; give a number, or None to close the exit")
+        self._thresholds = chosen
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The tensors of a call, in the order of the file's inputs."""
+        known = self.description
+        given: dict[str, Any] = {}
+        for name, value in _by_parameter(known.parameters, args, kwargs):
+            given |= dict(_leaves(name, value))
+        tensors = []
+        for expected in known.inputs:
+            if expected.name not in given:
+                raise TypeError(f"{expected.name} is missing; give {', '.join(tensor.name for tensor in known.inputs)}")
+            tensors.append(given.pop(expected.name))
+        for name, value in given.items():
+            if name in known.constants:
+                if value != known.constants[name]:
+                    raise ValueError(
+                        f"{name} is {value!r} but the file was exported with {known.constants[name]!r}; export the "
+                        "model again with another example"
+                    )
+            elif name not in known.ignored and value is not None:
+                raise TypeError(
+                    f"{name} is no input of this file, which takes {', '.join(t.name for t in known.inputs)}; leave it "
+                    "out, or export the model again with an example that has it"
+                )
+        return tensors
+
+    def _check(self, arrays: Sequence[Array]) -> int:
+        """Refuse what the file does not take; returns the number of rows."""
+        sizes: dict[str, int] = {}
+        for array, expected, dtype in zip(arrays, self.description.inputs, self._dtypes, strict=True):
+            if array.dtype != dtype:
+                raise TypeError(f"{expected.name} is {array.dtype} but the file takes {dtype}; convert it")
+            if array.ndim != len(expected.shape):
+                raise _other_shape(expected, array)
+            for size, wanted in zip(array.shape, expected.shape, strict=True):
+                if isinstance(wanted, str):
+                    if sizes.setdefault(wanted, size) != size:
+                        raise ValueError(
+                            f"{expected.name} has shape {array.shape}, where another input has {sizes[wanted]} for the "
+                            f"same size {wanted}; give both the same"
+                        )
+                elif size != wanted:
+                    raise _other_shape(expected, array)
+        for name, (least, largest) in self.description.ranges.items():
+            size = sizes[name]
+            if size < least or (largest is not None and size > largest):
+                raise ValueError(
+                    f"size {name} is {size}, and the model takes from {least} to {largest or 'any'}; pad or cut it"
+                )
+        return sizes.get(BATCH, 1)
+
+
+def _other_shape(expected: Input, array: Array) -> ValueError:
+    shape = ", ".join(map(str, expected.shape))
+    fix = ""
+    if expected.shape[:1] == (1,) and array.ndim == len(expected.shape) and array.shape[1:] == expected.shape[1:]:
+        fix = " for one row at a time; export with batch='dynamic' for more"
+    return ValueError(f"{expected.name} has shape {array.shape} but the file takes ({shape}){fix or '; reshape it'}")
+
+
+def _to_array(expected: Input, value: Any) -> Array:
+    """A tensor's memory as an array."""
+    if isinstance(value, np.ndarray):
+        return value
+    if type(value).__module__.partition(".")[0] != "torch" or not hasattr(value, "detach"):
+        raise TypeError(f"{expected.name} is {type(value).__name__}; give a NumPy array or a tensor")
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype != expected.dtype:
+        raise TypeError(f"{expected.name} is {dtype} but the file takes {expected.dtype}; convert it")
+    return cast(Array, value.detach().cpu().numpy())
+
+
+def _by_parameter(
+    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """The arguments of a call by the names of the parameters."""
+    for index, value in enumerate(args):
+        name = parameters[index] if index < len(parameters) else ""
+        if name.startswith("*"):
+            yield name[1:], tuple(args[index:])
+            break
+        if not name or name in kwargs:
+            problem = f"{name} is given twice" if name else f"{len(args)} inputs are given by position"
+            raise TypeError(f"{problem}; the model takes {', '.join(parameters)}")
+        yield name, value
+    yield from kwargs.items()
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a nested argument holds, under the names that the description has for it."""
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            yield from _leaves(f"{name}[{key!r}]", value[key])
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", part)
+    else:
+        yield name, value

@@ -1,0 +1,77 @@
+"""Runs exported ``.onnx`` files by ONNX Runtime. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError
+from cet.deploy.loaded import Array, LoadedModel, Thresholds
+from cet.measure.host import require
+
+
+def session_of(model: str | bytes, threads: int | None = None) -> Any:
+    """A session of ONNX Runtime on the CPU.
+
+    Raises:
+        ModuleNotFoundError: where ONNX Runtime is not installed.
+    """
+    require("an .onnx file", ["onnxruntime"], extra="onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings tell of nodes that it takes out
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+class OnnxModel(LoadedModel):
+    """An exported ``.onnx`` file in ONNX Runtime.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``.
+    """
+
+    def __init__(self, session: Any, path: str) -> None:
+        metadata = session.get_modelmeta().custom_metadata_map
+        super().__init__(Description.from_json(metadata.get(KEY), path))
+        self.session = session
+        self._names = [given.name for given in self.description.inputs]
+        self._closed = math.inf if self.description.score != "entropy" else -math.inf
+
+    def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        feeds = dict(zip(self._names, arrays, strict=True))
+        if thresholds is not self.description.thresholds:
+            feeds[THRESHOLDS] = np.array([self._closed if t is None else t for t in thresholds], np.float32)
+        logits, exit_index, score = self.session.run(OUTPUTS, feeds)
+        return logits, exit_index, score
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxModel:
+    """Read an ``.onnx`` file that :func:`cet.export` wrote.
+
+    Args:
+        path: the file.
+        threads: how many threads ONNX Runtime may use within an operator; None: as many as it likes.
+
+    Raises:
+        ExportError: where the file is damaged, of another kind or of a newer format.
+        ModuleNotFoundError: where ONNX Runtime is not installed.
+        OSError: where the file cannot be read.
+    """
+    name = os.fspath(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name} is no file; give the path that cet.export wrote")
+    try:
+        session = session_of(name, threads)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # onnxruntime has a class of its own for each kind, none of them public
+        raise ExportError(f"ONNX Runtime cannot read {name} ({str(error).splitlines()[0]}); export it again") from error
+    return OnnxModel(session, name)

@@ -1,0 +1,322 @@
+"""A model with exits as one ONNX file of standard operators.
+
+Each stage is exported once, and the graphs are nested by hand: behind each exit stands an ``If``, whose one branch
+holds all that comes behind the exit. So the file grows, and takes time to write, linearly with the exits; an ``If``
+made from ``torch.cond`` is traced again for each exit that it is in.
+
+For any number of rows the branch gathers the rows that stay, and scatters their answers back; logits, score and exit
+index are columns of one tensor on the way, so that one scatter does. For a batch of one there is no index at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
+
+from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
+from cet.deploy.onnx_nodes import Block, Value, Weights
+from cet.deploy.onnx_operators import TRANSLATIONS
+from cet.deploy.onnx_scores import negated, sureness
+from cet.deploy.segments import ExportedStages
+from cet.model.heads import ExitHead
+from cet.partition.export import CUTTING, quiet
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+OPSET = 20
+IR_VERSION = 10
+
+_LARGEST = 2_000_000_000
+"""Bytes that a protocol buffer holds."""
+
+
+class OnnxWriter:
+    """Writes exported stages as ONNX models.
+
+    Raises:
+        ExportError: where an operator has no translation, and where the weights are more than one file can hold.
+    """
+
+    def __init__(self, stages: ExportedStages) -> None:
+        size = sum(tensor.nbytes for tensor in (*stages.model.parameters(), *stages.model.buffers()))
+        if size >= _LARGEST:
+            raise ExportError(
+                f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2; give a smaller backbone"
+            )
+        self._stages = stages
+        try:
+            with CUTTING, quiet():
+                translated = torch.onnx.export(
+                    stages.program,
+                    (),
+                    dynamo=True,
+                    verbose=False,
+                    external_data=False,
+                    opset_version=OPSET,
+                    custom_translation_table=TRANSLATIONS,
+                )
+        except Exception as error:
+            reason = next((line for line in reversed(str(error.__cause__ or error).splitlines()) if line.strip()), "")
+            raise ExportError(
+                f"the backbone or a head has no form in ONNX ({reason.strip()}); compute it with operators that "
+                "torch.onnx translates"
+            ) from error
+        assert translated is not None
+        # Weights that are only rearranged are rearranged here, whatever their size: branches are not folded later.
+        fold_constants(translated.model, should_fold=_rearranges, output_size_limit=_LARGEST)
+        self._graph = translated.model.graph
+
+    def with_exits(self, description: Description) -> bytes:
+        """The model with its exits, as it is described."""
+        return _Model(self._stages, self._graph, description).with_exits()
+
+    def without_exits(self, description: Description) -> bytes:
+        """The backbone alone, from the same stages: what the exits are measured against."""
+        return _Model(self._stages, self._graph, description).without_exits()
+
+
+class _Model:
+    """One model while it is written."""
+
+    def __init__(self, stages: ExportedStages, graph: ir.Graph, description: Description) -> None:
+        self.description = description
+        self._segments = stages.segments
+        self._heads = stages.model.heads
+        self._graph = graph.clone()
+        self._parts = _split(self._graph, stages)
+        self._graph.outputs.clear()
+        self._weights = Weights()
+        self._constants: dict[Value, Value] = {}
+        for value in self._graph.initializers.values():
+            assert value.const_value is not None
+            self._constants[value] = self._weights.of(value.const_value, value.name or "weight")
+            value.replace_all_uses_with(self._constants[value])
+        self._inputs = [_value(given.name, _dtype(given.dtype), given.shape) for given in description.inputs]
+        by_name = {value.name: value for value in self._inputs}
+        names = stages.input_format.names
+        self._entry = [by_name[names[index]] for index in stages.entry if names[index] in by_name]
+        self._sized = [by_name[names[index]] for index in stages.sized]
+        self._negated = negated(description.score)
+        never = -np.inf if self._negated else np.inf
+        self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
+        self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
+        self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
+
+    def with_exits(self) -> bytes:
+        block, outputs = self._any_rows() if self.description.batch is None else self._one_row(0, self._entry)
+        return self._to_bytes(block, outputs, self.description.thresholds_are_input)
+
+    def without_exits(self) -> bytes:
+        whole = Block(self._weights, "")
+        values = self._entry
+        for depth in range(len(self._segments)):
+            block, logits, values = self._segment(depth, values)
+            whole.nodes += block.nodes
+        return self._to_bytes(whole, [logits], False)
+
+    def _segment(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, list[Value]]:
+        """The nodes of a segment; its logits, and what crosses the cut behind it."""
+        segment, part = self._segments[depth], self._parts[depth]
+        block = Block(self._weights, f"{self.description.exits[segment.exit_index]}/")
+        outer = dict(zip(part.inputs, [*self._sized, *values], strict=True))
+        for inside, outside in outer.items():
+            inside.replace_all_uses_with(outside)
+        outer |= self._constants
+        logits, *made = [outer.get(value, value) for value in part.outputs]
+        self._graph.remove(part.nodes)
+        block.take(part.nodes)
+        sources = {"made": made, "taken": values}
+        return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
+
+    def _scored(
+        self, depth: int, values: Sequence[Value], *, keepdims: bool
+    ) -> tuple[Block, Value, Value, list[Value]]:
+        """The nodes of a segment; its logits, how sure its rows are, and what crosses the cut behind it."""
+        block, logits, crossing = self._segment(depth, values)
+        exit_index = self._segments[depth].exit_index
+        temperatures = self.description.temperatures
+        sure = sureness(
+            block,
+            logits,
+            self.description.score,
+            1.0 if temperatures is None else temperatures[exit_index],
+            # A linear layer rules no class out.
+            excludes=exit_index == len(self._heads) or type(self._heads[exit_index]) is not ExitHead,
+            keepdims=keepdims,
+        )
+        return block, block.cast(logits, self.description.logits_dtype), sure, crossing
+
+    def _leaves(self, block: Block, sure: Value, exit_index: int) -> Value:
+        """Whether rows leave: of NaN no comparison is true."""
+        if self.description.thresholds_are_input:
+            limit = block.op("Gather", self._given_thresholds, block.constant(np.int64(exit_index)))
+            limit = block.op("Neg", limit) if self._negated else limit
+        else:
+            limit = block.number(-self._thresholds[exit_index] if self._negated else self._thresholds[exit_index])
+        return block.op("GreaterOrEqual", sure, limit)
+
+    def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
+        """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
+        block, logits, sure, crossing = self._scored(depth, values, keepdims=False)
+        exit_index = self._segments[depth].exit_index
+        last = depth + 1 == len(self._segments)
+        leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
+        answers = [
+            logits if last else leaving.op("Identity", logits),
+            leaving.op("Identity", block.integers(exit_index)),
+            leaving.op("Neg", sure) if self._negated else leaving.op("Identity", sure),
+        ]
+        if last:
+            return block, answers
+        leaves = self._leaves(block, sure, exit_index)
+        return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
+
+    def _any_rows(self) -> tuple[Block, list[Value]]:
+        block, packed = self._packed(0, self._entry)
+        widths = block.integers(self.description.num_classes, 1, 1)
+        logits, sure, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
+        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, sure)]
+        score = block.op("Neg", flat[1]) if self._negated else flat[1]
+        dtypes = _dtype(self.description.logits_dtype), INT64, FLOAT
+        return block, [
+            value if dtype == width else block.op("Cast", value, to=dtype)
+            for value, dtype, width in zip((logits, flat[0], score), dtypes, [_dtype(self._width)] * 3, strict=True)
+        ]
+
+    @property
+    def _width(self) -> str:
+        """The dtype of what is packed: float32, which holds all of it exactly, or float64 where the logits need it."""
+        return "float64" if self.description.logits_dtype == "float64" else "float32"
+
+    def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
+        """Logits, how sure rows are, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
+        block, logits, sure, crossing = self._scored(depth, values, keepdims=True)
+        exit_index = self._segments[depth].exit_index
+        both = block.op("Concat", block.cast(logits, self._width), block.cast(sure, self._width), axis=1)
+        packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
+        if depth + 1 == len(self._segments):
+            return block, packed
+        stays = block.op("Not", self._leaves(block, sure, exit_index))
+        index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
+        somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
+
+        kept = Block(self._weights, f"{block.prefix}stays/")
+        rows = kept.op("Squeeze", index, block.integers(0))
+        going_on = [
+            value if dim is None else kept.op("Gather", value, rows, axis=dim)
+            for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
+        ]
+        deeper, answers = self._packed(depth + 1, going_on)
+        kept.nodes += deeper.nodes
+        answered = kept.op("ScatterND", packed, kept.op("Transpose", index), answers)
+        nobody = Block(self._weights, f"{block.prefix}leaves/")
+        left = nobody.op("Identity", packed)
+        (packed,) = self._if(block, somebody, (kept, [answered]), (nobody, [left]))
+        return block, packed
+
+    def _if(
+        self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
+    ) -> list[Value]:
+        branches = {
+            name: ir.Graph([], outputs, nodes=branch.nodes, name=f"{branch.prefix}{name}")
+            for name, (branch, outputs) in (("then_branch", then), ("else_branch", otherwise))
+        }
+        return list(block.ops("If", condition, outputs=len(then[1]), **branches))
+
+    def _to_bytes(self, block: Block, outputs: Sequence[Value], thresholds_are_input: bool) -> bytes:
+        rows, classes = self.description.batch or BATCH, self.description.num_classes
+        kinds = ((_dtype(self.description.logits_dtype), (rows, classes)), (INT64, (rows,)), (FLOAT, (rows,)))
+        answers = []
+        for name, value, (dtype, shape) in zip(OUTPUTS, outputs, kinds, strict=False):
+            answer = value if value.producer() in block.nodes else block.op("Identity", value)
+            answer.name, answer.type, answer.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+            answers.append(answer)
+        graph = ir.Graph(
+            [*self._inputs, *([self._given_thresholds] if thresholds_are_input else [])],
+            answers,
+            nodes=block.nodes,
+            initializers=[self._given_thresholds] if thresholds_are_input else [],
+            opset_imports={"": OPSET},
+            name="model",
+        )
+        _place(graph, set(self._weights.values))
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="cet")
+        model.metadata_props[KEY] = self.description.to_json()
+        RemoveUnusedNodesPass()(model)
+        content: bytes = ir.to_proto(model).SerializeToString()
+        return content
+
+
+def _dtype(name: str) -> ir.DataType:
+    """What ONNX calls a dtype of NumPy."""
+    return ir.DataType.from_numpy(np.dtype(name))
+
+
+def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _place(graph: ir.Graph, weights: set[Value]) -> None:
+    """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call."""
+    branches = [a.as_graph() for node in graph for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
+    here = {value for node in graph for value in node.inputs if value in weights}
+    here |= {value for value in graph.outputs if value in weights}
+    here |= {value for a, b in itertools.combinations(read_in, 2) for value in a & b}
+    for value in sorted(here, key=lambda value: value.name or ""):
+        graph.register_initializer(value)
+    for branch, read in zip(branches, read_in, strict=True):
+        _place(branch, read - here)
+
+
+def _rearranges(node: ir.Node) -> bool | None:
+    return True if node.op_type in ("Concat", "Gather", "Transpose", "Unsqueeze") else None
+
+
+class _Part(NamedTuple):
+    """The part of a graph that is one segment."""
+
+    inputs: list[Value]
+    nodes: list[ir.Node]
+    outputs: list[Value]
+
+
+def _split(graph: ir.Graph, stages: ExportedStages) -> list[_Part]:
+    """The segments in a graph; what several of them read belongs to the first, which stands around the others."""
+    inputs, outputs = iter(graph.inputs), iter(graph.outputs)
+    parts: list[_Part] = []
+    owner: dict[ir.Node, int] = {}
+    for depth, segment in enumerate(stages.segments):
+        made = [kind for kind, _ in segment.handed_on if kind == "made"]
+        own = _Part(
+            [next(inputs) for _ in (*stages.sized, *segment.taken_row_dims)],
+            [],
+            [next(outputs) for _ in ("logits", *made)],
+        )
+        pending = [value.producer() for value in own.outputs]
+        while pending:
+            node = pending.pop()
+            if node is not None and node not in owner:
+                owner[node] = depth
+                pending += [value.producer() for value in _read_by(node)]
+        parts.append(own)
+    for node in graph:
+        if node in owner:
+            parts[owner[node]].nodes.append(node)
+    return parts
+
+
+def _read_by(node: ir.Node) -> Iterator[Value]:
+    """What a node reads, in its own branches too."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            for inner in attribute.as_graph():
+                yield from _read_by(inner)

@@ -1,0 +1,230 @@
+"""What `cet.export` and `cet.load_exported` take and refuse, on a net that exports quickly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cet
+from cet.deploy.description import KEY, Description
+from cet.deploy.onnx import session_of
+from cet.model.check import AnswerMismatchError
+
+CLOSED: tuple[float | None, ...] = (None, None)
+
+
+def net() -> cet.EarlyExit:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
+    return cet.EarlyExit(nn.Sequential(*layers), ["1", "3"], (torch.randn(8, 4),)).eval()
+
+
+def opened() -> cet.EarlyExit:
+    """With a second exit that is closed, and a first that about half of the rows take."""
+    model = net()
+    with torch.no_grad():
+        scores = cet.ops.exit_score(model.exit_logits(torch.randn(200, 4))[0], "confidence")
+    model.policy = cet.ExitPolicy("confidence", (float(scores.median()), None), (1.0, 2.0, 0.5))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> cet.EarlyExit:
+    return opened()
+
+
+@pytest.fixture(scope="module")
+def file(model: cet.EarlyExit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("file") / "one.onnx"
+    report = cet.export(model, path, batch=1, class_labels=["a", "b", "c"])
+    assert report.num_bytes == path.stat().st_size
+    assert report.comparison.rows > 0
+    assert "without exits" in str(report)
+    return path
+
+
+def test_one_row_at_a_time(model: cet.EarlyExit, file: Path) -> None:
+    """The closed exit is not in the file; labels of classes and exits are."""
+    loaded = cet.load_exported(file, threads=1)
+    x = torch.randn(300, 4)
+    expected = model.predict(x)
+    got = [loaded.predict(x[row : row + 1]) for row in range(300)]
+    near = (model.exit_answers(x)[0][1] - model.policy.thresholds[0]).abs() <= 1e-4
+    exits = torch.cat([out.exit_index for out in got])
+    assert torch.equal(exits[~near], expected.exit_index[~near])
+    assert {0, 2} == set(exits.tolist())
+    torch.testing.assert_close(torch.cat([out.logits for out in got])[~near], expected.logits[~near])
+    torch.testing.assert_close(torch.cat([out.score for out in got])[~near], expected.score[~near])
+    assert (loaded.exit_names, loaded.class_labels) == (("1", "3", "final"), ("a", "b", "c"))
+    assert sum(node.op_type == "If" for node in onnx.load(str(file)).graph.node) == 1
+    assert "Gather" not in {node.op_type for node in onnx.load(str(file)).graph.node}  # no index in a batch of one
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((np.zeros((2, 4), np.float32),), r"input has shape \(2, 4\) but the file takes \(1, 4\).*batch='dynamic'"),
+        ((np.zeros((1, 5), np.float32),), r"shape \(1, 5\) but the file takes \(1, 4\); reshape it"),
+        ((np.zeros(4, np.float32),), r"shape \(4,\) but the file takes \(1, 4\)"),
+        ((np.zeros((1, 4)),), "input is float64 but the file takes float32; convert it"),
+        ((torch.zeros(1, 4, dtype=torch.float16),), "input is float16 but the file takes float32"),
+        (([[0.0] * 4],), r"input is list; give a NumPy array or a tensor"),
+        ((), "input is missing"),
+        ((np.zeros((1, 4), np.float32), 1), "2 inputs are given by position; the model takes input"),
+    ],
+    ids=lambda value: "" if isinstance(value, tuple) else value[:20],
+)
+def test_wrong_inputs_are_refused(file: Path, inputs: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        cet.load_exported(file, threads=1).predict(*inputs)
+
+
+def test_wrong_names_are_refused(file: Path) -> None:
+    loaded = cet.load_exported(file, threads=1)
+    row = np.zeros((1, 4), np.float32)
+    assert loaded.predict(input=row).exit_index.shape == (1,)
+    with pytest.raises(TypeError, match="x is no input of this file, which takes input"):
+        loaded.predict(input=row, x=row)
+    with pytest.raises(TypeError, match="input is given twice"):
+        loaded.predict(row, input=row)
+    with pytest.raises(ValueError, match=r"thresholds are part of this file; .* thresholds='input'"):
+        loaded.thresholds = (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch": 2}, ValueError, "batch is 2; give 'dynamic' or 1"),
+        ({"thresholds": "fixed"}, ValueError, "thresholds is 'fixed'"),
+        ({"format": "tflite"}, ValueError, "format 'tflite' is unknown; choose of 'onnx'"),
+        ({"path": "m.bin"}, ValueError, r"m.bin ends in '.bin', which is no known format"),
+        ({"path": "nowhere/m.onnx"}, OSError, "m.onnx cannot be written"),
+        ({"class_labels": ["a"]}, ValueError, "class_labels has 1 entries for 3 classes"),
+        ({"model": nn.Linear(4, 3)}, TypeError, "model is Linear; give a cet.EarlyExit"),
+        ({"model": net()}, ValueError, "every exit of model.policy is closed.*set a policy"),
+        ({"model": opened().train()}, RuntimeError, "model is in train mode"),
+        ({"example_inputs": (torch.zeros(2, 5),)}, cet.ExportError, "the backbone fails on example_inputs"),
+        ({"example_inputs": {"y": torch.zeros(2, 4)}}, TypeError, "do not fit the backbone's forward"),
+        ({"model": opened().bfloat16()}, cet.ExportError, r"bfloat16, which NumPy lacks; export model.float\(\)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_written(
+    change: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = {"model": opened(), "path": "m.onnx"} | change
+    with pytest.raises(error, match=message):
+        cet.export(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+class Branches(nn.Module):
+    """Takes another way by a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_branches_on_values_are_named(tmp_path: Path) -> None:
+    stages = cet.Stages(stem=nn.Linear(4, 8), branch=Branches(), tail=nn.Linear(8, 3))
+    model = cet.EarlyExit(stages, ["stem"], (torch.ones(3, 4),), policy=cet.ExitPolicy("entropy", (1.0,))).eval()
+    with pytest.raises(cet.ExportError, match=r"cannot trace the stage that ends in exit 'final'.*without branches"):
+        cet.export(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_explicit_stages_and_what_changes_in_place(tmp_path: Path) -> None:
+    """Values that a later stage changes in place are another tensor there; the tail reads what the stem made."""
+
+    class Body(nn.Module):
+        def forward(self, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+            h.add_(1).relu_()
+            return h, skip
+
+    class Stem(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x
+
+    class Tail(nn.Module):
+        def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+            return torch.cat([h, skip], dim=1)
+
+    x = torch.randn(6, 4)
+    model = cet.EarlyExit(cet.Stages(stem=Stem(), body=Body(), tail=Tail()), ["stem", "body"], (x,)).eval()
+    model.policy = cet.ExitPolicy("confidence", (0.3, 0.2))
+    cet.export(model, tmp_path / "m.onnx", (x,), thresholds="input")
+    loaded = cet.load_exported(tmp_path / "m.onnx", threads=1)
+    for thresholds in ((0.2, 0.2), (None, 0.0), (None, None)):
+        loaded.thresholds = thresholds
+        model.policy = cet.ExitPolicy("confidence", thresholds)
+        expected, got = model.predict(x), loaded.predict(x)
+        assert torch.equal(got.exit_index, expected.exit_index)
+        torch.testing.assert_close(got.logits, expected.logits)
+    with pytest.raises(ValueError, match="1 thresholds were given but the model has 2 early exits"):
+        loaded.thresholds = (0.5,)
+    with pytest.raises(ValueError, match="a threshold is NaN"):
+        loaded.thresholds = (0.5, np.nan)
+
+
+def test_a_file_that_would_answer_otherwise_is_not_written(
+    model: cet.EarlyExit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tmp_path / "m.onnx"
+    before.write_text("an older file")
+    monkeypatch.setattr("cet.deploy.onnx_writer.negated", lambda name: True)  # sure rows stay, and scores turn
+    with pytest.raises(AnswerMismatchError, match="answers otherwise than the model at exit '1'; nothing was written"):
+        cet.export(model, before)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an older file"]
+
+
+def test_an_export_leaves_the_model_as_it_was(model: cet.EarlyExit, tmp_path: Path) -> None:
+    x = torch.randn(20, 4)
+    before, weights = model.predict(x), copy.deepcopy(model.state_dict())
+    cet.export(model, tmp_path / "m.onnx")
+    assert torch.equal(model.predict(x).logits, before.logits)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def with_description(file: Path, text: str | None) -> bytes:
+    written = onnx.load(str(file))
+    del written.metadata_props[:]
+    if text is not None:
+        onnx.helper.set_model_props(written, {KEY: text})
+    return written.SerializeToString()
+
+
+def test_foreign_damaged_and_newer_files_are_refused(file: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.onnx"
+    own = session_of(str(file), 1).get_modelmeta().custom_metadata_map[KEY]
+    assert Description.from_json(own, "file").exits == ("1", "3", "final")
+    for content, message in (
+        (b"", "cannot read .*bad.onnx"),
+        (b"no model", "cannot read .*bad.onnx"),
+        (file.read_bytes()[:-500], "cannot read .*bad.onnx|damaged"),
+        (with_description(file, None), "bad.onnx was not written by cet.export"),
+        (with_description(file, "{"), "bad.onnx has a damaged description"),
+        (with_description(file, "[]"), "bad.onnx has a damaged description"),
+        (with_description(file, own.replace('"version": 1', '"version": 2')), "has format 2, .* reads up to 1; update"),
+        (with_description(file, own.replace('"exits"', '"way_out"')), "damaged description"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(cet.ExportError, match=message):
+            cet.load_exported(bad)
+    with pytest.raises(FileNotFoundError, match=r"missing.onnx is no file; give the path that cet.export wrote"):
+        cet.load_exported(tmp_path / "missing.onnx")
+
+
+def test_a_runtime_that_is_missing_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cet.measure.host.installed_version", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxruntime; pip install 'cet\[onnx\]'"):
+        cet.load_exported(file)
+    with pytest.raises(ModuleNotFoundError, match=r"needs onnx and .*; pip install 'cet\[onnx\]'"):
+        cet.export(opened(), file.with_name("other.onnx"))

@@ -1,0 +1,200 @@
+"""Exported ONNX files answer as the model does, row by row, in a process with neither cet nor torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+import cet
+from cet.deploy.check import NEAR
+from cet.ops.definitions import ScoreName
+from conftest import Built
+from families import FAMILIES, Inputs
+from oracle import Answers, answers_of, policy_between_scores
+
+SIZES = (1, 2, 7, 64, 333, 593)
+"""Numbers of rows of the calls that are compared; 1,000 together."""
+SCORE_OF: dict[str, tuple[ScoreName, float]] = {
+    "skip": ("entropy", 1.0),
+    "conv-lstm": ("confidence", 1.3),
+    "late-fusion": ("margin", 0.7),
+    "resnet": ("margin", 1.0),
+    "vit": ("confidence", 1.0),
+    "bert": ("entropy", 1.7),
+}
+
+
+class Exported(NamedTuple):
+    model: cet.EarlyExit
+    report: cet.ExportReport
+    inputs: Inputs
+    logits: list[Tensor]
+    """Of all exits, for all rows of the inputs."""
+
+
+@pytest.fixture(scope="module")
+def exported(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A family's model, exported for any number of rows, and 1,000 rows, about half of which leave at each exit."""
+    family, model = built
+    torch.manual_seed(2)
+    inputs = family.inputs(sum(SIZES))
+    score, temperature = SCORE_OF[next(name for name, known in FAMILIES.items() if known is family)]
+    few = {name: value[:64] for name, value in inputs.items()}
+    temperatures = (temperature,) * model.num_exits
+    model.policy = policy_between_scores(model, few, score, [0.5] * (model.num_exits - 1), temperatures)
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    report = cet.export(model, path, {name: value[:4] for name, value in inputs.items()}, thresholds="input")
+    with torch.no_grad():
+        return Exported(model, report, inputs, list(model.exit_logits(**inputs)))
+
+
+def near_a_threshold(logits: list[Tensor], policy: cet.ExitPolicy) -> np.ndarray[Any, Any]:
+    """Rows a score of which is so near to a threshold that rounding decides."""
+    near = np.zeros(len(logits[0]), bool)
+    for k, threshold in enumerate(policy.thresholds):
+        assert threshold is not None
+        scores = cet.ops.exit_score(logits[k], policy.score, policy.temperature(k))
+        near |= ((scores - threshold).abs() <= NEAR).numpy()
+    return near
+
+
+WITHOUT_CET = """
+import sys
+import numpy as np
+import onnxruntime
+
+given = np.load(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+names = [value.name for value in session.get_inputs() if value.name in given]
+answers, start = [], 0
+for rows in given["sizes"]:
+    answers.append(session.run(None, {name: given[name][start : start + rows] for name in names}))
+    start += rows
+assert not {"torch", "cet"} & sys.modules.keys()
+logits, exit_index, score = (np.concatenate(parts) for parts in zip(*answers))
+np.savez(sys.argv[3], logits=logits, exit_index=exit_index, score=score)
+"""
+
+
+def test_answers_are_those_of_the_model_in_a_process_without_torch(exported: Exported, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", sizes=np.array(SIZES), **{k: v.numpy() for k, v in exported.inputs.items()})
+    command = [sys.executable, "-c", WITHOUT_CET, exported.report.path, tmp_path / "in.npz", tmp_path / "out.npz"]
+    subprocess.run(command, check=True, timeout=120)
+    got = np.load(tmp_path / "out.npz")
+    expected = answers_of(exported.logits, exported.model.policy)
+    assert (got["exit_index"].dtype, got["score"].dtype) == (np.int64, np.float32)
+    sure = ~near_a_threshold(exported.logits, exported.model.policy)
+    assert sure.mean() > 0.97
+    assert len(expected.exit_index.unique()) == exported.model.num_exits
+    np.testing.assert_array_equal(got["exit_index"][sure], expected.exit_index.numpy()[sure])
+    np.testing.assert_allclose(got["logits"][sure], expected.logits.numpy()[sure], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got["score"][sure], expected.score.numpy()[sure], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(got["logits"][sure].argmax(1), expected.logits.numpy()[sure].argmax(1))
+
+
+def test_edges(exported: Exported) -> None:
+    """All leave at one exit, or none; no row; the loader takes arrays by name and tensors by position."""
+    loaded = cet.load_exported(exported.report.path, threads=1)
+    last = exported.model.num_exits - 1
+    always = np.inf if loaded.description.score == "entropy" else -np.inf
+    few = {name: value[:9] for name, value in exported.inputs.items()}
+    for k in range(last + 1):
+        loaded.thresholds = tuple(float(always) if index == k else None for index in range(last))
+        out = loaded.predict(**{name: value.numpy() for name, value in few.items()})
+        assert out.exit_index.tolist() == [k] * 9
+        np.testing.assert_allclose(out.logits, exported.logits[k][:9].numpy(), rtol=1e-4, atol=1e-4)
+    out = loaded.predict(*few.values())
+    assert isinstance(out.labels, Tensor)
+    assert torch.equal(out.labels, exported.logits[-1][:9].argmax(1))
+    empty = loaded.predict(**{name: value[:0].numpy() for name, value in few.items()})
+    assert (empty.logits.shape, empty.exit_index.shape) == ((0, exported.model.num_classes), (0,))
+    assert (empty.exit_index.dtype, empty.score.dtype) == (np.int64, np.float32)
+
+
+def test_a_nan_touches_no_other_row(exported: Exported) -> None:
+    """That a NaN score never leaves early is shown in test_onnx_scores; ONNX Runtime's Relu makes a number of a NaN."""
+    name, value = next(iter(exported.inputs.items()))
+    if not value.is_floating_point():
+        return  # tokens hold no NaN
+    loaded = cet.load_exported(exported.report.path, threads=1)
+    inputs = {name: rows[:7].numpy() for name, rows in exported.inputs.items()}
+    expected = loaded.predict(**inputs)
+    poisoned = loaded.predict(**{**inputs, name: value[:7].index_fill(0, torch.tensor(3), torch.nan).numpy()})
+    others = np.arange(7) != 3
+    np.testing.assert_array_equal(poisoned.exit_index[others], expected.exit_index[others])
+    np.testing.assert_allclose(poisoned.logits[others], expected.logits[others], rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_is_plain_onnx_that_holds_each_weight_once(exported: Exported) -> None:
+    model = onnx.load(exported.report.path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version >= 18) for opset in model.opset_import] == [("", True)]
+    names = [value.name for value in model.graph.initializer]
+    assert len(names) == len(set(names))
+    weights = sum(value.nbytes for value in exported.model.state_dict().values())
+    graph = sum(len(node.SerializeToString()) for node in model.graph.node)
+    assert Path(exported.report.path).stat().st_size <= 1.05 * weights + graph + 20_000
+    assert not any(node.metadata_props or node.doc_string for node in nodes_of(model.graph))
+    assert str(Path(cet.__file__).parent).encode() not in Path(exported.report.path).read_bytes()
+    rearranged, weights_alone = {"Concat", "Gather", "Transpose", "Unsqueeze"}, {*names} - {"thresholds"}
+    assert not [n for n in nodes_of(model.graph) if n.op_type in rearranged and set(n.input) <= weights_alone]
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+
+
+def test_what_the_file_says_of_itself(exported: Exported) -> None:
+    metadata = {prop.key: prop.value for prop in onnx.load(exported.report.path).metadata_props}
+    description = json.loads(metadata["cet"])
+    assert description["exits"] == list(exported.model.exit_names)
+    assert description["thresholds"] == list(exported.model.policy.thresholds)
+    assert description["score"] == exported.model.policy.score
+    assert [given["name"] for given in description["inputs"]] == list(exported.inputs)
+    assert description["versions"]["torch"] == torch.__version__
+
+
+def test_sizes_that_vary(built: Built, exported: Exported) -> None:
+    """Where the model takes other lengths, so does the file; where it does not, it says so."""
+    loaded = cet.load_exported(exported.report.path, threads=1)
+    ranges = loaded.description.ranges
+    assert bool(ranges) == (built[0] is not FAMILIES["vit"])
+    for name, limits in ranges.items():
+        given = {
+            tensor.name: exported.inputs[tensor.name][:5].narrow(dim, 0, exported.inputs[tensor.name].shape[dim] - 3)
+            for tensor in loaded.description.inputs
+            for dim, size in enumerate(tensor.shape)
+            if size == name
+        }
+        inputs = {key: value[:5] for key, value in exported.inputs.items()} | given
+        with torch.no_grad():
+            expected: Answers = answers_of(list(exported.model.exit_logits(**inputs)), exported.model.policy)
+        out = loaded.predict(**{key: value.numpy() for key, value in inputs.items()})
+        np.testing.assert_array_equal(out.exit_index, expected.exit_index.numpy())
+        np.testing.assert_allclose(out.logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
+        if limits.largest is not None:
+            first = next(iter(given))
+            longer = np.zeros((1, limits.largest + 1), np.int64)
+            with pytest.raises(ValueError, match=f"size {name} is {limits.largest + 1}"):
+                loaded.predict(**dict.fromkeys(given, longer), **{k: v for k, v in inputs.items() if k not in given})
+            assert first in name
+
+
+def test_importing_the_loader_imports_no_torch() -> None:
+    code = "import cet.deploy.onnx, cet, sys; cet.load_exported; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
