@@ -321,3 +321,23 @@ def test_a_file_is_not_read_into_an_expanded_buffer(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"backbone\.e, whose elements share memory.*register a copy"):
         cet.load(path, into)
     assert torch.equal(into.a.weight, before)
+
+
+class InAList(Net):
+    def __init__(self, by_list: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.a, self.b])
+        self.by_list = by_list
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers if self.by_list else (self.a, self.b):
+            x = layer(x).relu()
+        return self.c(x)
+
+
+@pytest.mark.parametrize("by_list", [True, False])
+@pytest.mark.parametrize("exits", [["a", "b"], ["layers.0", "layers.1"], ["a", "layers.1"]])
+def test_an_exit_may_have_either_name_of_its_module(exits: list[str], by_list: bool) -> None:
+    model = cet.EarlyExit(InAList(by_list).eval(), exits, (X[:2],)).eval()
+    torch.testing.assert_close(model.predict(X).logits, model.backbone(X))
+    assert model.explain(X).stages == (*exits, "final")

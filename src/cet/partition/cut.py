@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from cet.partition.codegen import StageWriter
-from cet.partition.export import PREFIX, export
+from cet.partition.export import PREFIX, export, names_of
 from cet.partition.graph import drop_identities, last_uses, origin, views, writes
 from cet.partition.inputs import InputFormat
 from cet.partition.sizes import Sizes
@@ -178,15 +178,23 @@ class _Cutter:
         return cuts
 
     def _outputs(self, path: str) -> list[fx.Node]:
-        calls = [e for e in self.program.module_call_graph if e.fqn.partition("@")[0] == PREFIX + path]
+        paths = {PREFIX + name for name in names_of(self.backbone, path)}
+        calls = [
+            [
+                self.nodes[out.name]
+                for out in e.signature.outputs
+                if isinstance(out, TensorArgument) and out.name in self.nodes
+            ]
+            for e in self.program.module_call_graph
+            if e.signature is not None and e.fqn.partition("@")[0] in paths
+        ]
+        calls = [nodes for nodes in calls if nodes]
         if len(calls) > 1:
             raise CutError(
                 f"exit {path!r} is called {len(calls)} times in one forward pass, so it does not say where to leave; "
                 "name a submodule that is called once"
             )
-        signature = calls[0].signature if calls else None
-        names = [out.name for out in signature.outputs if isinstance(out, TensorArgument)] if signature else []
-        nodes = [self.nodes[name] for name in names if name in self.nodes]
+        nodes = calls[0] if calls else []
         if not nodes:
             raise CutError(
                 f"exit {path!r} returns no tensor in the forward pass of {type(self.backbone).__name__}; "
