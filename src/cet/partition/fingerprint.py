@@ -273,12 +273,12 @@ class Fingerprint:
                 self.tensors.append(value)
         elif not isinstance(value, _OPAQUE):
             self._record_object(path, value, depth)
-        if isinstance(value, (list, dict, tuple)) and type(value) not in (list, dict, tuple):
+        if isinstance(value, (list, dict, tuple)) and not _is_of_library(type(value).__module__):
             self._record_object(path, value, depth)
 
     def _record_function(self, path: Path, function: FunctionType, depth: int) -> None:
         """Follow what may be changed of a function in place, as by those who reload a module into it."""
-        if id(function) in self._seen:
+        if id(function) in self._seen or _is_of_library(function.__module__ or ""):
             return
         self._seen.add(id(function))
         self.containers[*path, "()"] = function
