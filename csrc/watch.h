@@ -1,9 +1,10 @@
-// Notices that dictionaries and lists of Python objects have changed, without a look at what they hold.
+// Notices that dictionaries, lists, classes and functions have changed, without a look at what they hold.
 #pragma once
 
 #include <Python.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -14,7 +15,8 @@ namespace cet {
 // by another at the same address, which cannot happen while the owner of the watch keeps the first one alive.
 class Watch {
  public:
-  // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, a list, or a class.
+  // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, a list, a class
+  // or a function, of which code and defaults are watched.
   explicit Watch(const pybind11::list& entries) {
     for (const pybind11::handle entry : entries) {
       const auto pair = pybind11::cast<pybind11::tuple>(entry);
@@ -40,6 +42,10 @@ class Watch {
     uint64_t version = 0;
   };
 
+  static std::array<PyObject*, 3> parts_of(PyObject* function) {
+    return {PyFunction_GET_CODE(function), PyFunction_GET_DEFAULTS(function), PyFunction_GET_KW_DEFAULTS(function)};
+  }
+
   // CPython gives a class another tag when the class or a base of it has changed, at the next look-up of an attribute.
   static uint64_t tag_of(PyObject* type) { return reinterpret_cast<PyTypeObject*>(type)->tp_version_tag; }
 
@@ -62,6 +68,8 @@ class Watch {
       Py_XDECREF(PyObject_GetAttrString(container, "forward"));
       PyErr_Clear();
       watched.version = tag_of(container);
+    } else if (PyFunction_Check(container)) {
+      for (PyObject* part : parts_of(container)) watched.items.emplace_back(nullptr, part);
     } else if (PyDict_Check(container)) {
       watched.version = version_of(container);
       Py_ssize_t position = 0;
@@ -77,6 +85,13 @@ class Watch {
   static bool same(Watched& watched) {
     PyObject* container = watched.container.ptr();
     if (PyType_Check(container)) return watched.version != 0 && tag_of(container) == watched.version;
+    if (PyFunction_Check(container)) {
+      size_t i = 0;
+      for (PyObject* part : parts_of(container)) {
+        if (part != watched.items[i++].second) return false;
+      }
+      return true;
+    }
     const auto size = static_cast<Py_ssize_t>(watched.items.size());
     if (PyList_Check(container)) {
       if (PyList_GET_SIZE(container) != size) return false;
@@ -108,7 +123,7 @@ class Watch {
 };
 
 inline void bind_watch(pybind11::module_& module) {
-  pybind11::class_<Watch>(module, "Watch", "Notices changes of dictionaries and lists.")
+  pybind11::class_<Watch>(module, "Watch", "Notices changes of dictionaries, lists, classes and functions.")
       .def(pybind11::init<const pybind11::list&>(), pybind11::arg("entries"))
       .def("unchanged", &Watch::unchanged, "Whether every container still holds the same objects.");
 }

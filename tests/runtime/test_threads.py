@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
 import io
 import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -316,18 +318,21 @@ def fork_beside(work: str) -> None:
     stop = threading.Event()
     lengths = LENGTHS * 1000
 
+    fixed = R(3, 6, 40)  # a fork while PyTorch draws numbers copies the lock of its generator
+
     def busy() -> None:
         for length in lengths:
             if stop.is_set():
                 return
             if work == "cutting":
                 twin = copy.deepcopy(model)  # has no program yet
-                twin.predict(R(3, 6, length))
+                twin.predict(torch.zeros(3, 6, length))
             elif work == "exit_logits":
-                model.exit_logits(R(3, 6, 40))
+                model.exit_logits(fixed)
             else:
-                model.predict(R(3, 6, 40))
+                model.predict(fixed)
 
+    faulthandler.register(signal.SIGUSR1)
     inputs = [R(3, 6, 45 + turn) for turn in range(5)]
     answers = [exit_logits_of_eager_backbone(model, x) for x in inputs]  # before: its hooks see all threads
     threads = [threading.Thread(target=busy, daemon=True) for _ in range(2)]
@@ -351,6 +356,8 @@ def fork_beside(work: str) -> None:
                 break
             time.sleep(0.02)
         if not done:
+            os.kill(child, signal.SIGUSR1)  # it writes where it hangs
+            time.sleep(1)
             os.kill(child, 9)
             os.waitpid(child, 0)
         assert done, f"the child of turn {turn} hangs"

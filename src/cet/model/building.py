@@ -222,7 +222,6 @@ class CheckedHeads:
 
     def __init__(self) -> None:
         self._state: Fingerprint | None = None
-        self._batch_norms: list[nn.Module] = []
 
     def __deepcopy__(self, memo: Any) -> CheckedHeads:
         return CheckedHeads()
@@ -232,7 +231,7 @@ class CheckedHeads:
 
     def are_current(self, heads: nn.Module) -> bool:
         """Whether the heads are certainly as they were; takes microseconds."""
-        if self._state is None or (self._batch_norms and any(m.training for m in self._batch_norms)):
+        if self._state is None:
             return False
         if self._state.is_current():
             return True
@@ -245,7 +244,6 @@ class CheckedHeads:
     def accept(self, heads: nn.Module) -> None:
         """Take the heads as they are for checked."""
         self._state = Fingerprint(heads, structure_only=True)
-        self._batch_norms = [m for m in heads.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def _attach_mask(
@@ -293,19 +291,29 @@ def _attach_mask(
 
 def warn_of_unused_masks(
     requested: Heads, heads: Sequence[nn.Module], features: Sequence[Tensor], input_format: InputFormat
-) -> None:
-    """Name the inputs that look like masks, with the exits that average or see all positions regardless."""
+) -> list[str]:
+    """Name the inputs that look like masks, with the exits that average or see all positions regardless.
+
+    Returns:
+        Those exits.
+    """
     without = []
     for (path, asked), head, feature in zip(requested.items(), heads, features, strict=True):
         own = isinstance(asked, nn.Module) and not isinstance(asked, ExitHead)
         averages = isinstance(head, ExitHead) and not head.spec.mask and head.spec.pool == "mean"
         undecided = asked is None or (isinstance(asked, HeadSpec) and asked.mask is None)
         if feature.ndim > 2 and (own or (averages and undecided)):
-            without.append(repr(path))
+            without.append(path)
     for name, value in zip(input_format.names, input_format.example, strict=True):
         if without and isinstance(value, Tensor) and looks_like_mask(name):
-            warnings.warn(
-                f"input {name!r} looks like a mask, but the heads of {', '.join(without)} do not get it, so that "
-                f"padding counts; give cet.HeadSpec(mask={name!r}) for each, or mask=False",
-                stacklevel=level_of_caller(),
-            )
+            warn_of_unused_mask(name, without)
+    return without
+
+
+def warn_of_unused_mask(name: str, exits: Sequence[str]) -> None:
+    """Tell of an input that looks like a mask and that the heads of some exits do not get."""
+    warnings.warn(
+        f"input {name!r} looks like a mask, but the heads of {', '.join(map(repr, exits))} do not get it, so that "
+        f"padding counts; give cet.HeadSpec(mask={name!r}) for each with an example that has it, or mask=False",
+        stacklevel=level_of_caller(),
+    )

@@ -23,10 +23,12 @@ from cet.model.building import (
     refuse_second_names,
     requested_heads,
     submodule,
+    warn_of_unused_mask,
     warn_of_unused_masks,
 )
 from cet.model.checkpoint import write_checkpoint
 from cet.model.heads import ExitHead, HeadSpec
+from cet.model.masks import looks_like_mask
 from cet.model.output import ExitOutput, Explanation, LossOutput
 from cet.model.taps import is_inside_reentrant_checkpoint, observing
 from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
@@ -129,6 +131,7 @@ class EarlyExit(nn.Module):
         self._graphs = GraphRunner(self.exit_names)
         self._ignored_inputs: set[str] = set()
         self._ways: list[InputWay] = []
+        self._without_mask: list[str] = []
         self._checked_heads = CheckedHeads()
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
@@ -140,7 +143,7 @@ class EarlyExit(nn.Module):
                 build_head(head, path, module, feature, self.num_classes, backbone, input_format)
                 for (path, head), module, feature in zip(requested.items(), modules, features, strict=True)
             )
-            warn_of_unused_masks(requested, list(self.heads), features, input_format)
+            self._without_mask = warn_of_unused_masks(requested, list(self.heads), features, input_format)
             self.policy = policy or ExitPolicy.closed(self.num_exits)
             self._ways = [self._way(input_format)]
             try:
@@ -469,12 +472,25 @@ class EarlyExit(nn.Module):
                 return way, way.input_format.flatten(args, kwargs)
             except OtherInputsError:
                 continue
+            except ValueError:
+                if way.cache.is_used:
+                    raise
+                # Constants that no stages were cut with bind nobody.
+                self._ways = [other for other in self._ways if other is not way]
         variant = self.input_format.variant(args, kwargs)
         if variant is None:
             raise error
         way = self._way(variant)
+        inputs = variant.flatten(args, kwargs)
+        self._warn_of_late_masks(variant)
         self._ways = [*self._ways, way]
-        return way, variant.flatten(args, kwargs)
+        return way, inputs
+
+    def _warn_of_late_masks(self, variant: InputFormat) -> None:
+        known = {name for way in self._ways for name in way.input_format.names}
+        for name in variant.names:
+            if self._without_mask and name not in known and looks_like_mask(name):
+                warn_of_unused_mask(name, self._without_mask)
 
     def _warn_of_ignored(self, names: Iterable[str]) -> None:
         new = [name for name in names if name not in self._ignored_inputs]

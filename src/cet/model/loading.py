@@ -55,6 +55,7 @@ def load(
     for index, head in enumerate(exits.values()):
         wanted |= {f"heads.{index}.{name}": value for name, value in head.state_dict().items()}
     _check_same_tensors(path, wanted, tensors)
+    _check_one_value_each(path, wanted, tensors)
     if weight is not None:
         for head in exits.values():
             head.to(device=weight.device, dtype=weight.dtype)
@@ -78,6 +79,26 @@ def _with_own_heads(
         if name not in wanted:
             raise ValueError(f"{path} asks for no head of exit {name!r}; leave it out of heads")
     return {name: own[name] if head is None else head for name, head in saved.items()}
+
+
+def _check_one_value_each(path: Any, wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that cannot hold what was saved: those that are one, for values that differ, and expanded ones."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in wanted.items():
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise ValueError(
+                f"{path} cannot be read into {name}, whose elements share memory as those of an expanded tensor do; "
+                "register a copy of it, as .contiguous() makes one"
+            )
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        other = first.setdefault(place, name)
+        if other != name and not torch.equal(saved[name].nan_to_num(), saved[other].nan_to_num()):
+            raise ValueError(
+                f"{path} has other values for {name} than for {other}, which are one tensor in the model; untie them, "
+                "as they were when it was saved"
+            )
 
 
 def _check_same_tensors(path: Any, wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -58,8 +58,10 @@ class _State:
     waiting: dict[Any, _Waiting] = field(default_factory=dict)
     failures: dict[Any, str] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
-    has_own_rows: bool = False
-    refusal: DependentRowsError | None = None
+    has_own_rows: set[Any] = field(default_factory=set)
+    """The sizes of inputs for which rows were seen not to depend on each other."""
+    refusals: dict[Any, str] = field(default_factory=dict)
+    """Why inputs of some sizes are refused: their rows depend on each other."""
     differentiable: dict[int, bool] = field(default_factory=dict)
     """By the identity of the program, whether it has the gradients of the backbone."""
 
@@ -101,13 +103,16 @@ class StageCache:
             ValueError: where the backbone is in a state in which rows depend on each other.
         """
         state = self._current_state()
-        if state.refusal is not None:
-            raise state.refusal
         if state.obstacle is not None:
             self._refuse_mixed_rows(state, inputs)
             _warn_once(state, state.obstacle)
             return None
-        return _matching(state, inputs) or self._new_program(inputs)
+        program = _matching(state, inputs)
+        if program is None and not state.refusals.get(_sizes_of(inputs)):
+            program = self._new_program(inputs)
+        if program is None:
+            self._refuse_mixed_rows(self._states[0], inputs)
+        return program
 
     def has_gradients(self, program: Program, inputs: Sequence[Any]) -> bool:
         """Whether a program has the backbone's gradients, which an autograd function or hooks of its own may change."""
@@ -150,6 +155,11 @@ class StageCache:
             state.fingerprint.expire()
 
     @property
+    def is_used(self) -> bool:
+        """Whether the backbone was ever cut for such inputs."""
+        return any(state.programs for state in self._states)
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """The programs for the present state of the backbone, latest first."""
         return tuple(self._current_state().programs)
@@ -174,13 +184,21 @@ class StageCache:
             if state.fingerprint.is_current():
                 return self._first(state)
         # Explicit stages call the submodules as these are.
-        fingerprint = Fingerprint(self.backbone, self._volatile, structure_only=isinstance(self.backbone, Stages))
+        fingerprint = self._fingerprint()
         for state in states:
             if state.fingerprint.matches(fingerprint):
                 state.fingerprint = fingerprint
                 return self._first(state)
         self._num_states += 1
         return self._first(_State(fingerprint, obstacle_to_cutting(self.backbone)))
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(
+            self.backbone,
+            self._volatile,
+            structure_only=isinstance(self.backbone, Stages),
+            constants=[value for value in self.input_format.example if not isinstance(value, Tensor)],
+        )
 
     def _first(self, state: _State) -> _State:
         others = [other for other in self._states if other is not state]
@@ -200,6 +218,9 @@ class StageCache:
             try:
                 return self._cut(state, inputs)
             except CutError as error:
+                if isinstance(error, DependentRowsError):
+                    state.refusals[_sizes_of(inputs)] = str(error)
+                    raise
                 self._refuse_mixed_rows(state, inputs)
                 state.failures[kind] = str(error)
                 _warn_once(state, str(error))
@@ -218,18 +239,20 @@ class StageCache:
         return waiting.calls >= _PATIENCE and waiting.seconds >= self._last_cut
 
     def _refuse_mixed_rows(self, state: _State, inputs: Sequence[Any]) -> None:
-        """Where the backbone runs as it is, once per state, see that its rows do not depend on each other."""
-        gathers = any(is_sharded(parameter) for parameter in self.backbone.parameters())
-        if not state.has_own_rows and not gathers:
+        """Where the backbone runs as it is, once for such sizes, see that its rows do not depend on each other."""
+        kind = _sizes_of(inputs)
+        if kind in state.refusals:
+            raise DependentRowsError(state.refusals[kind])
+        if kind not in state.has_own_rows and not any(is_sharded(weight) for weight in self.backbone.parameters()):
             with torch.no_grad():
                 why, may_be_random = state.obstacle or "its code mixes them", state.obstacle is not None
                 rows = self._example_rows(inputs)
                 try:
                     refuse_mixed_rows(self.backbone, self.input_format, rows, why, may_be_random=may_be_random)
                 except DependentRowsError as error:
-                    state.refusal = error
+                    state.refusals[kind] = str(error)
                     raise
-            state.has_own_rows = True
+            state.has_own_rows.add(kind)
 
     def _kind(self, state: _State, inputs: Sequence[Any]) -> Any:
         """What calls have in common that one program would serve: their sizes where the last program fixes them."""
@@ -271,10 +294,11 @@ class StageCache:
         return program
 
     def _note_volatile(self, state: _State, paths: frozenset[Path]) -> None:
-        volatile = self._volatile | {path[:2] for path in paths}  # attributes as wholes
+        # Attributes as wholes: of a module, or of a class.
+        volatile = self._volatile | {path[: 4 if path[:2] == ("", "classes") else 2] for path in paths}
         if volatile != self._volatile:
             self._volatile = volatile
-            state.fingerprint = Fingerprint(self.backbone, volatile)
+            state.fingerprint = self._fingerprint()
 
     def _cut_dynamic_or_fixed(self, state: _State, traced: nn.Module, example: Sequence[Any]) -> Program:
         """Sizes other than the batch vary where the code allows it."""
@@ -302,6 +326,10 @@ class StageCache:
                     value = value.nan_to_num(0, 0, 0) + drawn.to(value.device, value.dtype)
             rows.append(value)
         return rows
+
+
+def _sizes_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple((value.dtype, value.shape[1:]) for value in inputs if isinstance(value, Tensor))
 
 
 def _matching(state: _State, inputs: Sequence[Any]) -> Program | None:

@@ -18,12 +18,25 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 
 from cet.partition.codegen import StageWriter
-from cet.partition.export import PREFIX, export
+from cet.partition.export import PREFIX, export, names_of
 from cet.partition.graph import drop_identities, last_uses, origin, views, writes
 from cet.partition.inputs import InputFormat
 from cet.partition.sizes import Sizes
 from cet.partition.stages import CutError, Program, Stage
+from cet.partition.verify import DependentRowsError
 
+_ALONG_A_DIMENSION = {
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "sort",
+    "argsort",
+    "topk",
+    "flip",
+    "roll",
+}
 _CREATING = ("new_", "zeros", "ones", "full", "empty")  # these take no more than dtype and device from a tensor
 
 
@@ -98,6 +111,7 @@ class _Cutter:
             )
         self._refuse_probabilities(logits)
         self._refuse_reductions_over_rows(stage_of)
+        self._refuse_scans_over_rows(stage_of)
         crossing = self._crossing(stage_of, len(cuts))
         self._refuse_shared_writes(stage_of, crossing)
         shapes: list[tuple[torch.dtype, tuple[int | None, ...]] | None] = [None] * len(self.inputs)
@@ -164,15 +178,23 @@ class _Cutter:
         return cuts
 
     def _outputs(self, path: str) -> list[fx.Node]:
-        calls = [e for e in self.program.module_call_graph if e.fqn.partition("@")[0] == PREFIX + path]
+        paths = {PREFIX + name for name in names_of(self.backbone, path)}
+        calls = [
+            [
+                self.nodes[out.name]
+                for out in e.signature.outputs
+                if isinstance(out, TensorArgument) and out.name in self.nodes
+            ]
+            for e in self.program.module_call_graph
+            if e.signature is not None and e.fqn.partition("@")[0] in paths
+        ]
+        calls = [nodes for nodes in calls if nodes]
         if len(calls) > 1:
             raise CutError(
                 f"exit {path!r} is called {len(calls)} times in one forward pass, so it does not say where to leave; "
                 "name a submodule that is called once"
             )
-        signature = calls[0].signature if calls else None
-        names = [out.name for out in signature.outputs if isinstance(out, TensorArgument)] if signature else []
-        nodes = [self.nodes[name] for name in names if name in self.nodes]
+        nodes = calls[0] if calls else []
         if not nodes:
             raise CutError(
                 f"exit {path!r} returns no tensor in the forward pass of {type(self.backbone).__name__}; "
@@ -226,6 +248,23 @@ class _Cutter:
                         f"{type(self.backbone).__name__} lets rows depend on each other where it mixes rows, in "
                         f"{origin(node)}; let each row depend on itself alone"
                     )
+
+    def _refuse_scans_over_rows(self, stage_of: dict[fx.Node, int]) -> None:
+        """Refuse what runs along the rows: a few rows would not always show that they depend on each other, as where
+        only so many of a batch are let through."""
+        for node in stage_of:
+            if not isinstance(node.target, torch._ops.OpOverload) or node in self.expressions:
+                continue
+            if node.target.overloadpacket.__name__ not in _ALONG_A_DIMENSION:
+                continue
+            shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+            given = dict(zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False))
+            dims = given.get("dim", given.get("dims", node.kwargs.get("dim", node.kwargs.get("dims", -1))))
+            if any(self.sizes.has_rows(shape[dim]) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])):
+                raise DependentRowsError(
+                    f"{type(self.backbone).__name__} lets rows depend on each other where it mixes rows by "
+                    f"{node.target} along the batch, in {origin(node)}; let each row depend on itself alone"
+                )
 
     def _assign_stages(self, cuts: list[int], results: list[fx.Node]) -> dict[fx.Node, int]:
         """The stage of each node that is needed: operations run where the backbone runs them.

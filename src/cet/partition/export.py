@@ -67,7 +67,9 @@ def export(
                 _Logits(backbone, input_format, inputs).eval(),
                 tuple(tensors),
                 dynamic_shapes=(tuple(shapes),),
-                preserve_module_call_signature=tuple(PREFIX + path for path in exits),
+                preserve_module_call_signature=tuple(
+                    PREFIX + name for path in exits for name in names_of(backbone, path)
+                ),
                 strict=False,
             )
     except Exception as error:
@@ -76,6 +78,13 @@ def export(
             f"torch.export cannot trace {type(backbone).__name__} ({reason}); "
             "give its stages explicitly as cet.Stages(...)"
         ) from error
+
+
+def names_of(backbone: nn.Module, path: str) -> list[str]:
+    """All paths of a submodule, the given one first: code may call it by another one."""
+    module = backbone.get_submodule(path)
+    others = (name for name, other in backbone.named_modules(remove_duplicate=False) if other is module)
+    return [path, *(name for name in others if name != path)]
 
 
 @contextmanager

@@ -18,9 +18,10 @@ import copy
 import importlib
 import importlib.util
 import math
+import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -40,6 +41,7 @@ _MAX_DEPTH = 6
 _MAX_ARRAY = 1 << 16
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
+_LIBRARIES = {"torch", "numpy", "transformers", "torchvision", "timm", "peft", "cet"}
 _BY_CONTENT = (set, deque, bytearray, array)
 # Bookkeeping of nn.Module that no forward pass reads.
 _UNREAD = {
@@ -77,7 +79,12 @@ class Fingerprint:
     """
 
     def __init__(
-        self, backbone: nn.Module, volatile: frozenset[Path] = frozenset(), *, structure_only: bool = False
+        self,
+        backbone: nn.Module,
+        volatile: frozenset[Path] = frozenset(),
+        *,
+        structure_only: bool = False,
+        constants: Sequence[Any] = (),
     ) -> None:
         self.volatile = volatile
         self.entries: dict[Path, Any] = {}
@@ -88,14 +95,20 @@ class Fingerprint:
         """Plain tensors among the attributes."""
         self.unregistered: list[nn.Module] = []
         """Modules that attributes hold without their being submodules."""
+        self._batch_norms: list[nn.Module] = []
+        self._owner_of: dict[int, Path] = {}
+        """The first place of each parameter and buffer, by identity: which of them are one tensor."""
         self._seen: set[int] = set()
         self._snapshots: list[tuple[Callable[[], Any], Any]] = []
         self._registered = set(backbone.modules())
+        self._of_modules = {id(t) for m in self._registered for t in (*m._parameters.values(), *m._buffers.values())}
         self._hooks: list[dict[int, Any]] = list(GLOBAL_HOOKS)
         for index, hooks in enumerate(GLOBAL_HOOKS):
             self.entries["", "hooks on all modules", index] = followed_hooks(hooks)
         for name, module in backbone.named_modules():
             self._walk_module((name,), module, structure_only=structure_only)
+        for index, constant in enumerate(constants):
+            self._record(("", "inputs", index), constant, 1)
         self._modules = [*self._registered, *self.unregistered]
         self._types = [type(module) for module in self._modules]
         self._parameters = [p for module in self._modules for p in module.parameters(recurse=False)]
@@ -107,6 +120,7 @@ class Fingerprint:
         self._versions = [tensor._version for tensor in self.tensors]
         self._hooks_before = [followed_hooks(hooks) for hooks in self._hooks]
         self._has_hooks = any(self._hooks_before)
+        self._norm_modes = [module.training for module in self._batch_norms]
         self._expired = False
         self._watch = _watch([(c, self._skipped(path)) for path, c in self.containers.items()])
 
@@ -126,6 +140,7 @@ class Fingerprint:
             and (self._weight is None or self._weight.device == self.device)
             and (not self.tensors or [tensor._version for tensor in self.tensors] == self._versions)
             and [*map(type, self._modules)] == self._types
+            and (not self._batch_norms or [module.training for module in self._batch_norms] == self._norm_modes)
             and (not self._snapshots or all(now() == before for now, before in self._snapshots))
         )
 
@@ -158,6 +173,9 @@ class Fingerprint:
         self.entries[*path, "__class__"] = type(module)
         if structure_only:
             self._walk((*path, "_modules"), module._modules, 1)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # in train mode rows depend on each other
+                self.entries[*path, "training"] = module.training
+                self._batch_norms.append(module)
             return
         self._hooks.append(module._forward_hooks)
         self.containers[path] = attributes = module.__dict__
@@ -169,12 +187,24 @@ class Fingerprint:
                 self.entries[where] = followed_hooks(value)
             elif key in ("_parameters", "_buffers"):
                 # Programs read the tensors of submodules by name at each call, and hold those of other modules.
-                self.entries[where] = {n: type(tensor) if registered else id(tensor) for n, tensor in value.items()}
+                self.entries[where] = {
+                    name: (type(tensor), self._owner_of.setdefault(id(tensor), (*where, name)))
+                    if registered
+                    else id(tensor)
+                    for name, tensor in value.items()
+                    if tensor is not None or not registered
+                }
                 self.containers[where] = value
             else:
                 self._record(where, value, 0)
         for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
             self._walk_class(cls)
+
+    def _walk_own_classes(self, cls: type) -> None:
+        """Record a class that holds settings, for all of its objects or itself, and its bases."""
+        for base in cls.__mro__:
+            if not _is_of_library(base.__module__):
+                self._walk_class(base)
 
     def _walk_class(self, cls: type) -> None:
         if id(cls) in self._seen:
@@ -183,7 +213,7 @@ class Fingerprint:
         path = ("", "classes", cls)
         self.containers[path] = cls
         for key, value in list(vars(cls).items()):
-            if key not in _UNREAD_OF_CLASSES:
+            if key not in _UNREAD_OF_CLASSES and (*path, key) not in self.volatile:
                 self._record((*path, key), value, 1)
 
     def _walk(self, path: Path, container: Any, depth: int) -> None:
@@ -202,7 +232,7 @@ class Fingerprint:
         if depth > _MAX_DEPTH or isinstance(value, _SIMPLE):
             return
         if isinstance(value, (list, dict)):
-            self.entries[path] = type(value)
+            self.entries[path] = type(value) if isinstance(value, list) else _Content([type(value), *value])
             self._walk(path, value, depth + 1)
         elif isinstance(value, (tuple, frozenset)):
             self.entries[path] = type(value)
@@ -219,15 +249,44 @@ class Fingerprint:
         elif isinstance(value, partial):
             for key, part in (("func", value.func), ("args", value.args), ("keywords", value.keywords)):
                 self._record((*path, key), part, depth + 1)
-        elif isinstance(value, MethodType):
-            self._record((*path, "__self__"), value.__self__, depth + 1)
+        elif isinstance(value, FunctionType):
+            self._record_function(path, value, depth)
+        elif isinstance(value, (staticmethod, classmethod, MethodType)):
+            self._record((*path, "__func__"), value.__func__, depth)
+            if isinstance(value, MethodType):
+                self._record((*path, "__self__"), value.__self__, depth + 1)
+        elif isinstance(value, property):
+            self._record((*path, "fget"), value.fget, depth)
+        elif isinstance(value, type):
+            self._walk_own_classes(value)
+        elif isinstance(value, ModuleType):
+            if not _is_of_library(value.__name__) and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self.containers[path] = names = vars(value)
+                for key, item in list(names.items()):
+                    if not isinstance(item, _OPAQUE) and not key.startswith("__") and (*path, key) not in self.volatile:
+                        self._record((*path, key), item, depth + 1)
         elif isinstance(value, nn.Module):
             self._record_module(path, value)
         elif isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter):
+            if id(value) not in self._of_modules:
                 self.tensors.append(value)
         elif not isinstance(value, _OPAQUE):
             self._record_object(path, value, depth)
+        if isinstance(value, (list, dict, tuple)) and not _is_of_library(type(value).__module__):
+            self._record_object(path, value, depth)
+
+    def _record_function(self, path: Path, function: FunctionType, depth: int) -> None:
+        """Follow what may be changed of a function in place, as by those who reload a module into it."""
+        if id(function) in self._seen or _is_of_library(function.__module__ or ""):
+            return
+        self._seen.add(id(function))
+        self.containers[*path, "()"] = function
+        self.entries[*path, "__code__"] = function.__code__
+        for name in ("__defaults__", "__kwdefaults__"):
+            self._record((*path, name), getattr(function, name), depth + 1)
+        if function.__dict__:
+            self._walk((*path, "__dict__"), function.__dict__, depth + 1)
 
     def _record_module(self, path: Path, module: nn.Module) -> None:
         """Follow modules that are no submodules as if they were some."""
@@ -240,7 +299,8 @@ class Fingerprint:
     def _record_object(self, path: Path, value: Any, depth: int) -> None:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            self._walk(path, attributes, depth + 1)
+            self._walk((*path, "__dict__") if isinstance(value, dict) else path, attributes, depth + 1)
+            self._walk_own_classes(type(value))
         names = [n for cls in type(value).__mro__ for n in _slots_of(cls) if n not in ("__dict__", "__weakref__")]
         if names and id(value) not in self._seen:
             self._seen.add(id(value))
@@ -260,6 +320,12 @@ class _Content:
         return isinstance(other, _Content) and bool(self.content == other.content)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _is_of_library(name: str) -> bool:
+    """Whether a module or class is of Python, PyTorch or NumPy, which nobody uses as a configuration."""
+    root = name.partition(".")[0]
+    return root in _LIBRARIES or root in sys.stdlib_module_names
 
 
 def _slots_of(cls: type) -> tuple[str, ...]:
@@ -320,13 +386,17 @@ class _Comparison:
                 return False
             pairs: Iterator[Any] = zip(now, before, strict=True)
             if isinstance(now, dict):
-                pairs = ((now.get(key), value) for key, value in before.items() if key not in skipped)
+                if [*now] != [*before]:
+                    return False
+                pairs = ((now[key], value) for key, value in before.items() if key not in skipped)
             if not all(a is b for a, b in pairs):
                 return False
         return True
 
 
 def _contents(container: Any) -> Any:
+    if isinstance(container, FunctionType):
+        return [container.__code__, container.__defaults__, container.__kwdefaults__]
     return dict(vars(container)) if isinstance(container, type) else container.copy()
 
 

@@ -203,7 +203,7 @@ class InputFormat:
                             f"{self.names[index]} has {value.shape[0]} rows where other inputs have {rows}; "
                             "give every input one row per sample"
                         )
-            elif isinstance(value, Tensor) or value != example:
+            elif isinstance(value, Tensor) or (value != example and (value == value or example == example)):  # NaN
                 raise ValueError(
                     f"{self.names[index]} is {value!r} but was {example!r} in {self._origin}, where the stages were "
                     "cut with it as a constant; make another cet.EarlyExit for other constants"

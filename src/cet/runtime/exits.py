@@ -31,8 +31,11 @@ def linear_head(head: nn.Module) -> LinearHead | None:
 
 
 def head_logits(head: nn.Module, features: Tensor, mask: Tensor | None) -> Tensor:
-    """Call a head, with the mask if it takes one."""
+    """Call a head, with the mask if it takes one. What it returns shares no memory with the features, which stages
+    may write to, and which may be the user's own."""
     logits: Tensor = head(features) if mask is None else head(features, mask)
+    if isinstance(logits, Tensor) and torch._C._is_alias_of(logits, features):  # type: ignore[attr-defined]
+        return logits.clone()
     return logits
 
 
