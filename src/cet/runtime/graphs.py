@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -165,6 +166,9 @@ class _Captured:
                 self.eager.append(index)
                 graphs = {}
             self._graphs.append(graphs)
+        self.close = weakref.finalize(self, backend.close)
+        """Waits until no graph runs any more; at the latest before the memory that they use is gone."""
+        self.close.atexit = False
         self._whole: Graph | None = None
         if linked:
             ascending = [[graphs[rows] for rows in sorted(graphs)] for graphs in self._graphs]
@@ -190,9 +194,6 @@ class _Captured:
                 rows = self._backend.receive_count(index)
                 if rows == 0:
                     return
-
-    def close(self) -> None:
-        self._backend.close()
 
     def report(self, exit_names: Sequence[str]) -> Capture:
         ends = [exit_names[segment.exit_index] for segment in self.program.segments]
