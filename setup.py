@@ -29,7 +29,7 @@ FLAGS = ["-std=gnu++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-W
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
-CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "compact.cu", "switch_graph.cu")]
+CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "switch_graph.cu")]
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 REFUSED = "operation not permitted when stream is capturing"
@@ -209,7 +209,7 @@ def _record_launches() -> Any:
     run = GridExecutor.__call__
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> None:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():  # of what the interpreter does the device sees nothing
             run(self, *args, **kwargs)
         if _recording:
             _recording[-1].steps.append(lambda: run(self, *args, **kwargs))
@@ -253,3 +253,22 @@ def cpu_as_gpu(*, late: bool = False) -> Iterator[None]:
         finally:
             Stream.late = Event.broken = False
             _current[:] = [Stream()]
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """:func:`cpu_as_gpu` for whole models: every runner takes CPU tensors."""
+    extension = mock.Mock(has_switch=True, runtime_version=13000, SwitchGraph=SwitchGraph)
+    extension.driver_version.return_value = 13000
+    with ExitStack() as stack:
+        stack.enter_context(cpu_as_gpu())
+        for target, fake in {
+            "cet.runtime.cuda_graphs.cuda_extension": lambda: extension,
+            "cet.runtime.graphs.why_no_switch": lambda: None,
+            "cet.model.early_exit.runner_for": lambda device, wanted: wanted or "eager",
+            "cet.model.early_exit.check_runner": lambda wanted: None,
+            "cet.ops.backend.why_no_triton": lambda device: None,
+        }.items():
+            stack.enter_context(mock.patch(target, fake))
+        stack.enter_context(mock.patch("cet.runtime.cuda_graphs._streams", {}))
+        yield

@@ -16,6 +16,7 @@ import cet
 from benchmarks import rehearsal
 from benchmarks.rehearsal import cpu_as_gpu
 from cet.ops.definitions import SCORE_NAMES
+from cet.ops.exit_gate import triton
 from cet.runtime import RunnerName, cuda_graphs
 from cet.runtime.cuda_graphs import CudaGraphs
 from cet.runtime.graph_backend import CaptureError
@@ -37,6 +38,7 @@ class WithSwitch:
 def on_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda_graphs, "_streams", {})
     monkeypatch.setattr(cuda_graphs, "cuda_extension", WithSwitch)
+    monkeypatch.setattr("cet.runtime.graphs.why_no_switch", lambda: None)
     monkeypatch.setattr("cet.model.early_exit.runner_for", lambda device, wanted: wanted)
     monkeypatch.setattr("cet.runtime.check_runner", lambda wanted: None)
     monkeypatch.setattr("cet.model.early_exit.check_runner", lambda wanted: None)
@@ -65,6 +67,29 @@ def test_every_padded_program_is_captured_without_a_wait(runner: RunnerName, sco
             got = model.predict(**x)
         assert_same_answers(got, answer_each_row_alone(model, x, model.policy))
         assert (model.captures[0].runner, model.captures[0].eager) == (runner, ())
+
+
+def noting(calls: list[str], function: Any) -> Any:
+    def noted(*args: Any) -> Any:
+        calls.append(function.__name__)
+        return function(*args)
+
+    return noted
+
+
+@pytest.mark.usefixtures("triton_backend", "on_fake_gpu")  # which records what the other runs
+@pytest.mark.parametrize("runner", ["graphs", "device"])
+def test_graphs_hold_the_kernels_of_triton(runner: RunnerName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cet.ops.backend.why_no_triton", lambda device: None)
+    ways: list[str] = []
+    monkeypatch.setattr(triton, "padded_exit_step", noting(ways, triton.padded_exit_step))
+    with cet.ops.use_backend(None):
+        model = model_run_by(runner)
+        for rows in (8, 3):
+            x = {"x": torch.randn(rows, 3, 16)}
+            assert_same_answers(model.predict(**x), answer_each_row_alone(model, x, model.policy))
+    assert len(ways) == 2 * 4 * 2  # exits, buckets, the first run and the capture
+    assert model.captures[0].runner == runner
 
 
 @pytest.mark.usefixtures("on_fake_gpu")
@@ -188,11 +213,11 @@ def test_caches_of_others_are_emptied_once_and_nothing_is_collected_within(monke
 
 
 @pytest.mark.usefixtures("on_fake_gpu")
-def test_a_model_that_is_dropped_waits_for_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_dropped_waits_for_its_graphs() -> None:
     model = model_run_by("graphs")
     model.predict(torch.randn(4, 3, 16))
+    gc.collect()  # of what other tests left
     closed: list[int] = []
-    monkeypatch.setattr(CudaGraphs, "close", lambda self: closed.append(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal.Event, "synchronize", lambda self: closed.append(1))
         del model
