@@ -7,7 +7,7 @@ TORCH  := torch==2.13.0
 .PHONY: help setup test lint docs sanitize fuzz soak demo benchmark gpu clean
 
 help:
-	@echo "make setup      the environment of all that follows, in .venv; each target makes it where it is missing"
+	@echo "make setup      the environment of all that follows, in .venv, and the kernels, where a source has changed"
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
 	@echo "make docs       the pages as a site, into build/site; a warning is an error"
@@ -28,7 +28,12 @@ $(VENV)/.ready: pyproject.toml setup.py requirements/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable '.[dev]'
 	touch $@
 
-setup: $(VENV)/.ready
+# The kernels, compiled again where a source has changed.
+$(VENV)/.built: $(VENV)/.ready $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+setup: $(VENV)/.built
 
 demo: setup
 	$(BIN)/cet demo --output runs/demo $(ARGS)

@@ -17,8 +17,11 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
-KERNELS = [f"csrc/cpu/{name}.cpp" for name in ("kernels", "exit_gate", "compact", "consistent_exit_loss")]
+HOST = ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"]
+KERNELS = sorted({str(path) for path in Path("csrc/cpu").glob("*.cpp")} - {*HOST})
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h*"))
 # One build serves every processor: the instructions are chosen when the program runs.
 CAPABILITIES = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -27,6 +30,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Contraction to fused multiply-adds is what GCC does by default and Clang does not. GCC 12 warns of its own intrinsics.
 FLAGS = ["-std=gnu++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+FLAGS += ["-Werror=missing-field-initializers"]  # a kernel that is missing in the table of a capability
 
 
 CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "switch_graph.cu")]
@@ -50,6 +54,9 @@ class BuildKernels(build_ext):
     """Compiles the CPU kernels once per capability, and the CUDA part with nvcc."""
 
     def build_extension(self, ext):
+        path = self.get_ext_fullpath(ext.name)
+        if not (self.force or newer_group([*ext.sources, *ext.depends, "setup.py"], path)):
+            return
         if ext.name == "cet._cuda":
             self.build_cuda(ext)
             return
@@ -94,20 +101,20 @@ if cpp != "0":
     extensions.append(
         Pybind11Extension(
             "cet._C",
-            ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"],
-            depends=[*KERNELS, *(str(path) for path in sorted(Path("csrc").rglob("*.h")))],
+            HOST,
+            depends=[*KERNELS, *HEADERS],
             extra_compile_args=FLAGS,
             cxx_std=17,
             optional=cpp != "1",
         )
     )
 if cuda == "1" or (cuda == "" and shutil.which("nvcc")):
-    extensions.append(Extension("cet._cuda", CUDA_SOURCES, optional=cuda != "1"))
+    extensions.append(Extension("cet._cuda", CUDA_SOURCES, depends=HEADERS, optional=cuda != "1"))
 
 setup(
     package_dir={"": "src", "cet.kernels": "kernels"},
     packages=[*find_packages("src"), "cet.kernels"],
-    package_data={"cet": ["py.typed", "*.pyi"], "cet.energy": ["*.pyi"]},
+    package_data={"cet": ["py.typed", "*.pyi"], "cet.energy": ["*.pyi"], "cet.training": ["*.pyi"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
 )

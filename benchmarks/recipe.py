@@ -28,9 +28,10 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from benchmarks.harness import provenance
 from cet import perturb
+from cet.data.smartwatch import load_windows, split_by_person
 from cet.files import write_atomically
 from cet.ops import exit_score
-from cet.training import CONSISTENT, JOINT, load_windows, perturbation, split_by_person, train
+from cet.training import CONSISTENT, JOINT, perturbation, train
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED = "trained kinds"

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -55,6 +56,15 @@ const Kernels* kernels_of(const std::string& capability) {
   throw py::value_error("this build and processor have no CPU capability '" + capability + "'");
 }
 
+// A score that Python knows and this build does not is one that was added since it was compiled.
+cet::Score score_at(int number) {
+  if (number < 0 || number >= static_cast<int>(std::size(cet::kScoreRules))) {
+    throw py::value_error("the compiled kernels know no score of number " + std::to_string(number) +
+                          "; build them again: make setup");
+  }
+  return cet::Score(number);
+}
+
 std::vector<std::string> scores() {
   std::vector<std::string> names;
   for (const cet::ScoreRule& rule : cet::kScoreRules) names.emplace_back(rule.name);
@@ -94,7 +104,7 @@ struct Dims {
 void gate(const Kernels& kernels, Pointer logits, int dtype, const Sizes& shape, const Sizes& strides, int score,
           float threshold, float temperature, Pointer scores, Pointer exit_mask, int threads) {
   const cet::Logits x = {at<void>(logits), cet::DType(dtype), shape[0], shape[1], strides[0], strides[1]};
-  const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores), at<bool>(exit_mask)};
+  const cet::Decision decision = {score_at(score), threshold, temperature, at<float>(scores), at<bool>(exit_mask)};
   const py::gil_scoped_release release;
   kernels.gate({x, decision, threads});
 }
@@ -133,7 +143,7 @@ int64_t exit_gate(const Kernels& kernels, Pointer features, int dtype, const Siz
   std::unique_ptr<bool[]> flags;
   if (!exit_mask) flags.reset(new bool[pooling.features.rows]);
   const cet::Head head = {at<void>(weight), at<void>(bias), at<void>(logits), classes};
-  const cet::Decision decision = {cet::Score(score), threshold, temperature, at<float>(scores),
+  const cet::Decision decision = {score_at(score), threshold, temperature, at<float>(scores),
                                   exit_mask ? at<bool>(exit_mask) : flags.get()};
   const cet::KeptRows moved = {at<char>(kept_rows), capacity, at<int64_t>(order)};
   return kernels.exit_gate({pooling.features, head, decision, order ? &moved : nullptr, threads});

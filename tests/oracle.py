@@ -39,7 +39,7 @@ def score_by_definition(logits: Tensor, score: ScoreName, temperature: float) ->
     p = sorted((w / sum(weights) for w in weights), reverse=True)
     if score == "entropy":
         return -sum(q * math.log(q) for q in p if q > 0)
-    return p[0] if score == "confidence" else p[0] - p[1]
+    return {"confidence": p[0], "margin": p[0] - p[1]}[score]
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+// The table of the kernels of one capability.
 #include "kernels_of_capability.h"
 
 #define CET_STRING_OF(x) #x

@@ -10,7 +10,7 @@ namespace cet {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// Strides count elements throughout.
+// Strides count elements, where nothing else is said.
 
 struct Decision {
   Score score;

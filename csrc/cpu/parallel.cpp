@@ -1,3 +1,4 @@
+// Threads for the kernels.
 #include "parallel.h"
 
 #include <dlfcn.h>

@@ -4,7 +4,7 @@ A pointer is ``Tensor.data_ptr()``, 0 for what is left out. Shapes and strides a
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 UNLABELLED: int
 HALF_GRADIENT_SCALE: float
@@ -17,6 +17,13 @@ _ExitLogits = tuple[int, int, int, int, int, int, float]
 def capabilities() -> list[str]: ...
 def kernels(capability: str) -> Kernels: ...
 def scores() -> list[str]: ...
+
+@final
+class Watch:
+    """Notices changes of dictionaries and lists."""
+
+    def __init__(self, entries: list[Any]) -> None: ...
+    def unchanged(self) -> bool: ...
 
 @final
 class Kernels:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cet.data import smartwatch
-from cet.training import find_dataset, load_windows, split_by_person
+from cet.data.smartwatch import find_dataset, load_windows, split_by_person
 
 
 def recordings(lengths: tuple[int, ...] = (200, 150), **replaced: Any) -> dict[str, Any]:

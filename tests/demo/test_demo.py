@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import cet
 from cet.calibration.cost import exit_costs
 from cet.cli import main
+from cet.data.smartwatch import Split, find_dataset, load_windows, split_by_person
 from cet.demo import run, timing
 from cet.demo.energy import measure_energy
 from cet.demo.figures import made_with
@@ -32,7 +33,7 @@ from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
 from cet.demo.report import Report, at, verdict
 from cet.demo.timing import Speed, Speedup
 from cet.energy import MonotonicClock
-from cet.training import JOINT, Split, build, find_dataset, load_windows, split_by_person
+from cet.training import JOINT, build
 from powercap import Powercap
 
 TINY = replace(

@@ -1,8 +1,11 @@
 """The exit contract is in test_exit_contract.py; here is the module's interface."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cet
 
@@ -24,6 +27,12 @@ class Net(nn.Module):
 
 def build(exits=("stem", "block"), **options):
     return cet.EarlyExit(Net(), exits if isinstance(exits, dict) else list(exits), (R(2, 3, 16),), **options)
+
+
+def test_exits_are_a_list_of_paths():
+    for exits in (None, 5):
+        with pytest.raises(TypeError, match="give a list of submodule paths"):
+            cet.EarlyExit(Net(), exits, (R(2, 3, 16),))
 
 
 def test_modes_give_all_exits_or_one_answer():
@@ -175,3 +184,36 @@ def test_the_example_follows_the_weights():
     assert x.dtype == torch.float64
     assert kwargs == {}
     assert model.eval()(x).dtype == torch.float64
+
+
+def _small() -> tuple[cet.EarlyExit, Tensor]:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    return cet.EarlyExit(net, ["1"], (torch.randn(6, 8),)), torch.randn(6, 8)
+
+
+RECORDERS: dict[str, tuple[Callable[[cet.EarlyExit, Tensor], Any], str]] = {
+    "trace": (lambda model, x: torch.jit.trace(model, (x,)), "torch.jit.trace would record"),
+    "vmap": (lambda model, x: torch.func.vmap(model)(x[:, None]), "cannot leave inside of torch.func.vmap"),
+    "vmap of grad": (
+        lambda model, x: torch.func.vmap(torch.func.grad(lambda row: model(row).sum()))(x[:, None]),
+        "cannot leave inside of torch.func.vmap",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECORDERS)
+def test_what_cannot_see_where_samples_leave_is_refused(name: str) -> None:
+    model, x = _small()
+    record, message = RECORDERS[name]
+    with pytest.raises(RuntimeError, match=message):
+        record(model, x)
+    assert len(model.predict(x).labels) == 6
+
+
+def test_transforms_that_keep_the_batch_work() -> None:
+    model, x = _small()
+    expected = torch.autograd.grad(model(x.requires_grad_()).sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda rows: model(rows).sum())(x.detach()), expected)
+    logits = torch.func.vmap(lambda rows: model.exit_logits(rows)[0])(x[:, None])
+    torch.testing.assert_close(logits[:, 0], model.exit_logits(x)[0])

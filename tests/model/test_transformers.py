@@ -64,6 +64,16 @@ def wav2vec2() -> nn.Module:
     return model
 
 
+def gpt2() -> nn.Module:
+    """Returns a cache of keys and values beside its logits."""
+    sizes = {"n_embd": 24, "n_head": 2, "n_layer": 4, "num_labels": K, "n_positions": 16}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    model: nn.Module = transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(vocab_size=60, **sizes, **special)
+    ).eval()
+    return model
+
+
 def text(rows: int = ROWS) -> dict[str, Tensor]:
     mask = (torch.arange(12) < torch.randint(3, 13, (rows, 1))).long()
     return {"input_ids": torch.randint(0, 60, (rows, 12)), "attention_mask": mask}
@@ -80,6 +90,7 @@ def audio(rows: int = ROWS) -> dict[str, Tensor]:
 FOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]], tuple[str, ...]]] = {
     "bert": (bert, text, ("bert.encoder.layer.1", "bert.encoder.layer.3")),
     "distilbert": (distilbert, text, ("distilbert.transformer.layer.1",)),
+    "gpt2": (gpt2, text, ("transformer.h.1",)),
     "vit": (vit, images, ("vit.layers.1",)),
     "wav2vec2": (wav2vec2, audio, ("wav2vec2.encoder.layers.1",)),
 }
@@ -106,6 +117,19 @@ def test_exits_are_found_behind_every_second_layer_but_the_last(name: str, given
     assert model.num_classes == K
     assert not model.training
     assert_right(model, inputs(ROWS))
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_stages_answer_also_once_hidden_states_were_asked_for(name: str) -> None:
+    """transformers leaves hooks behind that collect them."""
+    build, inputs, _ = FOUND[name]
+    given = inputs(ROWS)
+    model = cet.EarlyExit.from_transformers(build(), every=2, example_inputs=inputs(4))
+    model.predict(**given)
+    hidden = model.backbone(**given, output_hidden_states=True).hidden_states
+    assert len(hidden) > 2
+    assert_right(model, given)
+    assert model.explain(**given).reason is None
 
 
 @pytest.mark.parametrize(("every", "exits"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (3, [2]), (4, [3]), (5, [4])])

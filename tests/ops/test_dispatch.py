@@ -59,11 +59,11 @@ REASONS: list[tuple[Callable[[], ops.Choice], str, str, str]] = [
         r"backend 'cpp' cannot take a torch\.float64 Tensor on cpu",
     ),
     (lambda: ops.explain(ops.exit_gate, X, GRAD, threshold=0.5), "cpp", "then the gate's kernel", "gradient is needed"),
-    (lambda: ops.explain(ops.exit_step, X, GRAD, None, [X], threshold=0.5), "reference", "exit_gate, then", "gradient"),
+    (lambda: ops.explain(ops.exit_step, X, GRAD, None, [X], threshold=0.5), "cpp", "exit_gate, then", "gradient"),
     (lambda: ops.explain(ops.exit_gate, *LARGE, threshold=0.5), "cpp", "PyTorch's matrix product", "weight is large"),
     (
         lambda: ops.explain(ops.exit_step, *LARGE, None, [LARGE[0]], threshold=0.5),
-        "reference",
+        "cpp",
         "exit_gate, then",
         "weight is large",
     ),
@@ -242,3 +242,37 @@ def test_kernels_import_nothing_above_them() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert not str(node.module).startswith("cet.") or str(node.module).startswith("cet.kernels"), file
+
+
+@pytest.mark.parametrize("how", ["gradient", "large weight"])
+def test_two_steps_run_on_the_backend_that_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cet.ops.compact import COMPACT
+    from cet.ops.exit_gate import GATE
+
+    x, w = (X, GRAD) if how == "gradient" else LARGE
+    launched: set[str] = set()
+    for operation in (COMPACT, GATE):
+        for name, run in operation.run.items():
+            monkeypatch.setitem(
+                operation.run, name, lambda *a, name=name, run=run, **k: (launched.add(name), run(*a, **k))[1]
+            )
+    choice = ops.explain(ops.exit_step, x, w, None, [x], threshold=0.5)
+    ops.exit_step(x, w, None, [x], threshold=0.5)
+    assert launched - {"definition"} <= {choice.backend}
+
+
+@kernels_only
+@pytest.mark.parametrize("number", [-1, len(SCORE_NAMES), 1000])
+def test_kernels_refuse_a_score_that_they_do_not_know(backend: str, number: int) -> None:
+    scores, flags = torch.empty(4), torch.empty(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"know no score of number {number}; build them again"):
+        kernels().gate(  # type: ignore[union-attr]
+            LOGITS.data_ptr(), 0, (4, 2), (2, 1), number, 0.5, 1.0, scores.data_ptr(), flags.data_ptr(), 1
+        )
+
+
+def test_the_command_line_offers_every_score() -> None:
+    from cet.cli.calibrate import command
+
+    (option,) = (parameter for parameter in command.params if parameter.name == "score")
+    assert tuple(option.type.choices) == SCORE_NAMES  # type: ignore[attr-defined]

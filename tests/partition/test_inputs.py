@@ -109,6 +109,8 @@ REFUSED_LATER = [
     ((X[0], MASK, 2.0), {}, TypeError, r"x has shape \(4,\) but had shape \(3, 4\) in example_inputs"),
     (([[1.0]], MASK, 2.0), {}, TypeError, "called with x=list, mask=tensor.* but example_inputs had x=tensor"),
     ((X, MASK, 3.0), {}, ValueError, "scale is 3.0 but was 2.0 in example_inputs.*make another cet.EarlyExit"),
+    (({"x": X, "mask": MASK},), {}, TypeError, r"called with x=dict .*; give the entries of a dict by name"),
+    (({"x": X}, MASK, 2.0), {}, TypeError, r"give the entries of a dict by name, as in model\(\*\*batch\)"),
     ((X, MASK, torch.tensor(2.0)), {}, ValueError, r"scale is tensor\(2.\) but was 2.0"),
 ]
 
@@ -151,3 +153,16 @@ def test_an_example_that_the_backbone_cannot_take_is_refused_by_name():
     # Four rows and a width of four: `shift` is taken for batched and cut to as few rows as `x`.
     with pytest.raises(ValueError, match=r"example_inputs.*shift"):
         cet.EarlyExit(Net(), ["body"], {"x": R(4, 4), "shift": R(4)})
+
+
+def test_a_constant_of_optional_inputs_is_told_from_where_it_was_taken():
+    model = cet.EarlyExit(Net(), ["body"], (R(3, 4), R(3))).eval()
+    model(X, MASK, 2.0)
+    with pytest.raises(ValueError, match=r"scale is 3\.0 but was 2\.0 in the first call with such inputs"):
+        model(X, MASK, 3.0)
+
+
+def test_one_dict_for_one_tensor_is_refused_with_the_way_out():
+    model = cet.EarlyExit(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), ["0"], (R(3, 4),)).eval()
+    with pytest.raises(TypeError, match="give the entries of a dict by name"):
+        model({"input": X})

@@ -161,7 +161,10 @@ def test_batches_of_any_kind() -> None:
     ("arguments", "error", "message"),
     [
         ({"model": nn.Linear(4, 3)}, TypeError, r"model is Linear; wrap it in cet\.EarlyExit"),
-        ({"epochs": 0}, ValueError, "epochs is 0; give at least 1"),
+        ({"epochs": 0}, ValueError, "epochs is 0; give a whole number from 1 on"),
+        ({"epochs": 1.5}, ValueError, "epochs is 1.5; give a whole number from 1 on"),
+        ({"seed": "one"}, TypeError, "seed is 'one'; give a whole number"),
+        ({"loss": "entropy"}, TypeError, "loss is 'entropy'; give a cet.ConsistentExitLoss"),
         ({"learning_rate": 0.0}, ValueError, r"learning_rate is 0\.0; give a positive number"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
         ({"weight_decay": -1.0}, ValueError, r"weight_decay is -1\.0; give a number >= 0"),

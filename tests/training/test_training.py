@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import cet
-from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, Split, Windows, build, perturbation, train
+from cet.data.smartwatch import Split, Windows
+from cet.training import CONSISTENT, JOINT, MultiExitTraining, SensorNet, build, perturbation, train
 from cet.training.lightning import ShuffledBatches
 
 TINY = replace(CONSISTENT, epochs=4, batch_size=16)

@@ -13,10 +13,11 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from cet.calibration.cost import ExitCosts
 from cet.calibration.thresholds import simulate
+from cet.data.smartwatch import Windows
 from cet.model.early_exit import EarlyExit
 from cet.ops import exit_score
 from cet.perturb.base import Perturbation
-from cet.training import Windows, perturbation
+from cet.training import perturbation
 
 BATCH_SIZE = 512
 CURVE_POINTS = 33

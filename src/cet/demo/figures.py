@@ -22,6 +22,7 @@ import torch
 
 import cet
 from cet.calibration import Calibration, ExitCosts
+from cet.data.smartwatch import Windows
 from cet.demo import plots
 from cet.demo.energy import measure_energy
 from cet.demo.evaluation import Preset, accuracy_compute_curve, at_severity, curve_thresholds, perturbed
@@ -31,7 +32,7 @@ from cet.demo.report import Condition, Cost, RecipeReport, Report, Speeds, Timin
 from cet.demo.timing import measure_latency, measure_throughput
 from cet.measure.host import host_facts
 from cet.model.early_exit import EarlyExit
-from cet.training import Recipe, Windows, perturbation
+from cet.training import Recipe, perturbation
 
 THROUGHPUT_BATCH = 256
 

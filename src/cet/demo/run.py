@@ -12,25 +12,14 @@ import torch
 import cet
 from cet.calibration import calibrate
 from cet.calibration.cost import exit_costs
+from cet.data.smartwatch import Split, Windows, find_dataset, load_windows, split_by_person
 from cet.demo.evaluation import perturbed
 from cet.demo.figures import Progress, Stages, evaluate, made_with, measure, sha256, threads, versions, write_report
 from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
 from cet.demo.markdown import SCOPE
 from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
-from cet.training import (
-    CONSISTENT,
-    EXITS,
-    JOINT,
-    Recipe,
-    Split,
-    Windows,
-    build,
-    find_dataset,
-    load_windows,
-    split_by_person,
-    train,
-)
+from cet.training import CONSISTENT, EXITS, JOINT, Recipe, build, train
 from cet.training.fit import ShowTraining
 
 SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)

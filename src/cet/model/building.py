@@ -59,6 +59,8 @@ def requested_heads(exits: Sequence[str] | Heads) -> dict[str, nn.Module | HeadS
     """
     if isinstance(exits, str):
         raise TypeError(f"exits is the string {exits!r}; give a list of submodule paths")
+    if not isinstance(exits, Iterable):
+        raise TypeError(f"exits is {exits!r}; give a list of submodule paths")
     requested: dict[str, nn.Module | HeadSpec | None] = {}
     for path in exits:
         if not isinstance(path, str):

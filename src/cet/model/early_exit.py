@@ -61,7 +61,7 @@ class StagedBatch(NamedTuple):
     num_rows: int
 
 
-class _Way(NamedTuple):
+class InputWay(NamedTuple):
     """How calls with one set of inputs are answered."""
 
     input_format: InputFormat
@@ -126,7 +126,7 @@ class EarlyExit(nn.Module):
         self.exit_names = (*requested, FINAL)
         self._graphs = GraphRunner(self.exit_names)
         self._ignored_inputs: set[str] = set()
-        self._ways: list[_Way] = []
+        self._ways: list[InputWay] = []
         self._checked_heads = CheckedHeads()
         self.backbone = backbone
         input_format = InputFormat(backbone, example_inputs)
@@ -292,7 +292,7 @@ class EarlyExit(nn.Module):
         They are computed by the backbone itself, and carry gradients. An exit inside a reentrant
         ``torch.utils.checkpoint``, which would hide them, is refused.
         """
-        way, inputs = self._bind(args, kwargs)
+        way, inputs = self.bind(args, kwargs)
         return self._exit_logits(way, inputs)
 
     @torch.no_grad()
@@ -303,7 +303,7 @@ class EarlyExit(nn.Module):
             RuntimeError: in train mode.
         """
         self._require_eval("exit_answers")
-        way, inputs = self._bind(args, kwargs)
+        way, inputs = self.bind(args, kwargs)
         rows = way.input_format.num_rows(inputs)
         program = way.cache.program(inputs) if rows else None
         if program is not None:
@@ -332,7 +332,7 @@ class EarlyExit(nn.Module):
             RuntimeError: in train mode.
         """
         self._require_eval("explain")
-        (input_format, cache), inputs = self._bind(args, kwargs)
+        (input_format, cache), inputs = self.bind(args, kwargs)
         reason = cache.reason(inputs)
         programs = cache.programs
         program = next((program for program in programs if program.matches(inputs)), None)
@@ -356,7 +356,7 @@ class EarlyExit(nn.Module):
             RuntimeError: in train mode.
         """
         self._require_eval("staged")
-        way, inputs = self._bind(args, kwargs)
+        way, inputs = self.bind(args, kwargs)
         program = way.cache.cut_now(inputs)
         return StagedBatch(
             program, copied(inputs) if self._changes_inputs else inputs, way.input_format.num_rows(inputs)
@@ -405,12 +405,13 @@ class EarlyExit(nn.Module):
             raise RuntimeError(f"model is in train mode; call model.eval() before {method}")
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = False) -> Answers:
-        way, inputs = self._bind(args, kwargs)
+        way, inputs = self.bind(args, kwargs)
         batch_size = way.input_format.num_rows(inputs)
         if batch_size == 0:
             weight = next(self.heads.parameters(), inputs[0])
             empty = weight.new_empty((0, self.num_classes))
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
+        _refuse_recording()
         runner = runner_for(way.input_format.device(inputs), self._runner)
         program = way.cache.program(inputs)
         if not self._checked_heads.are_current(self.heads):
@@ -439,7 +440,7 @@ class EarlyExit(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _check_heads(self, way: _Way) -> None:
+    def _check_heads(self, way: InputWay) -> None:
         """See whether heads that were changed since they were checked still answer each row on its own."""
         if len(self.heads) != self.num_exits - 1:
             raise ValueError(
@@ -462,8 +463,8 @@ class EarlyExit(nn.Module):
             )
         self._checked_heads.accept(self.heads)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Way, Sequence[Any]]:
-        """How to answer a call, and its inputs.
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[InputWay, Sequence[Any]]:
+        """How to answer a call, and its inputs in the order of the backbone's signature.
 
         A call may leave out optional inputs that the example had, or add some. Of a call by keywords alone, as a dict
         from a data collator, names that the backbone does not take are ignored with a warning.
@@ -480,14 +481,14 @@ class EarlyExit(nn.Module):
                 ignored = ways[0].input_format.unknown(kwargs)
                 if ignored and len(ignored) < len(kwargs):
                     self._warn_of_ignored(ignored)
-                    return self._bind((), {name: value for name, value in kwargs.items() if name not in ignored})
+                    return self.bind((), {name: value for name, value in kwargs.items() if name not in ignored})
             if not isinstance(error, OtherInputsError):
                 raise
             return self._bind_variant(args, kwargs, error)
 
     def _bind_variant(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], error: OtherInputsError
-    ) -> tuple[_Way, Sequence[Any]]:
+    ) -> tuple[InputWay, Sequence[Any]]:
         for way in self._ways[1:]:
             try:
                 return way, way.input_format.flatten(args, kwargs)
@@ -509,8 +510,8 @@ class EarlyExit(nn.Module):
                 stacklevel=level_of_caller(),
             )
 
-    def _way(self, input_format: InputFormat) -> _Way:
-        return _Way(
+    def _way(self, input_format: InputFormat) -> InputWay:
+        return InputWay(
             input_format, StageCache(self.backbone, self.exit_names[:-1], input_format, self._masks(input_format))
         )
 
@@ -548,7 +549,7 @@ class EarlyExit(nn.Module):
         with observing(observers):
             return self.backbone(*args, **kwargs)
 
-    def _exit_logits(self, way: _Way, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    def _exit_logits(self, way: InputWay, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         features: dict[int, Tensor] = {}
         records = torch.is_grad_enabled()
 
@@ -629,3 +630,17 @@ class EarlyExit(nn.Module):
         args, kwargs = input_format.unflatten(copied(self._example_values(input_format)))
         check_train_output(self.backbone, args, kwargs)
         return [features[k] for k in range(self.num_exits - 1)], logits
+
+
+def _refuse_recording() -> None:
+    """Refuse ways to record or to map a call that cannot see where its samples leave."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace would record the exits that its example takes, for all inputs; trace model.backbone"
+        )
+    transforms = () if is_tracing() else torch._C._functorch.get_interpreter_stack() or ()
+    if any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms):
+        raise RuntimeError(
+            "in eval mode samples cannot leave inside of torch.func.vmap; give all rows as one batch, or map "
+            "model.exit_logits"
+        )

@@ -28,8 +28,8 @@ Backend = Literal["reference", "cpp", "triton"]
 
 CAPABILITY_VARIABLE = "CET_CPU_CAPABILITY"
 
-_chosen: ContextVar[Backend | None] = ContextVar("cet_backend", default=None)
-_preferred: ContextVar[Backend | None] = ContextVar("cet_preferred_backend", default=None)
+CHOSEN: ContextVar[Backend | None] = ContextVar("cet_backend", default=None)
+PREFERRED: ContextVar[Backend | None] = ContextVar("cet_preferred_backend", default=None)
 
 
 class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
@@ -40,7 +40,9 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
     Args:
         name: ``"reference"``, plain PyTorch; ``"cpp"``, the compiled kernels, for CPU tensors; or ``"triton"``, those
             for CUDA tensors, which Triton's interpreter (``TRITON_INTERPRET=1``) runs on CPU tensors too. An operation
-            that the chosen backend cannot run then raises. ``None`` leaves the choice to each call, as at first.
+            then raises for tensors that the chosen backend cannot read. Steps for which it has no kernel, such as those
+            that need gradients, are taken by PyTorch, as :func:`cet.ops.explain` tells. ``None`` leaves the choice to
+            each call, as at first.
 
     Raises:
         ValueError: for an unknown name.
@@ -63,16 +65,16 @@ class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
                 "backend 'triton' cannot run: there is no CUDA device; to interpret the kernels on CPU tensors, start "
                 "Python with TRITON_INTERPRET=1 in the environment"
             )
-        self._name, self._before = name, _chosen.get()
-        _chosen.set(name)
+        self._name, self._before = name, CHOSEN.get()
+        CHOSEN.set(name)
 
     def __enter__(self) -> None:
-        _chosen.set(self._name)
+        CHOSEN.set(self._name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _chosen.set(self._before)
+        CHOSEN.set(self._before)
 
 
 @cache
@@ -115,11 +117,11 @@ def cuda_extension() -> Any:
 @contextmanager
 def preferring_triton(device: torch.device) -> Iterator[None]:
     """Within, calls for which no backend was chosen run on Triton's kernels, where these work and can take them."""
-    token = _preferred.set("triton" if why_no_triton(device) is None else None)
+    token = PREFERRED.set("triton" if why_no_triton(device) is None else None)
     try:
         yield
     finally:
-        _preferred.reset(token)
+        PREFERRED.reset(token)
 
 
 @cache
@@ -167,13 +169,13 @@ def interprets_triton() -> bool:
 
 def chosen_backend() -> Backend | None:
     """What :class:`use_backend` chose."""
-    return _chosen.get()
+    return CHOSEN.get()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def traced_backend(device_type: str) -> Backend:
     """What a traced call is recorded as: the custom operator, or, for ``"reference"``, its plain operations."""
-    chosen = _chosen.get()
+    chosen = CHOSEN.get()
     if chosen is not None:
         return chosen
     return "reference" if device_type != "cpu" or kernels() is None else "cpp"

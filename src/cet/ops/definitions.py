@@ -1,6 +1,6 @@
 """What the operations share: where features hold their channels, how positions are pooled, and the scores.
 
-A score stands in three places: here by its definition, for the CPU and CUDA in ``csrc/softmax_stats.h``, for Triton in
+A score stands in three places: here by its definition, for the CPU in ``csrc/softmax_stats.h``, for Triton in
 ``kernels/scores.py``; a test compares their names, since the kernels know a score by its position alone.
 """
 
@@ -19,6 +19,9 @@ Layout = Literal["channels_first", "channels_last"]
 Pool = Literal["mean", "first"]
 ScoreName = Literal["entropy", "confidence", "margin"]
 
+MAX_ROWS = 2**31 - 1
+"""What the kernels of every device can count."""
+
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
 
 
@@ -28,10 +31,12 @@ class Score(NamedTuple):
     Attributes:
         definition: log-probabilities ``(B, K)`` to scores ``(B,)``, differentiable.
         is_low_when_sure: whether a sample leaves at or below the threshold; else at or above it.
+        is_fraction: whether it is in [0, 1].
     """
 
     definition: Callable[[Tensor], Tensor]
     is_low_when_sure: bool
+    is_fraction: bool
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -49,9 +54,9 @@ def _margin(log_p: Tensor) -> Tensor:
 
 
 SCORES: dict[ScoreName, Score] = {
-    "entropy": Score(_entropy, is_low_when_sure=True),
-    "confidence": Score(_confidence, is_low_when_sure=False),
-    "margin": Score(_margin, is_low_when_sure=False),
+    "entropy": Score(_entropy, is_low_when_sure=True, is_fraction=False),
+    "confidence": Score(_confidence, is_low_when_sure=False, is_fraction=True),
+    "margin": Score(_margin, is_low_when_sure=False, is_fraction=True),
 }
 
 

@@ -104,17 +104,17 @@ def _choose(
     if backend == "reference":
         return choice
     if features.dtype not in DTYPES:
-        return _TWO_STEPS.but(TWO_STEPS, f"features are {features.dtype}, which no kernel takes")
+        return _TWO_STEPS["reference"].but(TWO_STEPS, f"features are {features.dtype}, which no kernel takes")
     if torch.is_grad_enabled() and needs_grad((features, *head, *(tensors if backend == "triton" else ()))):
-        return _TWO_STEPS.but(TWO_STEPS, GRADIENT)
+        return _TWO_STEPS[backend].but(TWO_STEPS, GRADIENT)
     if torch.is_autocast_enabled("cpu" if backend == "cpp" else features.device.type):
-        return _TWO_STEPS.but(TWO_STEPS, AUTOCAST)
+        return _TWO_STEPS[backend].but(TWO_STEPS, AUTOCAST)
     if backend == "cpp" and prefers_gemm(features.shape[0], weight):
-        return _TWO_STEPS.but(TWO_STEPS, "the weight is large, and its matrix product is faster than the fused kernel")
+        return _TWO_STEPS[backend].but(TWO_STEPS, "the weight is large, and its matrix product is faster alone")
     return choice
 
 
-_TWO_STEPS = Choice("exit_step", "reference", TWO_STEPS)
+_TWO_STEPS = {backend: Choice("exit_step", backend, TWO_STEPS) for backend in EXIT_STEP.run}
 
 
 def _explain(
@@ -177,8 +177,12 @@ def exit_step(
         dims = (0,) * len(tensors)
     check_rows("exit_step", features.shape[0], features.device, tensors, dims)
     own = _index_of(features, tensors)
-    backend = "reference" if is_tracing() else _choose(features, weight, bias, tensors, own).backend
-    step: tuple[Tensor, Tensor, Compaction] = EXIT_STEP.run[backend](
+    run: Any = _two_steps
+    if not is_tracing():
+        choice = _choose(features, weight, bias, tensors, own)
+        if choice.way is not TWO_STEPS:
+            run = EXIT_STEP.run[choice.backend]
+    step: tuple[Tensor, Tensor, Compaction] = run(
         features, weight, bias, tensors, dims, own, layout, pool, score, threshold, temperature
     )
     return step

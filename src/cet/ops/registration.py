@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cet.ops import backend as backends
-from cet.ops.backend import _chosen, _preferred, is_transforming
+from cet.ops.backend import CHOSEN, PREFERRED, is_transforming
 
 _log = logging.getLogger("cet.ops")
 
@@ -91,7 +91,7 @@ class Operation:
             ValueError: when the chosen backend cannot run the call.
         """
         # In one piece and without helpers: this is a part of every call, and a small call takes six microseconds.
-        backend = _chosen.get() or _preferred.get() or "cpp"
+        backend = CHOSEN.get() or PREFERRED.get() or "cpp"
         if backend == "reference":
             return self._definition
         choice = self._choices.get(backend)
@@ -118,7 +118,7 @@ class Operation:
             reason = "is not installed; install cet with a C++17 compiler and CET_BUILD_CPP=1"
         else:
             reason = "has no kernel for it; use use_backend('reference')"
-        if _chosen.get() is not None:
+        if CHOSEN.get() is not None:
             raise ValueError(f"{self.name}: backend {backend!r} {reason}")
         reasons = [f"backend {backend!r} {reason}"]
         if backend == "cpp" and tensors and tensors[0].is_cuda and "triton" in self.run:

@@ -121,7 +121,7 @@ class _Logits(nn.Module):
         inputs = [next(given) if t else c for t, c in zip(self._is_tensor, self._constants, strict=True)]
         args, kwargs = self._input_format.unflatten(inputs)
         with OpaqueOps():
-            return logits_of(self.backbone(*args, **kwargs))
+            return logits_of(self.backbone(*args, **kwargs, **self._input_format.without_cache()))
 
 
 def guards_of(program: ExportedProgram) -> list[sympy.Basic]:

@@ -4,9 +4,9 @@ Followed are: which submodules there are, and their modes; hooks, those on all m
 set on an instance; the methods and attributes of every class; the names and types of parameters and buffers, and the
 dtypes of all parameters (their values are read at each call, so they need not be followed); every other attribute,
 those in lists, dictionaries, sets and plain objects such as a config included, and modules that are kept in such.
-Numbers,
-strings and the like are compared by value, plain tensors by identity and version, NumPy arrays by identity and entries,
-anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their submodules as these are.
+Numbers, strings and the like are compared by value, plain tensors by identity and version, NumPy arrays by identity and
+entries, anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their submodules as
+these are.
 
 Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; what
 lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
@@ -47,7 +47,8 @@ _UNREAD = {
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
-} | {"_non_persistent_buffers_set"}
+    "_non_persistent_buffers_set",
+}
 _UNREAD_OF_CLASSES = {
     "__annotations__",
     "__dict__",
@@ -276,8 +277,12 @@ def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
 
 
 def _is_tracker(hook: Any) -> bool:
-    """Whether a hook is one by which PyTorch's own counters notice where they are."""
-    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+    """Whether a hook changes nothing: one by which PyTorch's own counters notice where they are, or by which
+    transformers collects hidden states, which it leaves in place once they were asked for."""
+    return (
+        type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+        or getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    )
 
 
 def _is_same(a: Any, b: Any) -> bool:

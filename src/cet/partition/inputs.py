@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 EXAMPLE_ROWS = 3
 """How many rows are kept of an example: more than two, so that the batch is seldom taken for another dimension."""
 
+_AS_NAMES = "give the entries of a dict by name, as in model(**batch)"
 _DENSE = "give dense tensors, padded to one size with a mask where rows differ in length"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,6 +41,7 @@ class InputFormat:
 
     def __init__(self, backbone: nn.Module, example_inputs: Any) -> None:
         self._signature = inspect.signature(backbone.forward)
+        self._origin = "example_inputs"
         self._given = _as_call(example_inputs)
         arguments = self._arguments(*self._given)
         inputs, self._structure = pytree.tree_flatten(arguments)
@@ -78,9 +80,10 @@ class InputFormat:
             arguments = self._arguments(args, kwargs)
             inputs, structure = pytree.tree_flatten(arguments)
             if structure != self._structure:
+                fix = _AS_NAMES if args and isinstance(args[0], Mapping) else "give the same inputs"
                 raise OtherInputsError(
                     f"the model was called with {_describe(arguments)} but example_inputs had "
-                    f"{_describe(self._example_arguments)}; give the same inputs"
+                    f"{_describe(self._example_arguments)}; {fix}"
                 )
         self._check(inputs)
         return inputs
@@ -101,6 +104,7 @@ class InputFormat:
             return None
         variant = copy.copy(self)
         variant._structure, variant.names, variant._num_plain_args = structure, names, -1
+        variant._origin = "the first call with such inputs"
         variant.is_batched = [
             batched.get(name, isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] in rows)
             for name, value in zip(names, inputs, strict=True)
@@ -115,6 +119,11 @@ class InputFormat:
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return []
         return [name for name in names if name not in parameters]
+
+    def without_cache(self) -> dict[str, Any]:
+        """The keyword that keeps a model of Hugging Face transformers from returning its keys and values too."""
+        given = self._example_arguments
+        return {"use_cache": False} if "use_cache" in self._signature.parameters and "use_cache" not in given else {}
 
     def unflatten(self, inputs: Sequence[Any]) -> Call:
         """The call ``(args, kwargs)`` that has these inputs."""
@@ -183,9 +192,9 @@ class InputFormat:
                     raise TypeError(f"{self.names[index]} is {_kind_of(value)}; {_DENSE}")
                 if not isinstance(value, Tensor) or value.ndim != example.ndim:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+                    fix = _AS_NAMES if isinstance(value, Mapping) else "give a tensor with as many dimensions"
                     raise TypeError(
-                        f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; "
-                        "give a tensor with as many dimensions"
+                        f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; {fix}"
                     )
                 if batched:
                     rows = value.shape[0] if rows is None else rows
@@ -196,7 +205,7 @@ class InputFormat:
                         )
             elif isinstance(value, Tensor) or value != example:
                 raise ValueError(
-                    f"{self.names[index]} is {value!r} but was {example!r} in example_inputs, where the stages were "
+                    f"{self.names[index]} is {value!r} but was {example!r} in {self._origin}, where the stages were "
                     "cut with it as a constant; make another cet.EarlyExit for other constants"
                 )
 

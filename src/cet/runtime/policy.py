@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cet.ops.definitions import SCORE_NAMES, ScoreName
+from cet.ops.definitions import SCORE_NAMES, SCORES, ScoreName
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class ExitPolicy:
             raise ValueError(f"score {self.score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
         for index, threshold in enumerate(self.thresholds):
-            if self.score != "entropy" and threshold is not None and math.isfinite(threshold) and abs(threshold) > 2:
+            if threshold is None or not SCORES[self.score].is_fraction or not math.isfinite(threshold):
+                continue
+            if abs(threshold) > 2:
                 raise ValueError(
                     f"thresholds[{index}] is {threshold}, but {self.score} is at most 1; give a fraction, "
                     f"{threshold / 100:g} for {threshold:g} %"
@@ -126,12 +128,12 @@ def policy_from_tensor(numbers: Tensor) -> ExitPolicy:
         (number, *_), *rows = numbers.double().tolist()
         is_open, thresholds, temperatures, survival = zip(*rows, strict=True)
         return ExitPolicy(
-            SCORE_NAMES[int(number)],
+            dict(enumerate(SCORE_NAMES))[int(number)],
             tuple(t if round(o) else None for o, t in zip(is_open[:-1], thresholds[:-1], strict=True)),
             temperatures if all(temperatures) else None,
             survival[:-1] if len(survival) > 1 and min(survival[:-1]) >= 0 else None,
         )
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the policy in the state dict is damaged ({error}); save the model again") from error
 
 

@@ -56,8 +56,12 @@ def train_heads(
     """
     if not isinstance(model, EarlyExit):
         raise TypeError(f"model is {type(model).__name__}; wrap it in cet.EarlyExit")
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; give at least 1")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs is {epochs!r}; give a whole number from 1 on")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; give a whole number")
+    if not (loss is None or callable(loss)):
+        raise TypeError(f"loss is {loss!r}; give a cet.ConsistentExitLoss")
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate}; give a positive number")
     if not 0 <= weight_decay < float("inf"):

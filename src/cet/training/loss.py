@@ -141,8 +141,8 @@ def _check_same_kind(clean: Inputs, perturbed: Inputs) -> None:
 def _stack(clean: Inputs, perturbed: Inputs, num_rows: int, model: nn.Module) -> Call:
     """One call on the clean rows, then the perturbed rows; what is not batched is given once."""
     if isinstance(model, EarlyExit):
-        (inputs, _), clean_values = model._bind(*as_call(clean))
-        _, perturbed_values = model._bind(*as_call(perturbed))
+        (inputs, _), clean_values = model.bind(*as_call(clean))
+        _, perturbed_values = model.bind(*as_call(perturbed))
         if inputs.num_rows(clean_values) != num_rows:
             raise ValueError(
                 f"y has {num_rows} rows for {inputs.num_rows(clean_values)} rows of x; give one label per row"

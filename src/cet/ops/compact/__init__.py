@@ -18,11 +18,11 @@ from cet.ops.compact.definition import (
     memory_order,
     scatter_rows_definition,
 )
+from cet.ops.definitions import MAX_ROWS
 from cet.ops.registration import GRADIENT, Choice, Operation, explained_by
 
 __all__ = ["Compaction", "RowOrder", "compact", "memory_order", "scatter_rows"]
 
-_MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 COMPACT = Operation("compact", definition=compact_definition, kernels={"cpp": cpp.compact, "triton": triton.compact})
 
@@ -102,7 +102,7 @@ def _check_exit_mask(exit_mask: Tensor) -> None:
         raise no_tensor("compact", "exit_mask", exit_mask)
     if exit_mask.dtype is not torch.bool:
         raise TypeError(f"compact: exit_mask is {exit_mask.dtype}; give bool")
-    if exit_mask.ndim != 1 or exit_mask.shape[0] > _MAX_ROWS:
+    if exit_mask.ndim != 1 or exit_mask.shape[0] > MAX_ROWS:
         raise ValueError(f"compact: exit_mask has shape {tuple(exit_mask.shape)}; give (B,), at most 2^31 - 1 rows")
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cet.ops.backend import is_tracing, is_transforming, needs_grad, no_tensor, traced_backend
-from cet.ops.definitions import SCORE_NAMES, SCORES, Layout, Pool, ScoreName, check_mask, pool_features
+from cet.ops.definitions import MAX_ROWS, SCORE_NAMES, SCORES, Layout, Pool, ScoreName, check_mask, pool_features
 from cet.ops.exit_gate import cpp, triton
 from cet.ops.exit_gate.definition import (
     DTYPES,
@@ -23,7 +23,6 @@ from cet.ops.registration import AUTOCAST, GRADIENT, MASKED, Choice, Operation, 
 __all__ = ["exit_gate", "exit_score", "gate"]
 
 _LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
-_MAX_ROWS = 2**31 - 1  # what the kernels of every device can count
 
 BY_PYTORCH = "PyTorch's operations, then the gate's kernel"
 NOT_FUSED = "there is nothing to pool, or so many classes that PyTorch's matrix product is faster"
@@ -173,7 +172,7 @@ def gate(
 def _check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise no_tensor("gate", "logits", logits)
-    if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > _MAX_ROWS:
+    if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > MAX_ROWS:
         raise ValueError(
             f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
         )
@@ -248,7 +247,7 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: La
     if not (bias is None or isinstance(bias, Tensor)):
         raise no_tensor("exit_gate", "bias", bias)
     shape = features.shape
-    if len(shape) < 2 or shape[0] > _MAX_ROWS:
+    if len(shape) < 2 or shape[0] > MAX_ROWS:
         raise ValueError(
             f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^31 - 1 rows"
         )
