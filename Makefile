@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint docs sanitize fuzz soak demo benchmark gpu gpu-report clean
+.PHONY: help setup test lint docs sanitize fuzz soak demo benchmark gpu clean
 
 help:
 	@echo "make setup      the environment of all that follows, in .venv, and the kernels, where a source has changed"
@@ -15,8 +15,7 @@ help:
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
 	@echo "make soak       random use of models against every row alone (CET_SOAK_SECONDS=3600; two minutes in make test)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
-	@echo "make gpu        build, tests, sanitizers and benchmarks on this machine's GPU, into OUT"
-	@echo "make gpu-report the tables of docs/gpu.md, from benchmarks/results/gpu"
+	@echo "make gpu        checks, tests, sanitizers and benchmarks on this machine's GPU, into OUT/gpu.tar.gz"
 	@echo "make lint       linters and type checker alone"
 	@echo "make clean      remove the environment and all that was built"
 
@@ -84,10 +83,7 @@ benchmark: setup
 OUT ?= runs/gpu
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu_session $(OUT)
-
-gpu-report: setup
-	$(BIN)/python -m benchmarks.gpu_report
+	$(PYTHON) -m benchmarks.gpu_first $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info

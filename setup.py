@@ -33,7 +33,7 @@ FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS += ["-Werror=missing-field-initializers"]  # a kernel that is missing in the table of a capability
 
 
-CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "compact.cu", "switch_graph.cu")]
+CUDA_SOURCES = [f"csrc/cuda/{name}" for name in ("bindings.cpp", "switch_graph.cu")]
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,17 +38,14 @@ def set_up(point: Point) -> Case:
         return [tensor[is_kept] for tensor in tensors]
 
     target = torch.empty_like(tensors[0])
-    order = torch.cat([(~exit_mask).nonzero(), exit_mask.nonzero()]).squeeze(1).int()
+    order = torch.stack([(~exit_mask), exit_mask]).int().argsort(dim=1, descending=True, stable=True).int()
     positions = torch.arange(rows, dtype=torch.int32)
     num_kept, count = torch.tensor([int((~exit_mask).sum()), rows], dtype=torch.int32)
 
-    def padded(
-        _exit_mask: Tensor, *tensors: Tensor, move: Callable[..., None] = gather_and_scatter_rows
-    ) -> list[Tensor]:
+    def padded(_exit_mask: Tensor, *tensors: Tensor) -> list[Tensor]:
         """The move of the graph runners, whose counts are on the device."""
         moved = [torch.empty_like(tensor) for tensor in tensors]
-        with ops.use_backend(None):  # by the CUDA part
-            move(order, positions, num_kept, count, list(zip(tensors, moved, strict=True)), [])
+        gather_and_scatter_rows(order, positions, num_kept, count, list(zip(tensors, moved, strict=True)), [])
         return moved
 
     providers: dict[str, Callable[..., Any]] = {
@@ -59,14 +55,7 @@ def set_up(point: Point) -> Case:
         "copy": lambda _exit_mask, x, *_others: target.copy_(x),
     }
     if exit_mask.is_cuda:
-        from cet.kernels.compact import gather_and_scatter_rows as triton_rows
-
-        triton = partial(padded, move=triton_rows)
-        providers |= {
-            "padded": padded,
-            "graphed": gpu.graphed(padded, exit_mask, *tensors),
-            "triton": gpu.graphed(triton, exit_mask, *tensors),
-        }
+        providers |= {"padded": padded, "graphed": gpu.graphed(padded, exit_mask, *tensors)}
 
     def check(results: Mapping[str, Any]) -> None:
         is_kept = ~exit_mask
@@ -89,7 +78,6 @@ RATIOS = [
     ("copy", "cet"),
     ("boolean_mask", "graphed"),
     ("copy", "graphed"),
-    ("triton", "graphed"),
 ]
 main = Benchmark("compact", POINTS, set_up, RATIOS, verdicts).command()
 

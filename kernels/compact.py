@@ -15,39 +15,47 @@ from cet.kernels.launch import VECTOR_BYTES, block_size, on_device_of
 SCAN_BLOCK = 1024
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
 _TILE_UNITS = 1024  # what a program copies: 8 units of up to 16 bytes in flight for each of its 128 threads
-_MAX_MOVES = 8  # tensors in one launch
+MAX_MOVES = 8  # tensors in one launch
 
 RowPairs = Sequence[tuple[Tensor, Tensor]]
 
 
-@triton.jit
-def write_order(exit_mask_ptr, order_ptr, rows, valid, num_kept, BLOCK: tl.constexpr):
-    """One program writes the indices of the kept rows, then those that leave, both ascending, then the others.
-
-    Those from ``valid`` on are padding and keep their places.
-    """
-    before = 0
-    for i_row in range(0, rows, BLOCK):
-        o_row = i_row + tl.arange(0, BLOCK)
-        m_valid = o_row < valid
-        b_is_kept = tl.load(exit_mask_ptr + o_row, mask=m_valid, other=1) == 0
-        b_kept = b_is_kept.to(tl.int32)
-        b_rank = before + tl.cumsum(b_kept, axis=0) - b_kept  # how many of the rows before are kept
-        b_place = tl.where(b_is_kept, b_rank, tl.where(m_valid, num_kept + o_row - b_rank, o_row))
-        tl.store(order_ptr + b_place, o_row.to(order_ptr.dtype.element_ty), mask=o_row < rows)
-        before += tl.sum(b_kept, axis=0)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def order_rows_kernel(exit_mask_ptr, order_ptr, num_kept_ptr, rows, BLOCK: tl.constexpr):
-    b_total = tl.zeros([BLOCK], tl.int32)
+    """One program writes the indices of the kept rows, and behind room for ``rows`` of them those of the others."""
+    before = tl.zeros([], tl.int64)
     for i_row in range(0, rows, BLOCK):
         o_row = i_row + tl.arange(0, BLOCK)
-        b_exits = tl.load(exit_mask_ptr + o_row, mask=o_row < rows, other=1)
-        b_total += (b_exits == 0).to(tl.int32)
-    num_kept = tl.sum(b_total, axis=0)
-    tl.store(num_kept_ptr, num_kept.to(num_kept_ptr.dtype.element_ty))
-    write_order(exit_mask_ptr, order_ptr, rows, rows, num_kept, BLOCK)
+        m_row = o_row < rows
+        b_kept = (tl.load(exit_mask_ptr + o_row, mask=m_row, other=1) == 0).to(tl.int32)
+        b_rank = before + tl.cumsum(b_kept, axis=0) - b_kept  # how many of the rows before are kept
+        b_place = tl.where(b_kept != 0, b_rank, rows + o_row - b_rank)
+        tl.store(order_ptr + b_place, o_row.to(order_ptr.dtype.element_ty), mask=m_row)
+        before += tl.sum(b_kept, axis=0)
+    tl.store(num_kept_ptr, before.to(num_kept_ptr.dtype.element_ty))
+
+
+@triton.jit
+def copy_units(move, i_outer, b_source, b_target, o_unit, m_row, WORDS: tl.constexpr):
+    """Units ``(UNITS,)`` of rows ``(ROWS,)``, which are ``b_source`` in the source and ``b_target`` in the target."""
+    b_source = i_outer * move.s_source_outer + b_source * move.s_source_row
+    b_target = i_outer * move.s_target_outer + b_target * move.s_target_row
+    # The product with WORDS lets the compiler see that a unit is aligned as a whole, whatever the strides.
+    o_word = tl.arange(0, WORDS)[None, None, :]
+    o_from = (b_source[:, None, None] + o_unit[None, :, None] * move.s_source_unit) * WORDS + o_word
+    o_to = (b_target[:, None, None] + o_unit[None, :, None] * move.s_target_unit) * WORDS + o_word
+    mask = m_row[:, None, None] & (o_unit < move.units)[None, :, None]
+    tl.store(move.target_ptr + o_to, tl.load(move.source_ptr + o_from, mask=mask), mask=mask)
+
+
+@triton.jit
+def copy_row(move, i_source, i_target, i_slice, SLICES: tl.constexpr, UNITS: tl.constexpr, WORDS: tl.constexpr):
+    """Every ``SLICES``-th tile of one row."""
+    unit_tiles = tl.cdiv(move.units, UNITS)
+    o_one = tl.arange(0, 1)
+    for i_tile in range(i_slice, move.outer * unit_tiles, SLICES):
+        o_unit = i_tile % unit_tiles * UNITS + tl.arange(0, UNITS)
+        copy_units(move, i_tile // unit_tiles, i_source + o_one, i_target + o_one, o_unit, o_one == 0, WORDS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -66,8 +74,8 @@ def gather_and_scatter_rows_kernel(
 ):
     """Each move is ``(outer, rows, units)``, a unit being ``WORDS`` words.
 
-    One of kept rows: ``target[:, j] = source[:, order[j]]`` for ``j < num_kept``. One of rows that leave:
-    ``target[:, positions[order[j]]] = source[:, order[j]]`` for ``num_kept <= j < count``.
+    One of kept rows: ``target[:, j] = source[:, order[0, j]]`` for ``j < num_kept``. One of rows that leave:
+    ``target[:, positions[order[1, j]]] = source[:, order[1, j]]`` for ``j < count - num_kept``.
     """
     i_tile = tl.program_id(0).to(tl.int64)
     num_kept = 0
@@ -82,34 +90,28 @@ def gather_and_scatter_rows_kernel(
         row_tiles = tl.cdiv(rows, ROWS[i_move])
         tiles = move.outer * row_tiles * unit_tiles
         if (i_tile >= 0) & (i_tile < tiles):
-            begin = num_kept if EXITED[i_move] else 0
-            end = count if EXITED[i_move] else num_kept
+            end = count - num_kept if EXITED[i_move] else num_kept
             i_row = i_tile // unit_tiles % row_tiles * ROWS[i_move]
-            if (i_row < end) & (i_row + ROWS[i_move] > begin):
+            if i_row < end:
                 o_row = i_row + tl.arange(0, ROWS[i_move])
-                m_row = (o_row >= begin) & (o_row < end)
-                b_source = tl.load(order_ptr + o_row, mask=m_row, other=0).to(tl.int64)
+                m_row = o_row < end
+                o_order = rows + o_row if EXITED[i_move] and num_kept_ptr is not None else o_row
+                b_source = o_row
+                if order_ptr is not None:
+                    b_source = tl.load(order_ptr + o_order, mask=m_row, other=0).to(tl.int64)
                 b_target = o_row
                 if EXITED[i_move]:
                     b_target = b_source
                     if positions_ptr is not None:
                         b_target = tl.load(positions_ptr + b_source, mask=m_row, other=0).to(tl.int64)
-
                 i_outer = i_tile // unit_tiles // row_tiles
-                b_source = i_outer * move.s_source_outer + b_source * move.s_source_row
-                b_target = i_outer * move.s_target_outer + b_target * move.s_target_row
                 o_unit = i_tile % unit_tiles * UNITS[i_move] + tl.arange(0, UNITS[i_move])
-                # The product with WORDS lets the compiler see that a unit is aligned as a whole, whatever the strides.
-                o_word = tl.arange(0, WORDS[i_move])[None, None, :]
-                o_from = (b_source[:, None, None] + o_unit[None, :, None] * move.s_source_unit) * WORDS[i_move] + o_word
-                o_to = (b_target[:, None, None] + o_unit[None, :, None] * move.s_target_unit) * WORDS[i_move] + o_word
-                mask = m_row[:, None, None] & (o_unit < move.units)[None, :, None]
-                tl.store(move.target_ptr + o_to, tl.load(move.source_ptr + o_from, mask=mask), mask=mask)
+                copy_units(move, i_outer, b_source, b_target, o_unit, m_row, WORDS[i_move])
         i_tile -= tiles  # the next move's programs come behind
 
 
-class _Move(NamedTuple):
-    """One tensor in a launch of :func:`gather_and_scatter_rows_kernel`; strides in units.
+class RowMove(NamedTuple):
+    """One tensor whose rows move, seen as ``(outer, rows, units)``; strides in units.
 
     What changes with the number of rows is not here, because another divisibility would compile another kernel.
     """
@@ -150,7 +152,7 @@ def _as_one(source: Tensor, target: Tensor, dims: Sequence[int]) -> _Span | None
     return span
 
 
-def as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | None:
+def as_move(source: Tensor, target: Tensor, dim: int) -> tuple[RowMove, int] | None:
     """The move and the bytes of its unit; ``None`` where what lies on one side of the rows is not one dimension."""
     order = sorted(range(target.ndim), key=lambda d: -target.stride(d))  # outermost first
     split = order.index(dim)
@@ -169,28 +171,29 @@ def as_move(source: Tensor, target: Tensor, dim: int) -> tuple[_Move, int] | Non
         s_unit = 1, 1
     word = _WORDS[min(unit, 4)]
     pointers = triton.reinterpret(source, word), triton.reinterpret(target, word)
-    return _Move(*pointers, outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1]), unit
+    return RowMove(*pointers, outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1]), unit
 
 
-def move_into(
-    kept: Sequence[tuple[_Move, int]],
-    exited: Sequence[tuple[_Move, int]],
+def moves_into(
+    kept: Sequence[tuple[RowMove, int]],
+    exited: Sequence[tuple[RowMove, int]],
     rows: int,
-    order: Tensor,
+    order: Tensor | None,
     positions: Tensor | None,
     num_kept: Tensor | None,
     count: Tensor | None,
 ) -> None:
+    """Move kept rows, and those that leave; ``order`` is ``(2, rows)``; ``(rows,)`` or None if none is kept."""
     all_moves = [(*move, False) for move in kept] + [(*move, True) for move in exited]
-    for begin in range(0, len(all_moves), _MAX_MOVES):
-        moves, units, exited_flags = zip(*all_moves[begin : begin + _MAX_MOVES], strict=True)
+    for begin in range(0, len(all_moves), MAX_MOVES):
+        moves, units, exited_flags = zip(*all_moves[begin : begin + MAX_MOVES], strict=True)
         unit_blocks = tuple(block_size(move.units, _TILE_UNITS) for move in moves)
         row_blocks = tuple(_TILE_UNITS // block for block in unit_blocks)
         programs = sum(
             move.outer * triton.cdiv(rows, row_block) * triton.cdiv(move.units, unit_block)
             for move, row_block, unit_block in zip(moves, row_blocks, unit_blocks, strict=True)
         )
-        with on_device_of(order):
+        with on_device_of(order if order is not None else positions):
             gather_and_scatter_rows_kernel[(programs,)](
                 moves,
                 order,
@@ -206,18 +209,17 @@ def move_into(
             )
 
 
-def gather_and_scatter_rows(
-    order: Tensor, positions: Tensor, num_kept: Tensor, count: Tensor, kept: RowPairs, exited: RowPairs
-) -> None:
-    """:func:`cet.ops.padded.gather_and_scatter_rows`, in one launch for up to eight pairs."""
-    moves = [[as_move(*pair, 0) for pair in pairs if pair[0].numel() > 0] for pairs in (kept, exited)]
-    move_into(*moves, order.shape[0], order, positions, num_kept, count)
+def moves_of(pairs: RowPairs) -> list[tuple[RowMove, int]]:
+    """Of pairs whose rows are one block of memory, laid out alike."""
+    moves = [as_move(source, target, 0) for source, target in pairs if source.numel() > 0]
+    assert all(move is not None for move in moves)
+    return moves
 
 
 def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
     """:func:`cet.ops.scatter_rows` of contiguous tensors."""
     if index.shape[0] > 0 and output.numel() > 0:
-        move_into([], [as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
+        moves_into([], [as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
 
 
 def order_rows_into(exit_mask: Tensor, order: Tensor, num_kept: Tensor) -> None:

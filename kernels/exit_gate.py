@@ -1,18 +1,13 @@
-"""Pool, linear layer, softmax statistics, score, exit mask and order of the rows.
+"""Pool, linear layer, softmax statistics, score, exit mask, and the places of the rows, whose kept ones move at once.
 
-Three ways through, by shape:
-
-* features with positions to pool: one program per row reads it once and keeps its pooled channels and logits in
-  registers (:func:`exit_gate_kernel`), where there are rows enough to fill the device or a row is small;
-* otherwise programs share rows: they pool blocks of channels (:func:`pool_kernel`), then
-* blocks of pooled rows are multiplied with the head (:func:`head_kernel`), which also scores them where one block holds
-  all classes; else :func:`gate_kernel` does, as it does for logits that are given.
-
-Whichever kernel scores also orders the rows, in the program that comes last.
+:func:`exit_gate_kernel` does all of it in one pass for heads of few classes. The features of a row are shared by as
+many programs as it takes for them to stay in the L2 cache until the row's place is known; then they are copied from
+there. Other heads are multiplied by PyTorch, and :func:`gate_kernel` takes the logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,15 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from cet.kernels import launch
-from cet.kernels.compact import SCAN_BLOCK, write_order
+from cet.kernels.compact import RowMove, copy_row
 from cet.kernels.launch import alignment, block_size, on_device_of
+from cet.kernels.placing import arrives_last, kept_before, leave, state_size, take_turn, wait_for_place
 from cet.kernels.scores import exits, merge_stats, score_of, softmax_stats
 
 _MAX_CLASSES = 128  # whose logits, and their block of the weight, fit in registers
 _CLASS_BLOCK = 4096  # logits whose statistics are taken at once
 _TILE = 4096  # features that a program has in flight
-_SMALL_ROW = 1 << 14  # features that one program reads in a few steps
-_MANY_ROWS = 256  # that fill the device, one program each
+_SHARE_BYTES = 1 << 15  # of a row, for one program: 700, which a large GPU runs at once, fill half of its L2
+_MAX_SLICES = 16  # programs for a row; the smallest part of a GPU that cet is for runs as many at once
 
 
 @triton.jit
@@ -39,59 +35,57 @@ def multiple_of(extent, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def decide(stats, decision, o_row, m_row, CLASSES: tl.constexpr, SCORE: tl.constexpr):
-    """Writes scores and exit mask of some rows; how many of them are kept."""
-    threshold, temperature = threshold_and_temperature(decision)
-    b_score = score_of(stats, temperature, CLASSES, SCORE)
-    b_exits = exits(b_score, threshold, SCORE)
-    tl.store(decision.scores_ptr + o_row, b_score, mask=m_row)
-    tl.store(decision.exit_mask_ptr + o_row, b_exits, mask=m_row)
-    return tl.sum((m_row & (b_exits == 0)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def threshold_and_temperature(decision):
-    threshold = decision.threshold
-    temperature = decision.temperature
-    if decision.rule_ptr is not None:
-        threshold = tl.load(decision.rule_ptr)
-        temperature = tl.load(decision.rule_ptr + 1)
+def rule_of(gate):
+    """Threshold and temperature."""
+    threshold = gate.threshold
+    temperature = gate.temperature
+    if gate.decision_ptr is not None:
+        threshold = tl.load(gate.decision_ptr)
+        temperature = tl.load(gate.decision_ptr + 1)
     return threshold, temperature
 
 
 @triton.jit
-def valid_rows(decision, rows):
+def valid_rows(gate, rows):
     """How many rows are there; the others are padding."""
     valid = rows
-    if decision.count_ptr is not None:
-        valid = tl.load(decision.count_ptr)
+    if gate.count_ptr is not None:
+        valid = tl.load(gate.count_ptr)
     return valid
 
 
 @triton.jit
-def finish(decision, rows, num_kept, BLOCK: tl.constexpr):
-    """The program that comes last orders all rows by the flags that the others have written.
+def decide(stats, gate, o_row, m_row, CLASSES: tl.constexpr, SCORE: tl.constexpr):
+    """Scores of some rows, and 1 for those that are kept."""
+    threshold, temperature = rule_of(gate)
+    b_score = score_of(stats, temperature, CLASSES, SCORE)
+    b_exits = exits(b_score, threshold, SCORE)
+    if gate.exit_mask_ptr is not None:
+        tl.store(gate.exit_mask_ptr + o_row, b_exits, mask=m_row)
+    return b_score, (m_row & (b_exits == 0)).to(tl.int32)
 
-    Each program adds one ticket, in the upper half of a word, and its number of kept rows, in the lower. The flags of a
-    program are written by all its threads; the barrier orders them before the addition, which one thread does and
-    which releases them to the device. Whoever gets the last ticket acquires, through the chain of additions, what all
-    others released. Its other threads get the result through shared memory, behind a barrier, so their loads of the
-    flags come later too. The ticket is left at zero.
-    """
-    if decision.order_ptr is not None:
-        tl.debug_barrier()
-        arrived = tl.atomic_add(decision.ticket_ptr, (1 << 32) + num_kept.to(tl.int64), sem="acq_rel", scope="gpu")
-        if arrived >> 32 == tl.num_programs(0) - 1:
-            num_kept += (arrived & 0xFFFFFFFF).to(tl.int32)
-            tl.store(decision.num_kept_ptr, num_kept.to(decision.num_kept_ptr.dtype.element_ty))
-            tl.store(decision.ticket_ptr, tl.zeros([], tl.int64))
-            write_order(decision.exit_mask_ptr, decision.order_ptr, rows, valid_rows(decision, rows), num_kept, BLOCK)
+
+@triton.jit
+def place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW: tl.constexpr):
+    """Tells where the rows of a block go, and behind the last one how many are kept."""
+    if gate.state_ptr is not None:
+        num_kept = tl.sum(b_kept, axis=0)
+        is_kept = num_kept if b_kept.shape[0] == 1 else 0
+        before = kept_before(gate.state_ptr, i_block, num_kept, is_kept, WINDOW)
+        b_place = before + tl.cumsum(b_kept, axis=0) - b_kept
+        if gate.order_ptr is not None:
+            b_place = tl.where(b_kept != 0, b_place, rows + o_row - b_place)
+            tl.store(gate.order_ptr + b_place, o_row.to(gate.order_ptr.dtype.element_ty), mask=m_row)
+        is_end = i_block == tl.maximum(tl.cdiv(valid, b_kept.shape[0]), 1) - 1
+        if (gate.num_kept_ptr is not None) & is_end:
+            tl.store(gate.num_kept_ptr, (before + num_kept).to(gate.num_kept_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_kernel(
     logits_ptr,
-    decision,
+    partials_ptr,
+    gate,
     rows,
     s_row,
     s_class,
@@ -99,24 +93,51 @@ def gate_kernel(
     SCORE: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
-    """Scores ``ROWS`` rows of logits, by blocks of classes where there are many."""
-    _, temperature = threshold_and_temperature(decision)
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < valid_rows(decision, rows)
-    b_lowest = tl.full([ROWS], float("-inf"), tl.float32)
-    b_zero = tl.zeros([ROWS], tl.float32)
-    stats = b_lowest, b_lowest, b_zero, b_zero
-    for i_class in range(0, CLASSES, BLOCK_K):
-        o_class = i_class + tl.arange(0, BLOCK_K)
-        o_logit = o_row[:, None] * multiple_of(s_row, ALIGN) + o_class.to(tl.int64)[None, :] * s_class
-        mask = m_row[:, None] & (o_class < CLASSES)[None, :]
-        b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf")).to(tl.float32)
-        stats = merge_stats(stats, softmax_stats(b_logits, temperature, SCORE), temperature)
-    num_kept = decide(stats, decision, o_row, m_row, CLASSES, SCORE)
-    finish(decision, rows, num_kept, BLOCK_SCAN)
+    """Scores ``ROWS`` rows of logits, by blocks of classes where there are many; several programs may share a row."""
+    turn = take_turn(gate.state_ptr)
+    i_block = turn // SLICES
+    i_slice = (turn % SLICES).to(tl.int32) if SLICES > 1 else 0
+    blocks = tl.cdiv(rows, ROWS)
+    valid = valid_rows(gate, rows)
+    o_row = i_block * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < valid
+    if (i_block * ROWS < valid) | (i_block == 0):
+        _, temperature = rule_of(gate)
+        b_lowest = tl.full([ROWS], float("-inf"), tl.float32)
+        b_zero = tl.zeros([ROWS], tl.float32)
+        stats = b_lowest, b_lowest, b_zero, b_zero
+        for i_class in range(i_slice * BLOCK_K, CLASSES, SLICES * BLOCK_K):
+            o_class = i_class + tl.arange(0, BLOCK_K)
+            o_logit = o_row[:, None] * multiple_of(s_row, ALIGN) + o_class.to(tl.int64)[None, :] * s_class
+            mask = m_row[:, None] & (o_class < CLASSES)[None, :]
+            b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf")).to(tl.float32)
+            stats = merge_stats(stats, softmax_stats(b_logits, temperature, SCORE), temperature)
+        is_last = True
+        if SLICES > 1:
+            tl.static_assert(ROWS == 1)
+            for i_stat in tl.static_range(4):
+                tl.store(partials_ptr + (o_row * 4 + i_stat) * SLICES + i_slice, stats[i_stat], mask=m_row)
+            is_last = arrives_last(gate.state_ptr, blocks, i_block, SLICES)
+        if is_last:
+            if SLICES > 1:
+                stats = b_lowest, b_lowest, b_zero, b_zero
+                for i_other in tl.static_range(SLICES):
+                    o_partial = o_row * 4 * SLICES + i_other
+                    other = (
+                        tl.load(partials_ptr + o_partial, mask=m_row, other=float("-inf")),
+                        tl.load(partials_ptr + o_partial + SLICES, mask=m_row, other=float("-inf")),
+                        tl.load(partials_ptr + o_partial + 2 * SLICES, mask=m_row, other=0.0),
+                        tl.load(partials_ptr + o_partial + 3 * SLICES, mask=m_row, other=0.0),
+                    )
+                    stats = merge_stats(stats, other, temperature)
+            b_score, b_kept = decide(stats, gate, o_row, m_row, CLASSES, SCORE)
+            tl.store(gate.scores_ptr + o_row, b_score, mask=m_row)
+            place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW)
+    leave(gate.state_ptr, blocks, WINDOW)
 
 
 @triton.jit
@@ -152,15 +173,26 @@ def mean_over_positions(
 
 
 @triton.jit
-def write_logits(b_logits, bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES: tl.constexpr):
-    """Adds the bias, and writes; what was written, as float32 with -Inf in excess columns."""
-    m_class = o_class < CLASSES
+def logits_of_row(pooled_logits, bias_ptr, o_class, CLASSES: tl.constexpr, DTYPE: tl.constexpr):
+    """With the bias, rounded to the dtype of the features."""
     if bias_ptr is not None:
-        b_logits += tl.load(bias_ptr + o_class, mask=m_class, other=0.0).to(tl.float32)[None, :]
-    b_logits = b_logits.to(logits_ptr.dtype.element_ty)
+        pooled_logits += tl.load(bias_ptr + o_class, mask=o_class < CLASSES, other=0.0).to(tl.float32)
+    return pooled_logits.to(DTYPE)
+
+
+@triton.jit
+def answer(gate, i_row, b_logits, b_score, b_kept, o_class, CLASSES: tl.constexpr):
+    """Writes logits and score of a row: where it is, or where those rows that leave belong, with their exit."""
+    o_row = i_row + tl.arange(0, 1)
+    m_row = b_kept >= 0
+    if gate.positions_ptr is not None:
+        m_row = b_kept == 0
+        o_row = tl.load(gate.positions_ptr + o_row).to(tl.int64)
+        tl.store(gate.exits_ptr + o_row, tl.zeros([1], tl.int64) + tl.load(gate.exit_index_ptr), mask=m_row)
+    tl.store(gate.scores_ptr + o_row, b_score, mask=m_row)
     o_logit = o_row[:, None] * CLASSES + o_class[None, :]
-    tl.store(logits_ptr + o_logit, b_logits, mask=m_row[:, None] & m_class[None, :])
-    return tl.where(m_class[None, :], b_logits.to(tl.float32), float("-inf"))
+    b_logits = b_logits.to(gate.logits_ptr.dtype.element_ty)
+    tl.store(gate.logits_ptr + o_logit, b_logits[None, :], mask=m_row[:, None] & (o_class < CLASSES)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -168,26 +200,35 @@ def exit_gate_kernel(
     features_ptr,
     weight_ptr,
     bias_ptr,
-    logits_ptr,
-    decision,
+    partials_ptr,
+    gate,
     shape,
+    moves,
     rows,
     CLASSES: tl.constexpr,
     SCORE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MOVES: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """Pools one row, multiplies it with the head and decides."""
-    i_row = tl.program_id(0).to(tl.int64)
-    num_kept = tl.zeros([], tl.int32)
-    if i_row < valid_rows(decision, rows):
+    """``SLICES`` programs pool one row and multiply it with the head; the last decides; all move their part of it."""
+    turn = take_turn(gate.state_ptr)
+    i_row = turn // SLICES
+    i_slice = (turn % SLICES).to(tl.int32) if SLICES > 1 else 0
+    valid = valid_rows(gate, rows)
+    is_kept = tl.zeros([], tl.int64)
+    i_place = tl.zeros([], tl.int64)
+    if i_row < valid:
         o_class = tl.arange(0, BLOCK_K)
         b_logits = tl.zeros([BLOCK_K], tl.float32)
-        for i_channel in range(0, shape.channels, BLOCK_C):
+        for i_channel in range(i_slice * BLOCK_C, shape.channels, SLICES * BLOCK_C):
             o_channel = i_channel + tl.arange(0, BLOCK_C)
             row_ptr = features_ptr + i_row * multiple_of(shape.s_row, ALIGN)
             b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
@@ -195,87 +236,53 @@ def exit_gate_kernel(
             m_weight = (o_class < CLASSES)[:, None] & (o_channel < shape.channels)[None, :]
             b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
             b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
-        o_row = i_row + tl.arange(0, 1)
-        m_row = o_row < rows
-        b_written = write_logits(b_logits[None, :], bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
-        _, temperature = threshold_and_temperature(decision)
-        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, CLASSES, SCORE)
-    finish(decision, rows, num_kept, BLOCK_SCAN)
+        is_last = True
+        if SLICES > 1:
+            o_partial = i_row * (SLICES * BLOCK_K) + o_class
+            tl.store(partials_ptr + o_partial + i_slice * BLOCK_K, b_logits)
+            is_last = arrives_last(gate.state_ptr, rows, i_row, SLICES)
+        if is_last:
+            if SLICES > 1:  # in one order, so that the sum is the same each time
+                b_logits = tl.zeros([BLOCK_K], tl.float32)
+                for i_other in tl.static_range(SLICES):
+                    b_logits += tl.load(partials_ptr + o_partial + i_other * BLOCK_K)
+            b_rounded = logits_of_row(b_logits, bias_ptr, o_class, CLASSES, features_ptr.dtype.element_ty)
+            b_known = tl.where(o_class < CLASSES, b_rounded.to(tl.float32), float("-inf"))[None, :]
+            _, temperature = rule_of(gate)
+            o_row = i_row + tl.arange(0, 1)
+            stats = softmax_stats(b_known, temperature, SCORE)
+            b_score, b_kept = decide(stats, gate, o_row, o_row < valid, CLASSES, SCORE)
+            place(gate, i_row, o_row, o_row < valid, b_kept, rows, valid, WINDOW)
+            answer(gate, i_row, b_rounded, b_score, b_kept, o_class, CLASSES)
+        if MOVES > 0:
+            is_kept, i_place = wait_for_place(gate.state_ptr, i_row)
+    elif (gate.num_kept_ptr is not None) & (i_row == 0):  # of no rows none is kept
+        tl.store(gate.num_kept_ptr, tl.zeros([], gate.num_kept_ptr.dtype.element_ty))
+    leave(gate.state_ptr, rows, WINDOW)
+    if is_kept != 0:
+        for i_move in tl.static_range(MOVES):
+            copy_row(moves[i_move], i_row, i_place, i_slice, SLICES, UNITS[i_move], WORDS[i_move])
 
 
-@triton.jit
-def pool_kernel(
-    features_ptr,
-    pooled_ptr,
-    shape,
-    CHANNELS_LAST: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    """Pools ``BLOCK_C`` channels of one row."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_ptr = features_ptr + i_row * multiple_of(shape.s_row, ALIGN)
-    b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
-    o_pooled = i_row * shape.channels + o_channel
-    tl.store(pooled_ptr + o_pooled, b_pooled.to(pooled_ptr.dtype.element_ty), mask=o_channel < shape.channels)
+class Gate(NamedTuple):
+    """Where scores are written, how rows are decided and, with a state, where their order goes.
 
-
-@triton.jit(do_not_specialize=["rows"])
-def head_kernel(
-    pooled_ptr,
-    weight_ptr,
-    bias_ptr,
-    logits_ptr,
-    decision,
-    rows,
-    channels,
-    s_row,
-    s_channel,
-    CLASSES: tl.constexpr,
-    SCORE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OPERAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
-):
-    """Multiplies ``ROWS`` pooled rows with ``BLOCK_K`` classes of the head, and decides if those are all."""
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_class = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m_row = o_row < valid_rows(decision, rows)
-    channels = multiple_of(channels, ALIGN)
-    b_logits = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for i_channel in range(0, channels, BLOCK_C):
-        o_channel = i_channel + tl.arange(0, BLOCK_C)
-        m_channel = o_channel < channels
-        o_pooled = o_row[:, None] * multiple_of(s_row, ALIGN) + o_channel.to(tl.int64)[None, :] * s_channel
-        b_pooled = tl.load(pooled_ptr + o_pooled, mask=m_row[:, None] & m_channel[None, :], other=0.0)
-        o_weight = o_class.to(tl.int64)[None, :] * channels + o_channel[:, None]
-        m_weight = (o_class < CLASSES)[None, :] & m_channel[:, None]
-        b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0)
-        b_logits = tl.dot(b_pooled.to(OPERAND), b_weight.to(OPERAND), b_logits, input_precision="ieee")
-    b_written = write_logits(b_logits, bias_ptr, logits_ptr, o_row, m_row, o_class, CLASSES)
-    if CLASSES <= BLOCK_K:
-        _, temperature = threshold_and_temperature(decision)
-        num_kept = decide(softmax_stats(b_written, temperature, SCORE), decision, o_row, m_row, CLASSES, SCORE)
-        finish(decision, rows, num_kept, BLOCK_SCAN)
-
-
-class _Decision(NamedTuple):
-    """What every kernel that decides takes; with ``order_ptr`` None the rows are not ordered."""
+    With positions, logits and scores are those of rows that leave alone, and go there, as does the exit's index.
+    """
 
     scores_ptr: Tensor
-    exit_mask_ptr: Tensor
-    threshold: float
-    temperature: float
+    threshold: float = 0.0
+    temperature: float = 1.0
+    logits_ptr: Tensor | None = None
+    exit_mask_ptr: Tensor | None = None
+    decision_ptr: Tensor | None = None
+    count_ptr: Tensor | None = None
+    state_ptr: Tensor | None = None
     order_ptr: Tensor | None = None
     num_kept_ptr: Tensor | None = None
-    ticket_ptr: Tensor | None = None
-    count_ptr: Tensor | None = None
-    rule_ptr: Tensor | None = None
+    positions_ptr: Tensor | None = None
+    exits_ptr: Tensor | None = None
+    exit_index_ptr: Tensor | None = None
 
 
 class _Shape(NamedTuple):
@@ -321,33 +328,59 @@ def _as_shape(features: Tensor, layout: str) -> tuple[Tensor, _Shape]:
     return features, _Shape(features.shape[channel], outer, inner, *strides)
 
 
-def gate_into(logits: Tensor, score: str, decision: _Decision) -> None:
+def fuses(features: Tensor, weight: Tensor, pool: str) -> bool:
+    """Whether :func:`exit_gate_into` takes such features and head; else a matrix product, then :func:`gate_into`.
+
+    Every row reads the weight again, from a cache; that must not outweigh its features.
+    """
+    classes, channels = weight.shape
+    positions = features.shape[1:].numel() // max(1, channels)
+    return features.ndim > 2 and pool == "mean" and classes <= min(_MAX_CLASSES, max(32, positions))
+
+
+def _slices(size: int, share: int, most: int) -> int:
+    """Among how many programs a row is shared: a power of two. It depends on the row alone, as rounding does on it."""
+    if launch.runs_one_by_one():
+        return 1
+    wanted = 1 << (triton.cdiv(max(1, size), share) - 1).bit_length()
+    return min(_MAX_SLICES, wanted, 1 << (most.bit_length() - 1))
+
+
+def _with_state(gate: Gate, blocks: int, slices: int, moves: Sequence[object] = ()) -> Gate:
+    if gate.state_ptr is None and (slices > 1 or moves or gate.num_kept_ptr is not None):
+        gate = gate._replace(state_ptr=gate.scores_ptr.new_zeros(state_size(blocks), dtype=torch.int64))
+    return gate
+
+
+def gate_into(logits: Tensor, score: str, gate: Gate) -> None:
+    """Score logits, decide, and order the rows where ``gate`` says how many are kept."""
     rows, classes = logits.shape
     if rows == 0:
+        if gate.num_kept_ptr is not None:
+            gate.num_kept_ptr.zero_()
         return
     block_k = block_size(classes, _CLASS_BLOCK)
     row_block = max(1, 512 // block_k)
+    slices = _slices(classes, _CLASS_BLOCK, classes)
+    blocks = triton.cdiv(rows, row_block)
+    gate = _with_state(gate, blocks, slices)
+    partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, 4, slices)
     with on_device_of(logits):
-        gate_kernel[(triton.cdiv(rows, row_block),)](
+        gate_kernel[(blocks * slices,)](
             logits,
-            decision,
+            partials,
+            gate,
             rows,
             *logits.stride(),
             CLASSES=classes,
             SCORE=score,
             ALIGN=alignment(logits.element_size(), logits.stride(0)),
             ROWS=row_block,
+            SLICES=slices,
             BLOCK_K=block_k,
-            BLOCK_SCAN=SCAN_BLOCK,
+            WINDOW=128,
+            num_warps=4,
         )
-
-
-def _is_row_resident(rows: int, shape: _Shape, classes: int) -> bool:
-    positions = shape.outer * shape.inner
-    # Every row reads the weight again, from a cache; that must not outweigh its features.
-    if classes > min(_MAX_CLASSES, max(32, positions)):
-        return False
-    return rows >= _MANY_ROWS or shape.channels * positions <= _SMALL_ROW
 
 
 def exit_gate_into(
@@ -355,192 +388,46 @@ def exit_gate_into(
     weight: Tensor,
     bias: Tensor | None,
     layout: str,
-    pool: str,
     score: str,
-    logits: Tensor,
-    decision: _Decision,
+    gate: Gate,
+    moves: Sequence[tuple[RowMove, int]] = (),
 ) -> None:
-    rows, classes = logits.shape
+    """Pool, multiply, decide, and move the kept rows, of features and a head that :func:`fuses` takes."""
+    rows, classes = features.shape[0], weight.shape[0]
     if rows == 0:
+        if gate.num_kept_ptr is not None:
+            gate.num_kept_ptr.zero_()
         return
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    if features.ndim > 2 and pool == "first":
-        features = features[:, 0]
-    if features.ndim > 2:
-        features, shape = _as_shape(features, layout)
-        if _is_row_resident(rows, shape, classes):
-            _exit_gate_rows_into(features, shape, weight, bias, score, logits, decision)
-            return
-        features = _pooled(features, shape)
-    _head_into(features, weight, bias, score, logits, decision)
-    if classes > _MAX_CLASSES:
-        gate_into(logits, score, decision)
-
-
-def _exit_gate_rows_into(
-    features: Tensor,
-    shape: _Shape,
-    weight: Tensor,
-    bias: Tensor | None,
-    score: str,
-    logits: Tensor,
-    decision: _Decision,
-) -> None:
-    rows, classes = logits.shape
+    features, shape = _as_shape(features, layout)
     block_k = block_size(classes, _MAX_CLASSES)
     block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k))
     warps = 4 if block_c * block_p >= 1024 else 1
+    row_bytes = shape.channels * shape.outer * shape.inner * features.element_size()
+    slices = _slices(row_bytes, _SHARE_BYTES, triton.cdiv(shape.channels, block_c))
+    gate = _with_state(gate, rows, slices, moves)
+    partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, slices, block_k)
+    unit_blocks = tuple(block_size(move.units, 128 * warps) for move, _ in moves)
     with on_device_of(features):
-        exit_gate_kernel[(rows,)](
+        exit_gate_kernel[(rows * slices,)](
             features,
-            weight,
-            bias,
-            logits,
-            decision,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            partials,
+            gate,
             shape,
+            tuple(move for move, _ in moves),
             rows,
             CLASSES=classes,
             SCORE=score,
             CHANNELS_LAST=shape.s_channel == 1,
             ALIGN=shape.alignment(features.element_size()),
+            SLICES=slices,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             BLOCK_K=block_k,
-            BLOCK_SCAN=SCAN_BLOCK // 4 * warps,
+            WINDOW=32 * warps,
+            MOVES=len(moves),
+            UNITS=unit_blocks,
+            WORDS=tuple(max(1, unit // 4) for _, unit in moves),
             num_warps=warps,
         )
-
-
-def _pooled(features: Tensor, shape: _Shape) -> Tensor:
-    rows = features.shape[0]
-    pooled = features.new_empty(rows, shape.channels)
-    block_c, block_p = shape.blocks(most_channels=64 if rows >= _MANY_ROWS else 8)
-    with on_device_of(features):
-        pool_kernel[(rows, triton.cdiv(shape.channels, block_c))](
-            features,
-            pooled,
-            shape,
-            CHANNELS_LAST=shape.s_channel == 1,
-            ALIGN=shape.alignment(features.element_size()),
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-        )
-    return pooled
-
-
-def _head_into(
-    pooled: Tensor, weight: Tensor, bias: Tensor | None, score: str, logits: Tensor, decision: _Decision
-) -> None:
-    (rows, channels), classes = pooled.shape, weight.shape[0]
-    block_k = block_size(classes, _MAX_CLASSES if classes <= _MAX_CLASSES else 64, smallest=16)
-    # float32 is multiplied without tensor cores, which takes more registers.
-    row_block, block_c = (16, 16) if pooled.dtype is torch.float32 else (32, 32)
-    # NumPy, which interprets, has no bfloat16.
-    operand = torch.float32 if launch.is_interpreted() else pooled.dtype
-    with on_device_of(pooled):
-        head_kernel[(triton.cdiv(rows, row_block), triton.cdiv(classes, block_k))](
-            pooled,
-            weight,
-            bias,
-            logits,
-            decision,
-            rows,
-            channels,
-            *pooled.stride(),
-            CLASSES=classes,
-            SCORE=score,
-            ALIGN=alignment(pooled.element_size(), pooled.stride(0), channels),
-            OPERAND=_OPERANDS[operand],
-            ROWS=row_block,
-            BLOCK_K=block_k,
-            BLOCK_C=block_c,
-            BLOCK_SCAN=SCAN_BLOCK,
-        )
-
-
-_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _new_decision(like: Tensor, threshold: float = 0.0, temperature: float = 1.0) -> _Decision:
-    """With new outputs for as many rows."""
-    scores = like.new_empty(like.shape[:1], dtype=torch.float32)
-    exit_mask = like.new_empty(like.shape[:1], dtype=torch.bool)
-    return _Decision(scores, exit_mask, float(threshold), float(temperature))
-
-
-def _new_logits(features: Tensor, weight: Tensor) -> Tensor:
-    return features.new_empty(features.shape[0], weight.shape[0])
-
-
-def gate(logits: Tensor, score: str, threshold: float, temperature: float) -> tuple[Tensor, Tensor]:
-    """:func:`cet.ops.gate`: scores and exit mask."""
-    decision = _new_decision(logits, threshold, temperature)
-    gate_into(logits, score, decision)
-    return decision.scores_ptr, decision.exit_mask_ptr
-
-
-def exit_gate(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: str,
-    pool: str,
-    score: str,
-    threshold: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cet.ops.exit_gate`: logits, scores and exit mask."""
-    logits, decision = _new_logits(features, weight), _new_decision(features, threshold, temperature)
-    exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
-    return logits, decision.scores_ptr, decision.exit_mask_ptr
-
-
-def exit_gate_and_order(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: str,
-    pool: str,
-    score: str,
-    threshold: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, scores, the rows ``(B,)`` int64, the kept ones first, and how many are kept, 0-d int64 on the device."""
-    logits, decision = _new_logits(features, weight), _new_decision(features, threshold, temperature)
-    order = features.new_empty(features.shape[0], dtype=torch.int64)
-    num_kept, ticket = features.new_zeros(2, dtype=torch.int64)
-    decision = decision._replace(order_ptr=order, num_kept_ptr=num_kept, ticket_ptr=ticket)
-    exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
-    return logits, decision.scores_ptr, order, num_kept
-
-
-def _padded(like: Tensor, rule: Tensor, count: Tensor, num_kept: Tensor) -> tuple[_Decision, Tensor]:
-    """The decision on as many padded rows, and the order that it writes."""
-    order = num_kept.new_empty(like.shape[0])
-    ticket = num_kept.new_zeros((), dtype=torch.int64)
-    decision = _new_decision(like)._replace(order_ptr=order, num_kept_ptr=num_kept, ticket_ptr=ticket)
-    return decision._replace(count_ptr=count, rule_ptr=rule), order
-
-
-def padded_gate(logits: Tensor, rule: Tensor, count: Tensor, num_kept: Tensor, score: str) -> tuple[Tensor, Tensor]:
-    """:func:`cet.ops.padded.padded_gate`: scores and order."""
-    decision, order = _padded(logits, rule, count, num_kept)
-    gate_into(logits, score, decision)
-    return decision.scores_ptr, order
-
-
-def padded_exit_gate(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: Tensor,
-    count: Tensor,
-    num_kept: Tensor,
-    layout: str,
-    pool: str,
-    score: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cet.ops.padded.padded_exit_gate`: logits, scores and order."""
-    logits, (decision, order) = _new_logits(features, weight), _padded(features, rule, count, num_kept)
-    exit_gate_into(features, weight, bias, layout, pool, score, logits, decision)
-    return logits, decision.scores_ptr, order

@@ -21,6 +21,11 @@ def is_interpreted() -> bool:
     return not isinstance(tl.sum, triton.JITFunction)
 
 
+def runs_one_by_one() -> bool:
+    """Whether a program that waits for another one of its launch would wait for ever, as in the interpreter."""
+    return is_interpreted()
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device and its current stream: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

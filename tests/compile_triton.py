@@ -21,10 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from cet.kernels import compact, consistent_exit_loss, exit_gate
+from cet.kernels import compact, consistent_exit_loss
 from cet.ops.compact import RowOrder
 from cet.ops.compact import triton as triton_compact
 from cet.ops.consistent_exit_loss import LossConfig, Target, Teacher
+from cet.ops.definitions import Layout, ScoreName
+from cet.ops.exit_gate import triton as triton_gate
+from cet.ops.padded import Answers, PaddedExit
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MEMORY_INSTRUCTION = re.compile(r"\b(?:LDG|STG|LDL|STL)\b[.\w]*")
@@ -46,24 +49,33 @@ class AbsentGPU:
         return 0
 
 
-def gate(
+def step(
     shape: tuple[int, ...],
     classes: int,
     dtype: torch.dtype,
-    layout: str = "channels_first",
-    score: str = "entropy",
+    layout: Layout = "channels_first",
+    score: ScoreName = "entropy",
 ) -> None:
+    """A gate with a move of the features on the way."""
     weight = torch.zeros(classes, shape[-1 if layout == "channels_last" else 1], dtype=dtype)
     features, bias = torch.zeros(shape, dtype=dtype), torch.zeros(classes, dtype=dtype)
-    exit_gate.exit_gate_and_order(features, weight, bias, layout, "mean", score, 0.5, 1.0)
+    moves = triton_compact.Gathering(shape[0], [features], [0]).moves
+    triton_gate.exit_gate_and_order(features, weight, bias, layout, "mean", score, 0.5, 1.0, moves=moves)
+
+
+def gate(rows: int, classes: int, dtype: torch.dtype, score: ScoreName = "entropy") -> None:
+    logits, (count, num_kept) = torch.zeros(rows, classes, dtype=dtype), torch.zeros(2, dtype=torch.int32)
+    triton_gate.padded_gate(logits, torch.ones(2), count, num_kept, score)
 
 
 def padded(rows: int) -> None:
     features, weight = torch.zeros(rows, 64, 128), torch.zeros(12, 64)
-    count, num_kept = torch.zeros(2, dtype=torch.int32)
-    exit_gate.padded_exit_gate(
-        features, weight, None, torch.ones(2), count, num_kept, "channels_first", "mean", "margin"
-    )
+    count, num_kept, numbers = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32), torch.zeros(2)
+    positions, state = torch.zeros(rows, dtype=torch.int32), torch.zeros(2 + 2 * rows, dtype=torch.int64)
+    answers = Answers(torch.zeros(rows, 12), torch.zeros(rows), torch.zeros(rows, dtype=torch.int64))
+    at = PaddedExit(numbers, torch.zeros((), dtype=torch.int64), count, num_kept, positions, state)
+    kept = [(positions, positions.clone()), (features, features.clone())]
+    triton_gate.padded_exit_step(features, weight, None, at, kept, answers, "channels_first", "margin")
 
 
 def loss(rows: int, classes: int, exits: int, dtype: torch.dtype, target: Target, teacher: Teacher) -> None:
@@ -79,31 +91,33 @@ def scale(dtype: torch.dtype) -> None:
 
 
 def partition(rows: int) -> None:
-    triton_compact.order_rows(torch.zeros(rows, dtype=torch.bool))
+    compact.order_rows_into(torch.zeros(rows, dtype=torch.bool), *RowOrder.empty(torch.zeros(rows)))
 
 
 def take(*tensors: torch.Tensor) -> None:
-    order, num_kept = torch.arange(len(tensors[0])), torch.zeros((), dtype=torch.int64)
-    triton_compact.gather_rows(tensors, [0] * len(tensors), RowOrder(order, num_kept), len(order))
+    rows = len(tensors[0])
+    order, num_kept = RowOrder.empty(torch.zeros(rows))
+    moves = [compact.as_move(tensor, torch.empty_like(tensor), 0) for tensor in tensors]
+    compact.moves_into(moves, [], rows, order, None, num_kept, None)
 
 
 def send(rows: int) -> None:
-    order, num_kept = torch.arange(rows, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
+    order, num_kept = torch.zeros(2, rows, dtype=torch.int32), torch.zeros((), dtype=torch.int32)
     pair = torch.zeros(rows, 64, 128), torch.zeros(rows, 64, 128)
-    compact.gather_and_scatter_rows(order, order, num_kept, num_kept, [pair], [pair])
+    triton_compact.gather_and_scatter_rows(order, order[0], num_kept, num_kept, [pair], [pair])
 
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 ROWS = (1024, 999)
 CASES: dict[str, Callable[[int], None]] = {
-    "sensor rows": lambda rows: gate((rows, 128, 64), 7, FLOAT),
-    "sensor rows, tiny": lambda rows: gate((rows, 6, 32), 7, HALF),
-    "images": lambda rows: gate((rows, 64, 784), 100, FLOAT, score="margin"),
-    "tokens": lambda rows: gate((rows, 16, 768), 30, BFLOAT, "channels_last"),
-    "one long recording": lambda _: gate((1, 64, 16000), 7, HALF, score="confidence"),
-    "pooled": lambda rows: gate((rows, 768), 100, FLOAT),
-    "1000 classes": lambda rows: gate((rows, 16, 768), 1000, BFLOAT, "channels_last"),
-    "32000 classes": lambda _: gate((64, 768), 32000, FLOAT, score="margin"),
+    "sensor rows": lambda rows: step((rows, 128, 64), 7, FLOAT),
+    "sensor rows, tiny": lambda rows: step((rows, 6, 32), 7, HALF),
+    "images": lambda rows: step((rows, 64, 784), 100, FLOAT, score="margin"),
+    "tokens": lambda rows: step((rows, 196, 768), 30, BFLOAT, "channels_last"),
+    "one long recording": lambda _: step((1, 64, 16000), 7, HALF, score="confidence"),
+    "100 classes": lambda rows: gate(rows, 100, FLOAT),
+    "1000 classes": lambda rows: gate(rows, 1000, BFLOAT),
+    "32000 classes": lambda _: gate(64, 32000, FLOAT, score="margin"),
     "padded": padded,
     "partition": partition,
     "row copy": lambda rows: take(torch.zeros(rows, 128, 64)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 import cet
 from cet.ops import backend as backends
 from families import FAMILIES, Family
+from interleaving import interleaved
 
 # Fuzzing: 20 examples each in a test run, CET_FUZZ_EXAMPLES each with --hypothesis-profile=fuzz, and
 # few under tools that slow all down.
@@ -85,7 +87,9 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     monkeypatch.setattr("triton.runtime.interpreter._convert_float", _convert_float)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with device, backends.use_backend("triton"), np.errstate(all="ignore"):
+    # Without a GPU the programs of a launch take turns at random.
+    side_by_side = nullcontext() if torch.cuda.is_available() else interleaved()
+    with device, backends.use_backend("triton"), np.errstate(all="ignore"), side_by_side:
         yield "triton"
     torch.use_deterministic_algorithms(False)
 

@@ -2,9 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
-#include <tuple>
 
 #include "kernels.h"
 
@@ -17,24 +15,6 @@ using Pointer = std::uintptr_t;
 template <class T>
 T at(Pointer pointer) {
   return reinterpret_cast<T>(pointer);
-}
-
-// from, to, strides of a row there in bytes, bytes of a row, whether the rows that leave move, or the kept ones.
-using Move = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, bool>;
-
-void gather_and_scatter_rows(int device, Pointer stream, const std::vector<Move>& moves, Pointer order, Pointer positions,
-               Pointer num_kept, Pointer count, int64_t rows) {
-  std::vector<cet::cuda::RowMove> row_moves;
-  for (const auto& [from, to, from_stride, to_stride, row_bytes, is_exiting] : moves) {
-    row_moves.push_back({at<const char*>(from), at<char*>(to), from_stride, to_stride, row_bytes, is_exiting});
-  }
-  const py::gil_scoped_release release;
-  const cet::cuda::DeviceGuard guard(device);
-  for (size_t first = 0; first < row_moves.size(); first += cet::cuda::kMaxMoves) {
-    const size_t some = std::min<size_t>(row_moves.size() - first, cet::cuda::kMaxMoves);
-    cet::cuda::gather_and_scatter_rows(row_moves.data() + first, static_cast<int>(some), at<int32_t*>(order), at<int32_t*>(positions),
-                         at<int32_t*>(num_kept), at<int32_t*>(count), rows, at<cudaStream_t>(stream));
-  }
 }
 
 int driver_version() {
@@ -65,7 +45,6 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
   module.doc() = "The CUDA part of cet on raw pointers.";
   module.attr("runtime_version") = CUDART_VERSION;
   module.def("driver_version", &driver_version, "The CUDA version that the driver supports, 0 without one.");
-  module.def("gather_and_scatter_rows", &gather_and_scatter_rows);
 #if CUDART_VERSION >= 12080
   module.attr("has_switch") = true;
   py::class_<SwitchGraph>(module, "SwitchGraph")

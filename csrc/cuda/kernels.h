@@ -17,37 +17,25 @@ inline void check(cudaError_t error, const char* call) {
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope.
+// Makes a device current for a scope. Where it is current already nothing is set: that would make a context on a device
+// which the process does not use.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice");
+    is_other_ = before_ != device;
+    if (is_other_) check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (is_other_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool is_other_ = false;
 };
-
-// One tensor whose rows move. Strides and bytes of a row, which is one block of memory, are in bytes.
-struct RowMove {
-  const char* from;
-  char* to;
-  int64_t from_stride;  // 0 for a row that stands for all
-  int64_t to_stride;
-  int64_t row_bytes;
-  bool is_exiting;  // rows that leave are scattered to their positions, kept rows are gathered
-};
-
-constexpr int kMaxMoves = 32;
-
-// For j < *num_kept, and each move of kept rows: row order[j] to row j. For *num_kept <= j < *count, and each move of
-// rows that leave: row order[j] to row positions[order[j]]. `rows` is the length of `order`, at least *count.
-void gather_and_scatter_rows(const RowMove* moves, int num_moves, const int32_t* order, const int32_t* positions,
-               const int32_t* num_kept, const int32_t* count, int64_t rows, cudaStream_t stream);
 
 #if CUDART_VERSION >= 12080
 // A graph that runs, for each segment in turn, the one of its graphs whose bucket is the least that holds counts[segment]

@@ -6,20 +6,7 @@ from typing import final
 runtime_version: int
 has_switch: bool
 
-# source, target, strides of a row there and bytes of a row, whether the rows that leave move, or the kept ones
-_Move = tuple[int, int, int, int, int, bool]
-
 def driver_version() -> int: ...
-def gather_and_scatter_rows(
-    device: int,
-    stream: int,
-    moves: Sequence[_Move],
-    order: int,
-    positions: int,
-    num_kept: int,
-    count: int,
-    rows: int,
-) -> None: ...
 
 @final
 class SwitchGraph:

@@ -34,9 +34,8 @@ def compile_for(architecture: int, source: str, folder: Path) -> tuple[str, str]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["compact.cu", "switch_graph.cu"])
-def test_kernels_fit_their_registers(architecture: int, source: str, tmp_path: Path) -> None:
-    report, code = compile_for(architecture, source, tmp_path)
+def test_the_kernel_fits_its_registers(architecture: int, tmp_path: Path) -> None:
+    report, code = compile_for(architecture, "switch_graph.cu", tmp_path)
     print(*(line for line in report.splitlines() if "registers" in line or "spill" in line), sep="\n")
     stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert stacks == [("0", "0", "0")]
@@ -44,12 +43,6 @@ def test_kernels_fit_their_registers(architecture: int, source: str, tmp_path: P
     assert int(registers) <= 64
     instructions = Counter(re.findall(r"\b(?:LD|ST)[GLS]?\.[\w.]*|\b(?:LDL|STL)\b", code))
     assert not [name for name in instructions if name.startswith(("LDL", "STL"))]
-    if source == "compact.cu":
-        wide = {
-            kind: sum(n for name, n in instructions.items() if name.startswith(kind) and ".128" in name)
-            for kind in ("LDG", "STG")
-        }
-        assert wide == {"LDG": 4, "STG": 4}  # four independent loads in flight
 
 
 def build(folder: Path, *, nvcc: str | None, **environment: str) -> subprocess.CompletedProcess[str]:

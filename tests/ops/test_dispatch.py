@@ -8,18 +8,18 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from cet import ops
-from cet.ops.backend import kernels, why_no_cuda_kernels
+from cet.ops.backend import kernels, preferring_triton, why_no_triton
 from cet.ops.consistent_exit_loss.definition import HALF_GRADIENT_SCALE, UNLABELLED
 from cet.ops.definitions import SCORE_NAMES, SCORES
-from cet.ops.padded import gather_and_scatter_rows, padded_exit_gate, padded_gate
+from cet.ops.padded import gather_and_scatter_rows, padded_exit_step, padded_gate
 from conftest import kernels_only
 
 ROOT = Path(__file__).parents[2]
@@ -149,23 +149,34 @@ def test_a_chosen_backend_that_cannot_run_raises_from_explain_too(backend: str) 
 
 
 @pytest.mark.parametrize(
-    ("extension", "capability", "reason"),
+    ("has_triton", "capability", "launch", "reason"),
     [
-        (None, (9, 0), "is not installed; install cet where nvcc is"),
-        (SimpleNamespace(runtime_version=13000, driver_version=lambda: 12080), (9, 0), "built with CUDA 13, which the"),
-        (SimpleNamespace(runtime_version=12080, driver_version=lambda: 13000), (7, 5), "capability 8.0 and newer"),
-        (SimpleNamespace(runtime_version=12080, driver_version=lambda: 12040), (8, 0), None),
+        (False, (9, 0), lambda *_: None, "the package triton is not installed"),
+        (True, (7, 5), lambda *_: None, "has not the compute capability 8.0"),
+        (True, (9, 0), lambda *_: [][0], r"cannot be launched on cuda:0 \(IndexError: list index out of range\)"),
+        (True, (8, 0), lambda *_: None, None),
     ],
 )
-def test_the_cuda_part_is_left_out_where_it_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, extension: Any, capability: tuple[int, int], reason: str | None
+def test_graphs_prefer_triton_where_it_works(
+    monkeypatch: pytest.MonkeyPatch, has_triton: bool, capability: tuple[int, int], launch: Any, reason: str | None
 ) -> None:
-    monkeypatch.setattr("cet.ops.backend.cuda_extension", lambda: extension)
+    monkeypatch.setattr("cet.ops.backend.has_triton", lambda: has_triton)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    why_no_cuda_kernels.cache_clear()
-    found = why_no_cuda_kernels(torch.device("cuda", 0))
-    why_no_cuda_kernels.cache_clear()
-    assert found is None if reason is None else reason in str(found)
+    monkeypatch.setattr("cet.ops.backend._launch_on", launch)
+    why_no_triton.cache_clear()
+    try:
+        cuda = torch.device("cuda", 0)
+        warned = pytest.warns(RuntimeWarning, match=reason) if "launched" in (reason or "") else nullcontext()
+        with warned, preferring_triton(cuda):
+            assert ops.explain(ops.gate, LOGITS, threshold=0.5).backend == ("cpp" if reason else "triton")
+            # What it cannot take does not run on it, and nothing raises: nobody has chosen it.
+            assert ops.explain(ops.gate, LOGITS.double(), threshold=0.5).backend == "reference"
+            with ops.use_backend("reference"):
+                assert ops.explain(ops.gate, LOGITS, threshold=0.5).backend == "reference"
+        assert reason is None or re.search(reason, str(why_no_triton(cuda)))
+        assert ops.explain(ops.gate, LOGITS, threshold=0.5).backend == "cpp"
+    finally:
+        why_no_triton.cache_clear()
 
 
 def test_explain_refuses_what_is_no_operation() -> None:
@@ -184,7 +195,7 @@ def test_explainers_take_what_their_operations_take() -> None:
     own = {op: explainer for op, explainer in _explained.items() if op.__module__.startswith("cet.")}
     assert {op.__name__ for op in own} == CALLS.keys() | {
         padded_gate.__name__,
-        padded_exit_gate.__name__,
+        padded_exit_step.__name__,
         gather_and_scatter_rows.__name__,
     }
     for op, explainer in own.items():

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.rehearsal import NoWaiting
 from cet import ops
 from cet.ops.definitions import SCORE_NAMES, ScoreName, pool_features
-from cet.ops.padded import gather_and_scatter_rows, padded_exit_gate, padded_gate
+from cet.ops.padded import (
+    Answers,
+    PaddedExit,
+    gather_and_scatter_rows,
+    padded_exit_step,
+    padded_gate,
+    padded_scores,
+    padded_step_of_logits,
+)
 
 NAN, INF = float("nan"), float("inf")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -32,9 +38,10 @@ def test_order_by_example(device: str) -> None:
     num_kept = int32(-1, device)
     decision = torch.tensor([0.9, 1.0], device=device)
     scores, order = padded_gate(logits, decision, int32(5, device), num_kept, score="confidence")
-    assert order.tolist() == [0, 2, 4, 1, 3, 5]
     assert order.dtype is torch.int32
     assert num_kept.item() == 3
+    assert order[0, :3].tolist() == [0, 2, 4]
+    assert order[1, :2].tolist() == [1, 3]
     assert scores.dtype is torch.float32
 
 
@@ -72,53 +79,39 @@ def test_any_padded_batch_is_gated_as_its_real_rows_are(
         place = round(quantile * (rows - 1))
         threshold = float(ascending[place : place + 2].mean())  # between two rows, where rounding decides nothing
         exit_mask = ops.exit_gate(features, weight, bias, threshold=threshold, score=score, temperature=temperature)[2]
-    num_kept = int32(-1, device)
-    decision = torch.tensor([threshold, temperature], device=device)
-    logits, got, order = padded_exit_gate(
-        features,
-        weight,
-        bias,
-        decision,
-        int32(count, device),
-        num_kept,
-        layout="channels_first",
-        pool="mean",
-        score=score,
-    )
     on_the_edge = (scores - threshold).abs() < 1e-5
     if on_the_edge[:count].any():
         return
+    at = padded_exit(device, rows, count, threshold, temperature)
+    answers = Answers(*(value.to(device) for value in (torch.zeros(rows, classes).to(dtype), *torch.zeros(2, rows))))
+    answers = answers._replace(exits=answers.exits.long())
+    target = torch.zeros_like(features)
+    padded_exit_step(
+        features, weight, bias, at, [(features, target)], answers, layout="channels_first", pool="mean", score=score
+    )
     flags = exit_mask[:count].tolist()
     stay, leave = ([row for row in range(count) if flags[row] is flag] for flag in (False, True))
-    assert order.tolist() == [*stay, *leave, *range(count, rows)]
-    assert num_kept.item() == len(stay)
-    torch.testing.assert_close(got[:count], scores[:count], rtol=1e-3, atol=1e-4, equal_nan=True)
-    assert logits.dtype is dtype
-    assert logits.shape == (rows, classes)
+    assert at.num_kept.item() == len(stay)
+    assert torch.equal(target[: len(stay)].isnan(), features[stay].isnan())
+    assert torch.equal(target[: len(stay)].nan_to_num(), features[stay].nan_to_num())
+    home = at.positions[leave].long()
+    torch.testing.assert_close(answers.scores[home], scores[leave], rtol=1e-3, atol=1e-4)
+    assert answers.exits.count_nonzero().item() == len(leave)
+    with ops.use_backend("reference"):
+        logits = ops.exit_gate(features, weight, bias, threshold=0.0)[0]
+    torch.testing.assert_close(answers.logits[home], logits[leave], rtol=2e-2, atol=2e-2)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses the operations that would wait for a device, or copy from the host: a CUDA graph cannot hold them."""
-
-    WAIT = frozenset(
-        [
-            "_local_scalar_dense",
-            "item",
-            "is_nonzero",
-            "nonzero",
-            "masked_select",
-            "equal",
-            "_unique2",
-            "lift_fresh",
-            "lift_fresh_copy",
-        ]
+def padded_exit(device: str, rows: int, count: int, threshold: float, temperature: float) -> PaddedExit:
+    """Exit 1, to which rows came in any order."""
+    return PaddedExit(
+        torch.tensor([threshold, temperature], device=device),
+        torch.tensor(1, device=device),
+        int32(count, device),
+        int32(-1, device),
+        torch.randperm(rows).int().to(device),
+        torch.zeros(2 + 2 * rows, dtype=torch.int64, device=device),
     )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in self.WAIT, func
-        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
-            assert all(index is None or index.dtype is not torch.bool for index in args[1])
-        return func(*args, **(kwargs or {}))
 
 
 @on_devices
@@ -126,20 +119,18 @@ class NoWaiting(TorchDispatchMode):
 def test_nothing_waits_for_the_device(device: str, score: ScoreName) -> None:
     features, weight = torch.randn(6, 4, 5, device=device), torch.randn(3, 4, device=device)
     mask = torch.rand(6, 5, device=device) < 0.5
-    decision, count, num_kept = torch.tensor([0.5, 0.7], device=device), int32(5, device), int32(0, device)
-    options: dict[str, Any] = {"layout": "channels_first", "pool": "mean", "score": score}
+    at = padded_exit(device, 6, 5, 0.5, 0.7)
+    answers = Answers(
+        torch.zeros(6, 3, device=device),
+        torch.zeros(6, device=device),
+        torch.zeros(6, dtype=torch.int64, device=device),
+    )
+    kept = [(features, torch.empty_like(features))]
     with ops.use_backend("reference"), NoWaiting():
-        logits, _, order = padded_exit_gate(features, weight, None, decision, count, num_kept, **options)
-        padded_gate(logits, decision, count, num_kept, score=score)
-        padded_gate(
-            F.linear(pool_features(features, "channels_first", "mean", mask), weight),
-            decision,
-            count,
-            num_kept,
-            score=score,
-        )
-        pair = features, torch.empty_like(features)
-        gather_and_scatter_rows(order, order, num_kept, count, [pair], [(logits, torch.empty_like(logits))])
+        padded_exit_step(features, weight, None, at, kept, answers, layout="channels_first", pool="mean", score=score)
+        logits = F.linear(pool_features(features, "channels_first", "mean", mask), weight)
+        padded_step_of_logits(logits, at, kept, answers, score=score)
+        padded_scores(logits, at.decision, at.num_real, score=score)
 
 
 LAYOUTS = {
@@ -180,7 +171,9 @@ def test_rows_move_where_they_belong_and_nothing_else_is_written(
     torch.manual_seed(seed)
     count = round(real * rows)
     num_kept = round(going_on * count)
-    order = torch.cat([torch.randperm(count), torch.arange(count, rows)])
+    who = torch.randperm(count)
+    order = torch.randint(0, rows, (2, rows))  # behind the rows that move is anything
+    order[0, :num_kept], order[1, : count - num_kept] = who[:num_kept], who[num_kept:]
     capacity = rows + batch
     positions = torch.cat([torch.randperm(capacity)[:count], torch.randint(0, capacity, (rows - count,))])
     sources = [make(rows).to(device) for make in LAYOUTS.values()]
@@ -191,9 +184,9 @@ def test_rows_move_where_they_belong_and_nothing_else_is_written(
     for index, source in enumerate(sources):
         for j in range(count):
             if j < num_kept:
-                expected_stay[index][j] = source[order[j]]
+                expected_stay[index][j] = source[who[j]]
             else:
-                expected_leave[index][positions[order[j]]] = source[order[j]]
+                expected_leave[index][positions[who[j]]] = source[who[j]]
 
     on_device = [tensor.int().to(device) for tensor in (order, positions, torch.tensor(num_kept), torch.tensor(count))]
     gather_and_scatter_rows(*on_device, stay, leave)

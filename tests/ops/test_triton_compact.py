@@ -63,15 +63,34 @@ def test_rows_longer_than_a_tile(backend: str) -> None:  # noqa: F811
 
 def test_nothing_is_written_behind_the_rows_that_stay(backend: str) -> None:  # noqa: F811
     exit_mask = torch.tensor([False, True, False, True, True])
-    order, num_kept = torch.full((7,), -7), torch.tensor(-7)
+    order, num_kept = torch.full((2, 5), -7), torch.tensor(-7)
     compact.order_rows_into(exit_mask, order, num_kept)
-    assert order.tolist() == [0, 2, 1, 3, 4, -7, -7]
+    assert order.tolist() == [[0, 2, -7, -7, -7], [1, 3, 4, -7, -7]]
     assert num_kept.item() == 2
     for columns in (1, 3, 16, 257):
         source, target = torch.randn(5, columns), torch.full((5, columns), -1.0)
-        compact.gather_and_scatter_rows(order[:5], order[:5], num_kept, num_kept, [(source, target)], [])
+        gather_and_scatter_rows(order, order[0], num_kept, num_kept, [(source, target)], [])
         assert torch.equal(target[:2], source[[0, 2]])
         assert (target[2:] == -1).all()
+
+
+def test_the_host_waits_once_and_few_rows_hold_no_memory_of_many(
+    backend: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[Tensor] = []
+    number = Tensor.__int__
+    monkeypatch.setattr(Tensor, "__int__", lambda self: (waits.append(self), number(self))[1])
+    int(torch.tensor(1))
+    once = len(waits)  # as the default device is a mode that calls again
+    waits.clear()
+    exit_mask = torch.arange(64) > 3
+    rows, transposed = torch.randn(64, 6), torch.randn(6, 64)
+    moved, moved_too = ops.compact(exit_mask, [rows, transposed], [0, 1]).tensors
+    assert len(waits) == once
+    assert torch.equal(moved, rows[:4])
+    assert torch.equal(moved_too, transposed[:, :4])
+    assert moved.untyped_storage().nbytes() == moved_too.untyped_storage().nbytes() == 4 * 6 * 4
 
 
 @pytest.mark.parametrize("with_positions", [False, True])
@@ -97,7 +116,10 @@ def ones_for(rows: int, source: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("num_kept", "count"), [(0, 0), (0, 30), (30, 30), (9, 30), (9, 21), (0, 7), (7, 7)])
 def test_padded_rows_go_on_or_home(backend: str, num_kept: int, count: int) -> None:  # noqa: F811
-    order = torch.cat([torch.randperm(count), torch.arange(count, 30)]).int()
+    who = torch.randperm(count)
+    order = torch.randint(0, 30, (2, 30))  # behind the rows that move is anything
+    order[0, :num_kept], order[1, : count - num_kept] = who[:num_kept], who[num_kept:]
+    order = order.int()
     positions = torch.randperm(50)[:30].int()
     sources = [
         torch.randn(30, 12),
@@ -112,8 +134,8 @@ def test_padded_rows_go_on_or_home(backend: str, num_kept: int, count: int) -> N
     stay, leave = ([(x, ones_for(50, x)) for x in sources] for _ in range(2))
     wanted = [[target.clone() for _, target in pairs] for pairs in (stay, leave)]
     for x, kept, put in zip(sources, *wanted, strict=True):
-        kept[:num_kept] = x[order[:num_kept]]
-        put[positions[order[num_kept:count]]] = x[order[num_kept:count]]
+        kept[:num_kept] = x[who[:num_kept]]
+        put[positions[who[num_kept:]]] = x[who[num_kept:]]
     gather_and_scatter_rows(order, positions, torch.tensor(num_kept).int(), torch.tensor(count).int(), stay, leave)
     for pairs, targets in zip((stay, leave), wanted, strict=True):
         for (_, target), expected in zip(pairs, targets, strict=True):

@@ -465,6 +465,21 @@ def test_linking_that_fails_leaves_the_launches_to_the_host(monkeypatch: pytest.
     with pytest.warns(UserWarning, match="so runner 'device' runs as 'graphs'"):
         agrees(model)
     assert model.captures[0].runner == "graphs"
+    assert model.captures[0].reason == "operation not supported in a conditional node"
+
+
+def test_graphs_are_captured_ahead_of_time(faked: tuple[cet.EarlyExit, Fakes], runner: RunnerName) -> None:
+    model, fakes = faked
+    (capture,) = model.capture(8)
+    assert capture.runner == runner
+    assert capture.buckets == ((1, 2, 4, 8),) * 3
+    for rows in (8, 3):
+        agrees(model, rows)
+    assert len(fakes.made) == 1
+    with pytest.raises(ValueError, match="batch_size is 0; give at least 1"):
+        model.capture(0)
+    with pytest.raises(RuntimeError, match=r"call model.eval\(\) before capture"):
+        model.train().capture(2)
 
 
 def test_threads_take_turns(faked: tuple[cet.EarlyExit, Fakes]) -> None:
@@ -524,7 +539,9 @@ def test_graphs_on_the_cpu_are_refused_by_name() -> None:
 
 
 def test_unknown_runners_are_refused() -> None:
-    with pytest.raises(ValueError, match="runner 'fast' is unknown; choose one of eager, graphs, device, or None"):
+    with pytest.raises(
+        ValueError, match="runner 'fast' is unknown; choose one of eager, graphs, device, auto, or None"
+    ):
         cet.EarlyExit(Net(), ["stem"], (torch.randn(2, 3, 16),), runner="fast")  # type: ignore[arg-type]
 
 
@@ -567,6 +584,8 @@ def test_where_graphs_cannot_be_linked_the_device_runner_is_refused(
         assert runner_for(cpu, None) == "eager"
         assert runner_for(cuda, None) == "eager"
         assert runner_for(cuda, "eager") == "eager"
+        assert runner_for(cpu, "auto") == "eager"
+        assert runner_for(cuda, "auto") == ("device" if reason is None else "graphs")
         model = small_model()
         if reason is None:
             model.runner = "device"

@@ -171,7 +171,11 @@ def test_batches_of_any_kind() -> None:
         ({"loader": None}, TypeError, "loader is None; give an iterable of batches"),
         ({"loader": []}, ValueError, "loader yields no batch in epoch 0"),
         ({"loader": iter(data())}, ValueError, "loader can be read once only, but epochs is 10; give a DataLoader"),
-        ({"loader": [(torch.full((16, 4), torch.nan), data()[0][1])]}, RuntimeError, "rows of the batch are not finite"),
+        (
+            {"loader": [(torch.full((16, 4), torch.nan), data()[0][1])]},
+            RuntimeError,
+            "rows of the batch are not finite",
+        ),
     ],
 )
 def test_misuse_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -97,9 +97,9 @@ class EarlyExit(nn.Module):
         example_inputs: what one call of the backbone takes, with ``B >= 2`` rows: a tuple of positional inputs or a
             dict of keyword inputs. Sizes other than the batch may differ later.
         policy: when samples leave; every exit is closed when not given.
-        runner: how batches run in eval mode, see :mod:`cet.runtime`: ``"eager"`` anywhere, ``"graphs"`` or ``"device"``
-            on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run eagerly. It can be
-            assigned later, and is not saved: it belongs to the machine.
+        runner: how batches run in eval mode, see :mod:`cet.runtime`: ``"eager"`` or ``"auto"`` anywhere, ``"graphs"``
+            or ``"device"`` on CUDA devices, not measured yet. ``None`` is ``"eager"``. Calls that need gradients run
+            eagerly. It can be assigned later, and is not saved: it belongs to the machine.
 
     Raises:
         ValueError: for an exit that is unknown, repeated, out of order or whose features the head cannot pool, for a
@@ -227,6 +227,32 @@ class EarlyExit(nn.Module):
     def captures(self) -> tuple[Capture, ...]:
         """The CUDA graphs that are kept, with their buckets and memory; latest first."""
         return self._graphs.captures
+
+    def capture(self, batch_size: int) -> tuple[Capture, ...]:
+        """Capture the graphs for batches of up to so many rows now, rather than in the first call.
+
+        The example inputs, repeated, are run once, in the current autocast mode. Other kinds of inputs are captured
+        when they come.
+
+        Returns:
+            What is captured, see :attr:`captures`; nothing where batches run eagerly.
+
+        Raises:
+            ValueError: for a batch size below 1.
+            RuntimeError: in train mode.
+        """
+        self._require_eval("capture")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        values = [
+            value[torch.arange(batch_size, device=value.device) % len(value)] if batched else value
+            for value, batched in zip(
+                self._example_values(self.input_format), self.input_format.is_batched, strict=True
+            )
+        ]
+        args, kwargs = self.input_format.unflatten(values)
+        self.predict(*args, **kwargs)
+        return self.captures
 
     def free_graphs(self) -> None:
         """Give the memory of the CUDA graphs back; the next call captures them again."""

@@ -1,14 +1,17 @@
 """Backends: what a user chose to run the operations, what is installed, and what is asked of tensors everywhere.
 
 Left to itself an operation on CPU tensors runs on the compiled kernels, where these are installed and can take them,
-and every other on the reference. The Triton kernels serve where they are chosen: they have not run on a GPU yet.
+and every other on the reference. The Triton kernels serve where they are chosen, and within CUDA graphs, where a launch
+costs the host nothing: from which size on they are faster elsewhere has not been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
@@ -26,6 +29,7 @@ Backend = Literal["reference", "cpp", "triton"]
 CAPABILITY_VARIABLE = "CET_CPU_CAPABILITY"
 
 CHOSEN: ContextVar[Backend | None] = ContextVar("cet_backend", default=None)
+PREFERRED: ContextVar[Backend | None] = ContextVar("cet_preferred_backend", default=None)
 
 
 class use_backend:  # noqa: N801 (a function to its users, as torch.no_grad)
@@ -110,18 +114,45 @@ def cuda_extension() -> Any:
     return extension
 
 
+@contextmanager
+def preferring_triton(device: torch.device) -> Iterator[None]:
+    """Within, calls for which no backend was chosen run on Triton's kernels, where these work and can take them."""
+    token = PREFERRED.set("triton" if why_no_triton(device) is None else None)
+    try:
+        yield
+    finally:
+        PREFERRED.reset(token)
+
+
 @cache
-def why_no_cuda_kernels(device: torch.device) -> str | None:
-    """Why the CUDA part cannot run kernels on a device, as the end of a sentence; ``None`` where it can."""
-    extension = cuda_extension()
-    if extension is None:
-        return "is not installed; install cet where nvcc is, with CET_BUILD_CUDA=1"
-    needed = extension.runtime_version // 1000
-    if extension.driver_version() // 1000 < needed:
-        return f"is built with CUDA {needed}, which the driver does not support; install a newer driver"
+def why_no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels do not work on a device, found by a launch; ``None`` where they do.
+
+    What lies in the environment, as a compiler that Triton lacks, is told in a warning too, once.
+    """
+    if not has_triton():
+        return "the package triton is not installed; install it"
+    if device.type != "cuda":
+        return f"{device} is no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"is compiled for compute capability 8.0 and newer, which {device} has not; use use_backend('triton')"
+        return f"{device} has not the compute capability 8.0"
+    try:
+        _launch_on(device)
+    except Exception as error:  # whatever it is, nothing was launched, and there is another way
+        message = (str(error).splitlines() or [""])[0]
+        reason = (
+            f"its kernels cannot be launched on {device} ({type(error).__name__}: {message}); cet doctor tells more"
+        )
+        warnings.warn(f"backend 'triton': {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     return None
+
+
+def _launch_on(device: torch.device) -> None:
+    from cet.kernels import compact
+
+    numbers = torch.zeros(3, dtype=torch.int64, device=device)
+    compact.order_rows_into(numbers[:1].bool(), numbers[:2], numbers[2])
 
 
 def has_triton() -> bool:

@@ -52,8 +52,9 @@ def _on_triton(
     _own: int | None,
     *gate: Any,
 ) -> tuple[Tensor, Tensor, Compaction]:
-    logits, scores, order = triton_gate.exit_gate_and_order(features, weight, bias, *gate)
-    return logits, scores, triton.compact_by(order, tensors, dims)
+    gathering = triton.Gathering(features.shape[0], tensors, dims)
+    logits, scores, row_order = triton_gate.exit_gate_and_order(features, weight, bias, *gate, moves=gathering.moves)
+    return logits, scores, gathering.finish(row_order)
 
 
 def _on_cpp(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cet.ops import backend as backends
-from cet.ops.backend import CHOSEN, is_transforming
+from cet.ops.backend import CHOSEN, PREFERRED, is_transforming
 
 _log = logging.getLogger("cet.ops")
 
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
     Attributes:
         operation: the operation that is called.
-        backend: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``.
         way: what runs, in a few words: ``"definition"``, ``"kernel"``, or which of them in what order.
         reasons: why nothing faster does; empty where nothing is.
     """
@@ -91,7 +91,7 @@ class Operation:
             ValueError: when the chosen backend cannot run the call.
         """
         # In one piece and without helpers: this is a part of every call, and a small call takes six microseconds.
-        backend = CHOSEN.get() or "cpp"
+        backend = CHOSEN.get() or PREFERRED.get() or "cpp"
         if backend == "reference":
             return self._definition
         choice = self._choices.get(backend)
@@ -121,8 +121,8 @@ class Operation:
         if CHOSEN.get() is not None:
             raise ValueError(f"{self.name}: backend {backend!r} {reason}")
         reasons = [f"backend {backend!r} {reason}"]
-        if tensors and tensors[0].is_cuda and "triton" in self.run:
-            reasons.append("backend 'triton' serves where it is chosen; use use_backend('triton')")
+        if backend == "cpp" and tensors and tensors[0].is_cuda and "triton" in self.run:
+            reasons.append("backend 'triton' serves where it is chosen, and in CUDA graphs; use use_backend('triton')")
         return self._definition.but("definition", *reasons)
 
     def _cannot_take(self, devices: str, tensor: Tensor) -> str:

@@ -4,6 +4,8 @@
 - ``"graphs"``: a CUDA graph per segment (the stages up to the next open exit) and bucket (a number of rows, to which
   survivors are padded). The host waits for one count per exit and launches the graph that fits.
 - ``"device"``: the same graphs under SWITCH nodes in one: the device picks the bucket, and the host never waits.
+  Experimental.
+- ``"auto"``: the first of ``"device"``, ``"graphs"`` and ``"eager"`` that works for the inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from cet.runtime.cuda_graphs import why_no_switch
 from cet.runtime.graphs import Capture, GraphRunner
 
-RunnerName = Literal["eager", "graphs", "device"]
+RunnerName = Literal["eager", "graphs", "device", "auto"]
 
 __all__ = ["Capture", "GraphRunner", "RunnerName", "check_runner", "runner_for"]
 
@@ -41,6 +43,8 @@ def runner_for(device: torch.device, wanted: RunnerName | None) -> RunnerName:
         ValueError: when the wanted one cannot run there.
     """
     if device.type == "cuda":
+        if wanted == "auto":
+            return "graphs" if why_no_switch() else "device"
         return wanted or "eager"
     if device.type == "meta":
         raise ValueError("the inputs are on meta, which holds no values to decide by; move model and inputs")

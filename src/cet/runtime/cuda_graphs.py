@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,12 +47,46 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-class _CudaGraph(torch.cuda.CUDAGraph):
+class _Streams(NamedTuple):
+    """On one device, for all captures and models: each stream keeps a workspace of cuBLAS, and PyTorch has only 32."""
+
+    captures: torch.cuda.Stream
+    beside: torch.cuda.Stream
+    lock: threading.RLock
+    """Held while a capture records what runs on the stream, whoever launches it."""
+
+
+_streams: dict[torch.device, _Streams] = {}
+_making = threading.Lock()
+
+
+def _streams_of(device: torch.device) -> _Streams:
+    with _making:
+        if device not in _streams:
+            with torch.cuda.device(device):
+                captures, beside = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            _streams[device] = _Streams(captures, beside, threading.RLock())
+        return _streams[device]
+
+
+class _CudaGraph:
+    """Attributes:
+    graph: PyTorch's.
+    draws: whether its work draws random numbers.
+    """
+
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self.draws = False
+
     def instantiate(self) -> None:
         try:
-            super().instantiate()
+            self.graph.instantiate()
         except RuntimeError as error:
             raise _explained(error) from error
+
+    def replay(self) -> None:
+        self.graph.replay()
 
 
 class CudaGraphs:
@@ -63,9 +99,9 @@ class CudaGraphs:
     def __init__(self, device: torch.device, num_counts: int) -> None:
         self._device = device
         self._pools = [torch.cuda.graph_pool_handle()]  # captures take the last
+        self._streams = _streams_of(device)
+        self._is_first = True
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._received = torch.zeros(num_counts, dtype=torch.int32, pin_memory=True)
         # External: recorded anew by each replay, for the host to wait on.
         self._arrived = [
@@ -75,15 +111,24 @@ class CudaGraphs:
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def capture(self, body: Callable[[], None]) -> _CudaGraph:
-        graph = _CudaGraph(keep_graph=True)
-        with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+        captured, stream = _CudaGraph(), self._streams.captures
+        with torch.cuda.device(self._device), self._streams.lock:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                drawn = self._draws()
                 body()  # kernels are compiled and libraries make their handles outside of the capture
-                self._stream.synchronize()
-                torch.cuda.empty_cache()  # what the run took, of which a pool gets nothing
-                self._record(graph, body)
-        return graph
+                captured.draws = self._draws() != drawn
+                stream.synchronize()
+                if self._is_first:  # and largest: what its run took, of which a pool gets nothing
+                    torch.cuda.empty_cache()
+                    self._is_first = False
+                with _no_garbage_collection():
+                    self._record(captured.graph, body)
+        return captured
+
+    def _draws(self) -> int:
+        """How far the random generator of the device is."""
+        return int(torch.cuda.default_generators[self._device.index or 0].get_offset())
 
     def _record(self, graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:
         try:
@@ -116,7 +161,9 @@ class CudaGraphs:
             raise
 
     def link(self, graphs: Sequence[Sequence[_CudaGraph]], buckets: Sequence[Sequence[int]], counts: Tensor) -> Graph:
-        raw = [[graph.raw_cuda_graph() for graph in of_segment] for of_segment in graphs]
+        if any(graph.draws for of_segment in graphs for graph in of_segment):
+            raise CaptureError("a stage draws random numbers, which would be the same ones in each call")
+        raw = [[graph.graph.raw_cuda_graph() for graph in of_segment] for of_segment in graphs]
         try:
             linked = cuda_extension().SwitchGraph(self._device.index, raw, buckets, counts.data_ptr())
         except RuntimeError as error:
@@ -125,24 +172,37 @@ class CudaGraphs:
 
     @contextmanager
     def sending(self, index: int, count: Tensor) -> Iterator[None]:
-        current = torch.cuda.current_stream()
-        self._beside.wait_stream(current)
-        with torch.cuda.stream(self._beside):
+        current, beside = torch.cuda.current_stream(), self._streams.beside
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
             self._received[index].copy_(count, non_blocking=True)
             self._arrived[index].record()
         yield
-        current.wait_stream(self._beside)
+        current.wait_stream(beside)
 
     def receive_count(self, index: int) -> int:
         self._arrived[index].synchronize()
-        return int(self._received[index])
+        count = int(self._received[index])
+        if count < 0:  # the event was not recorded by this replay
+            torch.cuda.current_stream().synchronize()
+            count = int(self._received[index])
+        if count < 0:
+            raise RuntimeError("the number of survivors did not arrive from the device; choose runner='eager'")
+        return count
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
-            yield
+            # Every count of earlier calls was waited for, so none is on its way here: what is read is of this call.
+            self._received.fill_(-1)
+            try:
+                yield
+            except BaseException:
+                self._done.record(stream)
+                self._done.synchronize()
+                raise
             self._done.record(stream)
 
     def memory(self) -> int:
@@ -172,4 +232,17 @@ def _explained(error: Exception) -> RuntimeError:
         return GraphMemoryError(str(error))
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename.startswith("<cet ")] or list(frames)
-    return CaptureError(f"{ours[-1].line}: {str(error).splitlines()[0]}")
+    reason = str(error).splitlines() or [type(error).__name__]
+    return CaptureError(f"{ours[-1].line}: {reason[0]}")
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A graph or an event that was garbage and is destroyed within a capture would invalidate it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import Compaction, compact
-from cet.ops.definitions import SCORES, Layout, Pool
+from cet.ops.definitions import SCORES, Layout, Pool, ScoreName
 from cet.ops.exit_gate import exit_gate, gate
 from cet.ops.exit_step import exit_step
-from cet.ops.padded import padded_exit_gate, padded_gate
+from cet.ops.padded import Answers, CountIsKnown, PaddedExit, RowPairs, padded_exit_step, padded_step_of_logits
 from cet.runtime.policy import ExitPolicy
 
 
@@ -105,24 +105,27 @@ def take_padded_exit(
     head: nn.Module,
     features: Tensor,
     mask: Tensor | None,
-    decision: Tensor,
-    count: Tensor,
-    num_kept: Tensor,
-    policy: ExitPolicy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, scores and order of a padded batch, see :mod:`cet.ops.padded`."""
+    at: PaddedExit,
+    kept: RowPairs,
+    answers: Answers,
+    score: ScoreName,
+    count_is_known: CountIsKnown,
+) -> None:
+    """At an open exit of a padded batch, answer the rows that leave, and move those that go on."""
     linear = linear_head(head)
     if linear is not None and mask is None and not torch.is_autocast_enabled(features.device.type):
-        return padded_exit_gate(
+        padded_exit_step(
             features,
             linear.weight,
             linear.bias,
-            decision,
-            count,
-            num_kept,
+            at,
+            kept,
+            answers,
             layout=linear.layout,
             pool=linear.pool,
-            score=policy.score,
+            score=score,
+            count_is_known=count_is_known,
         )
-    logits = head_logits(head, features, mask)
-    return logits, *padded_gate(logits, decision, count, num_kept, score=policy.score)
+    else:
+        logits = head_logits(head, features, mask)
+        padded_step_of_logits(logits, at, kept, answers, score=score, count_is_known=count_is_known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cet.ops.backend import needs_grad
+from cet.ops.backend import needs_grad, preferring_triton
 from cet.partition.cache import level_of_caller
 from cet.partition.stages import Program
 from cet.runtime.buckets import choose_buckets
-from cet.runtime.cuda_graphs import CudaGraphs
+from cet.runtime.cuda_graphs import CudaGraphs, why_no_switch
 from cet.runtime.eager import Answers
 from cet.runtime.graph_backend import CaptureError, Graph, GraphBackend, GraphMemoryError
 from cet.runtime.padded import PaddedProgram
@@ -69,6 +70,7 @@ class Capture:
         eager: the exits before which a segment runs eagerly, because it cannot be captured.
         buffer_bytes: memory between the segments.
         graph_bytes: memory within the segments, which all graphs share.
+        reason: why the device does not launch them itself; None where it does, or could.
     """
 
     runner: str
@@ -77,6 +79,7 @@ class Capture:
     eager: tuple[str, ...]
     buffer_bytes: int
     graph_bytes: int
+    reason: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -145,6 +148,7 @@ class _Captured:
         self.weights = weights
         self.buckets = buckets
         self.eager: list[int] = []
+        self.why_not_linked: str | None = None
         self._backend = backend
         self._graphs: list[dict[int, Graph]] = []
         linked = linked and len(buckets) > 1  # the bucket of the first segment is known to the host
@@ -165,6 +169,9 @@ class _Captured:
                 self.eager.append(index)
                 graphs = {}
             self._graphs.append(graphs)
+        self.close = weakref.finalize(self, backend.close)
+        """Waits until no graph runs any more; at the latest before the memory that they use is gone."""
+        self.close.atexit = False
         self._whole: Graph | None = None
         if linked:
             ascending = [[graphs[rows] for rows in sorted(graphs)] for graphs in self._graphs]
@@ -191,9 +198,6 @@ class _Captured:
                 if rows == 0:
                     return
 
-    def close(self) -> None:
-        self._backend.close()
-
     def report(self, exit_names: Sequence[str]) -> Capture:
         ends = [exit_names[segment.exit_index] for segment in self.program.segments]
         return Capture(
@@ -203,6 +207,7 @@ class _Captured:
             eager=tuple(ends[index] for index in self.eager),
             buffer_bytes=self.program.memory(),
             graph_bytes=self._backend.memory(),
+            reason=None if self._whole is not None else self.why_not_linked or why_no_switch(),
         )
 
 
@@ -270,7 +275,7 @@ class GraphRunner:
         if needs_grad(itertools.chain(inputs, parameters)):
             _warn("graphs hold no gradients, so this call runs eagerly; use torch.no_grad() or predict")
             return None
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), preferring_triton(request.device):
             kind = _Kind.of(request, linked=linked)
             captured = (self._find(request, kind) or self._capture(request, kind)).captured
             if captured is None:
@@ -300,6 +305,7 @@ class GraphRunner:
             oldest = self._entries[-1]
             self._drop(lambda entry: entry is oldest)
         linked, limit = kind.linked, MAX_BUCKETS
+        reason = None
         captured = None
         while limit and captured is None:
             try:
@@ -309,8 +315,10 @@ class GraphRunner:
                 then = f"trying {limit} for each exit" if limit else "such calls run eagerly"
                 _warn(f"graphs for batches of {request.rows} do not fit ({error}); {then}")
             except CaptureError as error:
-                linked = False  # after which it cannot happen again
+                linked, reason = False, str(error)  # after which it cannot happen again
                 _warn(f"{error}, so runner 'device' runs as 'graphs'")
+        if captured is not None:
+            captured.why_not_linked = reason
         entry = _Entry(request.program, kind, request.rows, captured)
         self._entries.insert(0, entry)
         return entry

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import memory_order
-from cet.ops.padded import RowPairs, gather_and_scatter_rows, padded_gate
+from cet.ops.padded import Answers, PaddedExit, RowPairs, gather_and_scatter_rows, padded_scores
 from cet.partition.inputs import copied
 from cet.partition.stages import Program
 from cet.runtime.exits import take_padded_exit
@@ -155,10 +156,12 @@ class PaddedProgram:
         numbers = {"dtype": torch.int32, "device": device}
         self.counts = torch.zeros(len(self.segments) + 1, **numbers)
         """How many rows enter each segment; the last entry means nothing."""
-        self._nobody = torch.zeros((), **numbers)
-        self._in_turn = torch.arange(capacity, **numbers)
-        self._positions = [self._in_turn, *(torch.zeros(capacity, **numbers) for _ in self.segments[1:])]
-        self._decisions = torch.zeros(len(program.stages), 2, device=device)
+        in_turn = torch.arange(capacity, **numbers)
+        self._positions = [in_turn, *(torch.zeros(capacity, **numbers) for _ in self.segments[1:])]
+        self._state = torch.zeros(2 + 2 * capacity, dtype=torch.int64, device=device)
+        # Each begins at 16 bytes, on which kernels are specialised: one serves all exits.
+        self._decisions = torch.zeros(len(program.stages), 4, device=device)[:, :2]
+        self._exit_indices = (torch.arange(2 * len(program.stages), device=device) // 2)[::2]
         self._policy: ExitPolicy | None = None
         # Of copies: other inputs need not be expanded where these are.
         given = copied(inputs)
@@ -168,10 +171,11 @@ class PaddedProgram:
             pairs = zip(values, segment.row_dims, strict=True)
             self._crossing.append([buffer_for(value, dim, capacity) for value, dim in pairs])
         logits, _ = self._compute(len(self.segments) - 1, capacity)
-        self._logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        self._scores = torch.empty(capacity, device=device)
-        self._exits = torch.empty(capacity, dtype=torch.int64, device=device)
-        self._exit_indices = torch.arange(len(program.stages), device=device)
+        self._answers = Answers(
+            torch.empty_like(logits, memory_format=torch.contiguous_format),
+            torch.empty(capacity, device=device),
+            torch.empty(capacity, dtype=torch.int64, device=device),
+        )
 
     def load(self, inputs: Sequence[Any], rows: int, policy: ExitPolicy) -> None:
         """Put a batch and the thresholds where the segments find them."""
@@ -192,46 +196,39 @@ class PaddedProgram:
         exit_index = self.segments[index].exit_index
         count, num_kept = self.counts[index], self.counts[index + 1]
         positions = self._positions[index][:rows]
-        decision = self._decisions[exit_index]
+        decision, this_exit = self._decisions[exit_index], self._exit_indices[exit_index]
         features, values = self._compute(index, rows)
         if index == len(self.segments) - 1:
-            logits = features
-            scores, _ = padded_gate(logits, decision, count, num_kept, score=self._gating.score)
-            leave = self._answers(logits, scores, exit_index)
-            gather_and_scatter_rows(self._in_turn[:rows], positions, self._nobody, count, (), leave)
+            scores = padded_scores(features, decision, count, score=self._gating.score)
+            everyone = self._answers.pairs(features, scores, this_exit)
+            gather_and_scatter_rows(None, positions, None, count, (), everyone)
             return
-        logits, scores, order = take_padded_exit(
+        kept = [(positions, self._positions[index + 1])]
+        for buffer, value in zip(self._crossing[index + 1], values, strict=True):
+            kept += buffer.give(value)
+        take_padded_exit(
             self._heads[exit_index],
             features,
             self.segments[index].mask(values),
-            decision,
-            count,
-            num_kept,
-            self._gating,
+            PaddedExit(decision, this_exit, count, num_kept, positions, self._state),
+            kept,
+            self._answers,
+            self._gating.score,
+            partial(sending, index, num_kept),
         )
-        with sending(index, num_kept):
-            stay = [(positions, self._positions[index + 1])]
-            for buffer, value in zip(self._crossing[index + 1], values, strict=True):
-                stay += buffer.give(value)
-            gather_and_scatter_rows(order, positions, num_kept, count, stay, self._answers(logits, scores, exit_index))
 
     def answers(self, rows: int, *, with_scores: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits, exit index and score of the last batch, in memory of their own."""
-        logits = self._logits[:rows].clone()
+        logits, scores, exits = (answers[:rows] for answers in self._answers)
         if not with_scores:
-            return logits, None, None
-        return logits, self._exits[:rows].clone(), self._scores[:rows].clone()
+            return logits.clone(), None, None
+        return logits.clone(), exits.clone(), scores.clone()
 
     def _compute(self, index: int, rows: int) -> tuple[Tensor, list[Any]]:
         """Features and crossing values of a segment, or the logits."""
         return self.segments[index].run(rows, self._sizes, [buffer.take(rows) for buffer in self._crossing[index]])
 
-    def _answers(self, logits: Tensor, scores: Tensor, exit_index: int) -> RowPairs:
-        exits = self._exit_indices[exit_index].expand(len(scores))
-        logits = logits.to(self._logits.dtype).contiguous()
-        return [(logits, self._logits), (scores, self._scores), (exits, self._exits)]
-
     def memory(self) -> int:
         """Bytes of what crosses the cuts and of the answers."""
         buffers = sum(buffer.nbytes for crossing in self._crossing for buffer in crossing)
-        return buffers + self._logits.nbytes + self._scores.nbytes + self._exits.nbytes
+        return buffers + sum(answers.nbytes for answers in self._answers)

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from cet.ops import backend
 from cet.ops.backend import needs_grad
-from cet.ops.compact.definition import Compaction, RowOrder, gather_definition, memory_order, without_repeats
+from cet.ops.compact.definition import Compaction, gather_definition, memory_order, split_order, without_repeats
 
 KEPT_MEMORY = (32 << 20) - 4096
 """Bytes up to which glibc keeps freed memory; larger allocations are mapped afresh, page by page when written."""
 
 
-def order_rows(exit_mask: Tensor) -> RowOrder:
-    """The order of all rows."""
+def order_rows(exit_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept and the exited indices, see :class:`Compaction`."""
     rows = exit_mask.shape[0]
     order = exit_mask.new_empty(rows, dtype=torch.int64)
     flags = exit_mask.contiguous()  # by name, or a copy would be freed before it is read
     num_kept = backend.kernels().order_rows(flags.data_ptr(), rows, order.data_ptr())  # type: ignore[union-attr]
-    return RowOrder(order, num_kept)
+    return split_order(order, num_kept)
 
 
 def compact(exit_mask: Tensor, tensors: Sequence[Tensor], dims: Sequence[int], *, may_alias: bool = True) -> Compaction:
     """See :func:`cet.ops.compact`. With ``may_alias`` a call that keeps all rows returns the tensors themselves."""
-    kept, exited = order_rows(exit_mask).trimmed()
+    kept, exited = order_rows(exit_mask)
     if may_alias and exited.shape[0] == 0:
         return Compaction(kept, exited, list(tensors))
     return Compaction(kept, exited, gather_rows(tensors, dims, kept))

@@ -13,20 +13,27 @@ RowPairs = Sequence[tuple[Tensor, Tensor]]
 
 
 class RowOrder(NamedTuple):
-    """What a gate hands to compaction; whoever moves rows trims by the number kept, or pads.
+    """What a gate on a GPU hands to compaction; whoever moves rows trims by the number kept, or pads.
 
     Attributes:
-        order: ``(B,)`` integers, the positions of the rows: the kept ones first, then those that leave, then padding,
-            each ascending.
-        num_kept: how many are kept; a tensor ``()`` where only the device knows.
+        order: ``(2, B)`` integers: first the positions of the kept rows, then of those that leave, both ascending. What
+            is behind them is undefined.
+        num_kept: how many are kept, ``()``, known to the device.
     """
 
     order: Tensor
-    num_kept: int | Tensor
+    num_kept: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor) -> RowOrder:
+        """For as many rows, not yet known."""
+        return cls(like.new_empty(2, like.shape[0], dtype=torch.int64), like.new_empty((), dtype=torch.int64))
 
     def trimmed(self) -> tuple[Tensor, Tensor]:
-        """The kept and the exited indices of a batch without padding. Waits where only the device knows the number."""
-        return split_order(self.order, int(self.num_kept))
+        """The kept and the exited indices of a batch without padding. Waits for their number."""
+        num_kept = int(self.num_kept)
+        kept, exited = self.order.unbind()
+        return kept[:num_kept], exited[: len(exited) - num_kept]
 
 
 def split_order(order: Tensor, num_kept: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +62,11 @@ class Compaction(NamedTuple):
 
 
 def order_rows_definition(exit_mask: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Order and number kept of a batch of which the first ``count`` rows are real."""
-    key = torch.where(torch.arange(len(exit_mask), device=exit_mask.device) < count, exit_mask.int(), 2)
-    return key.argsort(stable=True), (key == 0).sum()
+    """Order ``(2, B)`` and number kept of a batch of which the first ``count`` rows are real."""
+    is_real = torch.arange(len(exit_mask), device=exit_mask.device) < count
+    is_kept = is_real & ~exit_mask
+    flags = torch.stack([is_kept, is_real & exit_mask])
+    return (~flags).int().argsort(dim=1, stable=True), is_kept.sum()
 
 
 def compact_definition(exit_mask: Tensor, tensors: Sequence[Tensor], dims: Sequence[int]) -> Compaction:
@@ -99,19 +108,29 @@ def scatter_rows_definition(output: Tensor, rows: Tensor, index: Tensor, positio
 
 
 def gather_and_scatter_rows_definition(
-    order: Tensor, positions: Tensor, num_kept: Tensor, count: Tensor, kept: RowPairs, exited: RowPairs
+    order: Tensor | None,
+    positions: Tensor,
+    num_kept: Tensor | None,
+    count: Tensor,
+    kept: RowPairs,
+    exited: RowPairs,
 ) -> None:
     """The definition of :func:`cet.ops.padded.gather_and_scatter_rows`."""
-    place = torch.arange(len(order), device=order.device)
+    place = torch.arange(len(positions), device=positions.device)
+    order_of_kept = order_of_exited = place.int()
+    is_exiting = place < count
+    if order is not None and num_kept is not None:
+        order_of_kept, order_of_exited = order.unbind()
+        is_exiting = place < count - num_kept
+    is_kept = torch.zeros_like(place, dtype=torch.bool) if num_kept is None else place < num_kept
     for source, target in kept:
-        first = target[: len(order)]
-        first.copy_(torch.where(_per_row(place < num_kept, source), source[order], first))
-    is_exiting = (num_kept <= place) & (place < count)
+        first = target[: len(place)]
+        first.copy_(torch.where(_per_row(is_kept, source), source[order_of_kept], first))
     for source, target in exited:
         capacity = len(target)
         # Rows that do not leave share one entry behind the last, where it does not matter who comes second.
-        entry = torch.where(is_exiting, positions[order], capacity).long()
-        origin = order.new_full((capacity + 1,), -1).scatter(0, entry, order)[:-1]
+        entry = torch.where(is_exiting, positions[order_of_exited], capacity).long()
+        origin = order_of_exited.new_full((capacity + 1,), -1).scatter(0, entry, order_of_exited)[:-1]
         target.copy_(torch.where(_per_row(origin >= 0, source), source[origin.clamp(min=0)], target))
 
 

@@ -25,6 +25,7 @@ __all__ = ["exit_gate", "exit_score", "gate"]
 _LEAST_TEMPERATURE, _LARGEST_TEMPERATURE = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
 
 BY_PYTORCH = "PyTorch's operations, then the gate's kernel"
+NOT_FUSED = "there is nothing to pool, or so many classes that PyTorch's matrix product is faster"
 BY_GEMM = "pooling kernel, PyTorch's matrix product, then the gate's kernel"
 
 GATE = Operation("gate", definition=gate_definition, kernels={"cpp": cpp.gate, "triton": triton.gate}, dtypes=DTYPES)
@@ -37,7 +38,7 @@ GATE.record_as(
 )
 
 
-def _choose(features: Tensor, weight: Tensor, bias: Tensor | None) -> Choice:
+def _choose(features: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Choice:
     """What runs :func:`exit_gate`."""
     tensors = (features, weight) if bias is None else (features, weight, bias)
     choice = EXIT_GATE.dispatch(tensors)
@@ -46,13 +47,15 @@ def _choose(features: Tensor, weight: Tensor, bias: Tensor | None) -> Choice:
             return choice.but(BY_PYTORCH, GRADIENT)
         if torch.is_autocast_enabled("cpu" if choice.backend == "cpp" else features.device.type):
             return choice.but(BY_PYTORCH, AUTOCAST)
+        if choice.backend == "triton" and not triton.fuses(features, weight, pool):
+            return choice.but(BY_PYTORCH, NOT_FUSED)
     return choice
 
 
 def _run_exit_gate(
     features: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, pool: Pool, *decision: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    choice = _choose(features, weight, bias)
+    choice = _choose(features, weight, bias, pool)
     gated: tuple[Tensor, Tensor, Tensor]
     if choice.way is BY_PYTORCH:
         logits = F.linear(pool_features(features, layout, pool), weight, bias)
@@ -109,7 +112,7 @@ def _explain_exit_gate(
     check_decision("exit_gate", score, threshold, temperature)
     if mask is not None:
         check_mask("exit_gate", features, layout, pool, mask)
-    choice = _choose(features, weight, bias)
+    choice = _choose(features, weight, bias, pool)
     if choice.backend == "cpp" and choice.way is not BY_PYTORCH and cpp.prefers_gemm(features.shape[0], weight):
         choice = choice.but(BY_GEMM, "the weight is large, and its matrix product is faster than the fused kernel")
     return choice if mask is None else choice.but(choice.way, MASKED)

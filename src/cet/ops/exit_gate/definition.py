@@ -49,10 +49,15 @@ def exit_gate_definition(
     return logits, *gate_definition(logits, score, threshold, temperature)
 
 
+def padded_scores_definition(logits: Tensor, decision: Tensor, _count: Tensor, score: ScoreName) -> Tensor:
+    """The definition of :func:`cet.ops.padded.padded_scores`."""
+    return score_definition(logits.detach(), score, decision[1])
+
+
 def padded_gate_definition(
-    logits: Tensor, decision: Tensor, count: Tensor, num_kept: Tensor, score: ScoreName
+    logits: Tensor, decision: Tensor, count: Tensor, num_kept: Tensor, score: ScoreName, _state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`padded_gate`."""
+    """The definition of :func:`cet.ops.padded.padded_gate`."""
     scores, exit_mask = gate_definition(logits, score, *decision)
     order, number = order_rows_definition(exit_mask, count)
     num_kept.copy_(number)
