@@ -61,3 +61,27 @@ def test_a_model_of_ones_own(
     code, _, err = cet_export(capsys, "export_net:backbone", "--output", "n.onnx")
     assert code == LoadError.exit_code
     assert err == "Error: export_net:backbone gives Sequential; give a cet.EarlyExit\n"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_stop_or_a_full_disk_leaves_no_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException | type[BaseException],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("export_net.py").write_text(NET)
+    Path("m.onnx").write_bytes(b"an older file")
+
+    def replace(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("os.replace", replace)
+    code, _, err = cet_export(capsys, "export_net:build", "--output", "m.onnx", "--batch", "1", "--overwrite")
+    assert code not in (0, 1) or err.startswith("Error: ")
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in err
+    assert Path("m.onnx").read_bytes() == b"an older file"
+    assert {path.name for path in tmp_path.iterdir()} <= {"export_net.py", "m.onnx", "__pycache__"}

@@ -56,8 +56,8 @@ def check_one_sentence(err: str, *named: str) -> None:
 
 
 def test_these_are_all_commands() -> None:
-    """A new command is tried here as well."""
-    assert set(COMMANDS) == {"demo", "train", "calibrate", "predict", "doctor", "energy", "completion"}
+    """A new command is tried here as well; what `cet export` does is in test_export_command.py."""
+    assert set(COMMANDS) == {"demo", "train", "calibrate", "predict", "export", "doctor", "energy", "completion"}
 
 
 class TestReader:
