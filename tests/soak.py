@@ -229,6 +229,9 @@ class World:
         if self.undo:
             return  # hooks and forwards that hold on to modules belong to the original
         if self.random.random() < 0.5:
+            # Pruning leaves a product as `weight`, which PyTorch copies only where no gradient hangs on it.
+            with torch.no_grad():
+                self.model.backbone(**self.inputs())
             self.model = copy.deepcopy(self.model)
             return
         file = io.BytesIO()
