@@ -19,6 +19,7 @@ LEVELS = (
     {"model"},
     {"calibration", "training", "deploy"},
     {"energy"},
+    {"report"},
     {"demo"},
     {"cli"},
 )

@@ -24,7 +24,7 @@ from test_interruptions import heed_ctrl_c, obey_permissions, small_disk
 import cet
 from cet.cli import main, train
 from cet.cli.runs import Settings, TrainingFolder, load_run
-from cet.demo.report import Report
+from cet.report.schema import Report
 from commands import CET
 
 LABELS = ("sit", "stand", "walk")

@@ -19,20 +19,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typedd
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import cet
 from cet.calibration.cost import exit_costs
 from cet.cli import main
 from cet.data.smartwatch import Split, find_dataset, load_windows, split_by_person
-from cet.demo import run, timing
-from cet.demo.energy import measure_energy
-from cet.demo.figures import made_with
-from cet.demo.folder import RunFolder
-from cet.demo.markdown import SCOPE, energy_verdict, time_verdict
-from cet.demo.report import Report, at, verdict
-from cet.demo.timing import Speed, Speedup
+from cet.demo import run
 from cet.energy import MonotonicClock
+from cet.report.energy import measure_energy
+from cet.report.figures import made_with
+from cet.report.folder import RunFolder
+from cet.report.markdown import SCOPE, energy_verdict, time_verdict
+from cet.report.schema import Report, at
+from cet.report.timing import Speed, Speedup
 from cet.training import JOINT, build
 from powercap import Powercap
 
@@ -219,6 +218,21 @@ def test_command_prints_plain_lines_with_the_figures_of_the_report(
         )
 
 
+def test_with_wrong_labels_two_other_recipes_compete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "QUICK", replace(TINY, epochs=1))
+        with pytest.raises(SystemExit) as stop:
+            main(["demo", "--quick", "--threads", "1", "--wrong-labels", "0.3", "--output", str(tmp_path)])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert "30 % of the training windows have a wrong label" in " ".join(out.split())
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"augmentation.safetensors", "noisy-labels.safetensors", "report.md"} <= files
+    assert files == {*RunFolder(tmp_path).results(), "run.json"}
+    RunFolder(tmp_path).clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_run_is_read_again_by_resume(folder: RunFolder, report: Report) -> None:
     recorder = Recorder()
     assert run.resume(folder, recorder) == report
@@ -312,57 +326,6 @@ def test_joules_are_measured_where_there_is_a_counter(
     text = energy_verdict({**report, "timing": {**report["timing"], "joules": joules}})
     assert text.startswith(f"Early exit of consistent takes {joules['ratio']:.2f}x the full network's energy: ")
     assert "by the CPU's counter; flagged: " in text
-
-
-class Clocked(nn.Module):
-    """Takes a fixed number of seconds per row of a virtual clock, and notes who ran."""
-
-    def __init__(self, clock: list[float], seconds: float, log: list[float]) -> None:
-        super().__init__()
-        self.clock, self.seconds, self.log = clock, seconds, log
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.clock[0] += self.seconds * len(x)
-        self.log.append(self.seconds)
-        return x
-
-
-def clocked_model(monkeypatch: pytest.MonkeyPatch, *, full: float, early: float) -> tuple[Any, list[float]]:
-    """A model whose backbone takes ``full`` seconds per row and which itself takes ``early``."""
-    clock, log = [0.0], list[float]()
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    model = Clocked(clock, early, log)
-    model.backbone = Clocked(clock, full, log)
-    return model, log
-
-
-@pytest.mark.parametrize(("early", "outcome"), [(1.0, "faster"), (4.0, "slower"), (2.0, "no clear difference")])
-def test_timing_is_exact_on_a_virtual_clock(monkeypatch: pytest.MonkeyPatch, early: float, outcome: str) -> None:
-    model, _ = clocked_model(monkeypatch, full=2.0, early=early)
-    x = torch.zeros(50, 3)
-    throughput = timing.measure_throughput(model, x, batch_size=8, num_rounds=20, seed=0)
-    assert throughput["full"] == pytest.approx({"p20": 0.5, "p50": 0.5, "p80": 0.5})
-    assert throughput["early"]["p50"] == pytest.approx(1 / early)
-    latency = timing.measure_latency(model, x, windows=30, seed=0)
-    assert latency["early"] == pytest.approx({"p50": 1000 * early, "p90": 1000 * early})
-    for speed in (throughput, latency):
-        assert speed["speedup"] == pytest.approx({"value": 2 / early, "low": 2 / early, "high": 2 / early})
-        assert verdict(speed) == outcome
-
-
-def test_timing_is_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, log = clocked_model(monkeypatch, full=2.0, early=1.0)
-    timing.measure_latency(model, torch.zeros(60, 3), windows=50, seed=0)
-    assert log[:2] == [2.0, 1.0]  # each takes longer than the warm-up lasts
-    pairs = list(zip(log[2::2], log[3::2], strict=True))
-    assert len(pairs) == 50
-    assert set(pairs) == {(1.0, 2.0), (2.0, 1.0)}
-
-
-def test_more_rows_than_there_are_make_a_smaller_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = clocked_model(monkeypatch, full=2.0, early=1.0)
-    assert timing.measure_throughput(model, torch.zeros(5, 3), batch_size=8, num_rounds=2, seed=0)["batch_size"] == 5
-    assert timing.measure_latency(model, torch.zeros(5, 3), windows=8, seed=0)["batches"] == 5
 
 
 @pytest.mark.parametrize(

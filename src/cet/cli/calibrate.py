@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cet.calibration import Calibration, ExitCosts
     from cet.cli.runs import Run, TrainingFolder
     from cet.data.arrays import Arrays
-    from cet.demo.figures import Progress, Stages
-    from cet.demo.report import Report
+    from cet.report.figures import Progress, Stages
+    from cet.report.schema import Report
 
 SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
 
@@ -113,9 +113,9 @@ def _calibrate(
     from cet.calibration import calibrate, exit_costs
     from cet.cli.runs import CALIBRATION, MODEL, call_function, check_same, load_run, read_parts
     from cet.data.arrays import Arrays, check_disjoint, listed
-    from cet.demo.figures import Stages, made_with, threads, write_report
-    from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY
-    from cet.demo.markdown import calibration_verdict, energy_verdict, time_verdict
+    from cet.report.figures import Stages, made_with, threads, write_report
+    from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY
+    from cet.report.markdown import calibration_verdict, energy_verdict, time_verdict
 
     stages = Stages(progress)
     run = load_run(folder)
@@ -197,10 +197,10 @@ def _report(
     quick: bool,
     stages: Stages,
 ) -> Report:
-    """The demonstration's report, on the samples that the run kept for testing."""
-    from cet.demo.figures import evaluate, measure, sha256, versions
-    from cet.demo.report import SCHEMA_VERSION, Condition, Data, Report
+    """The report on the samples that the run kept for testing."""
     from cet.perturb import Compose
+    from cet.report.figures import evaluate, measure, sha256, versions
+    from cet.report.schema import SCHEMA_VERSION, Condition, Data, Report
 
     settings, recipe = run.settings, run.settings.training
     preset = settings.preset or (lambda _severity: Compose())

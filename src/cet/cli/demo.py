@@ -15,7 +15,7 @@ from cet.signals import INTERRUPTED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cet.demo.report import Report
+    from cet.report.schema import Report
 
 NEEDED = ("lightning", "torchmetrics", "matplotlib")
 OF_THE_RUN = ("quick", "wrong_labels", "seed", "threads", "data")
@@ -101,9 +101,9 @@ def _demo(
     from rich.console import Console
 
     from cet.cli.progress import show
-    from cet.demo.folder import RunFolder
     from cet.files import check_folder
     from cet.measure.host import require
+    from cet.report.folder import RunFolder
 
     check_folder(output)
     folder = RunFolder(output)
@@ -130,8 +130,8 @@ def _demo(
 def _print_summary(console: Console, report: Report) -> None:
     from rich.table import Table
 
-    from cet.demo.markdown import SCOPE, calibration_verdict, energy_verdict, time_verdict
-    from cet.demo.report import at
+    from cet.report.markdown import calibration_verdict, energy_verdict, time_verdict
+    from cet.report.schema import at
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("recipe\n")
@@ -164,7 +164,7 @@ def _print_summary(console: Console, report: Report) -> None:
         calibration_verdict(report),
         time_verdict(report),
         energy_verdict(report),
-        SCOPE,
+        report["scope"],
     ):
         console.print()
         console.print(text, markup=False)

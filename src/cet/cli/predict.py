@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cet.cli.runs import Run
-    from cet.demo.figures import Step
     from cet.model.output import ExitOutput
+    from cet.report.figures import Step
 
 
 @click.command("predict")
@@ -71,8 +71,8 @@ def _predict(folder: Any, data: str, output: Path, progress: Any) -> str:
 
     from cet.cli.runs import load_run
     from cet.data.arrays import Arrays
-    from cet.demo.figures import threads
     from cet.files import write_atomically
+    from cet.report.figures import threads
 
     run = load_run(folder)
     with threads(run.settings.threads):

@@ -30,10 +30,10 @@ from cet.data.arrays import (
     split_parts,
 )
 from cet.data.smartwatch import Windows
-from cet.demo.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STATE, SUMMARY, RunFolder
 from cet.model.early_exit import EarlyExit
 from cet.model.heads import ExitHead, HeadSpec
 from cet.perturb.base import Perturbation
+from cet.report.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STATE, SUMMARY, RunFolder
 from cet.training.fit import CHECKPOINT
 from cet.training.loss import ConsistentExitLoss
 from cet.training.recipes import RECIPES, Recipe

@@ -148,14 +148,14 @@ def _train(output: Path, options: dict[str, Any], resume: bool, overwrite: bool)
 
     from cet.cli.progress import show
     from cet.cli.runs import MODEL, TrainingFolder, check_same, prepare
-    from cet.demo.folder import STATE
     from cet.files import check_folder
     from cet.measure.host import require
+    from cet.report.folder import STATE
 
     check_folder(output)
     folder = TrainingFolder(output)
     require("cet train", NEEDED, extra="demo")
-    from cet.demo.figures import made_with, threads
+    from cet.report.figures import made_with, threads
 
     if resume:
         settings, facts = folder.read_run()
@@ -209,7 +209,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _fit(folder: TrainingFolder, settings: Settings, prepared: Prepared, made: dict[str, str], step: Any) -> Any:
-    from cet.demo.folder import CHECKPOINTS
+    from cet.report.folder import CHECKPOINTS
     from cet.training.fit import ShowTraining, fit
     from cet.training.lightning import MultiExitTraining
 

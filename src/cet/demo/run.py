@@ -13,13 +13,13 @@ import cet
 from cet.calibration import calibrate
 from cet.calibration.cost import exit_costs
 from cet.data.smartwatch import Split, Windows, find_dataset, load_windows, mislabelled, split_by_person
-from cet.demo.evaluation import perturbed
-from cet.demo.figures import Progress, Stages, evaluate, made_with, measure, sha256, threads, versions, write_report
-from cet.demo.folder import CHECKPOINTS, REPORT, STATE, RunFolder
-from cet.demo.markdown import SCOPE, wrong_labels_scope
-from cet.demo.report import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.model.early_exit import EarlyExit
 from cet.perturb.base import Perturbation
+from cet.report.evaluation import perturbed
+from cet.report.figures import Progress, Stages, evaluate, made_with, measure, sha256, threads, versions, write_report
+from cet.report.folder import CHECKPOINTS, REPORT, STATE, RunFolder
+from cet.report.markdown import SCOPE, wrong_labels_scope
+from cet.report.schema import CONDITIONS, SCHEMA_VERSION, Data, RecipeReport, Report
 from cet.training import AUGMENTATION, CONSISTENT, EXITS, JOINT, NOISY_LABELS, Recipe, build, perturbation, train
 from cet.training.fit import ShowTraining
 

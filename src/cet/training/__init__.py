@@ -1,4 +1,4 @@
-"""Training of multi-exit models, and the data, net and recipes of the demonstration.
+"""Training of multi-exit models, and the net and recipes of the demonstration.
 
 Names are imported when they are first used: only the Lightning module and the recipes need the extra ``cet[train]``.
 """

@@ -1,4 +1,4 @@
-"""The output folder of a demonstration: what is in it, whose it is, and what to go on from."""
+"""The output folder of a run: what is in it, whose it is, and what to go on from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ REPORT = "report.json"
 SUMMARY = "report.md"
 ACCURACY_PLOT = "accuracy.png"
 EXITS_PLOT = "exits.png"
-MODELS = ("joint.safetensors", "consistent.safetensors")
+MODELS = tuple(f"{recipe}.safetensors" for recipe in ("joint", "augmentation", "consistent", "noisy-labels"))
+"""Of which a run holds two."""
 CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run of the demonstration.
+    """One run of `cet demo`; `cet train` has a folder of its own kind.
 
     The state holds the settings of the run and is written first; the report is written last, so it marks a finished
     run. Every file is replaced at once or not at all.
@@ -107,7 +108,8 @@ class RunFolder:
 
     def results(self) -> tuple[str, ...]:
         """The names of the files that a finished run leaves for the user."""
-        return (SUMMARY, REPORT, ACCURACY_PLOT, EXITS_PLOT, *MODELS)
+        models = (name for name in MODELS if (self / name).is_file())
+        return (SUMMARY, REPORT, ACCURACY_PLOT, EXITS_PLOT, *models)
 
     def _files(self) -> tuple[str, ...]:
         """The report comes first and the state last: when clearing is stopped half-way, the old run is unfinished."""

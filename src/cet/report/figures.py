@@ -1,7 +1,4 @@
-"""What a report tells of trained models: quality with and without early exit, time, energy, and where it was measured.
-
-`cet demo` and `cet calibrate` share it.
-"""
+"""What a report tells of trained models: quality with and without early exit, time, energy, and where it was."""
 
 from __future__ import annotations
 
@@ -23,15 +20,15 @@ import torch
 import cet
 from cet.calibration import Calibration, Certificate, ExitCosts
 from cet.data.smartwatch import Windows
-from cet.demo import plots
-from cet.demo.energy import measure_energy
-from cet.demo.evaluation import Preset, accuracy_compute_curve, at_severity, curve_thresholds, perturbed
-from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY, RunFolder
-from cet.demo.markdown import to_markdown
-from cet.demo.report import Condition, Cost, RecipeReport, Report, Speeds, Timing
-from cet.demo.timing import measure_latency, measure_throughput
 from cet.measure.host import host_facts
 from cet.model.early_exit import EarlyExit
+from cet.report import plots
+from cet.report.energy import measure_energy
+from cet.report.evaluation import Preset, accuracy_compute_curve, at_severity, curve_thresholds, perturbed
+from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY, RunFolder
+from cet.report.markdown import to_markdown
+from cet.report.schema import Condition, Cost, RecipeReport, Report, Speeds, Timing
+from cet.report.timing import measure_latency, measure_throughput
 from cet.training import Recipe, perturbation
 
 THROUGHPUT_BATCH = 256

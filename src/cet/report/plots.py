@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cet.demo.report import Condition, RecipeReport, Report, at
 from cet.plotting import GREY, STYLE, png
+from cet.report.schema import Condition, RecipeReport, Report, at
 
 COLOURS = {"joint": "#0072B2", "augmentation": "#0072B2", "consistent": "#D55E00", "noisy-labels": "#D55E00"}
 """Baselines blue, consistent exits red; from the palette of Okabe & Ito (2008), which stays apart under all kinds of

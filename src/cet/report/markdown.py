@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from cet.calibration.report import BOUNDED
-from cet.demo.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT
-from cet.demo.report import Condition, RecipeReport, Report, at, verdict
-from cet.demo.timing import Speed
+from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT
+from cet.report.schema import Condition, RecipeReport, Report, at, verdict
+from cet.report.timing import Speed
 
 SCOPE = (
     "One split by person and one seed: this shows how early exit works, not how much it gains on average. "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
-from cet.demo.evaluation import AtSeverity, CurvePoint
-from cet.demo.timing import Speed
+from cet.report.evaluation import AtSeverity, CurvePoint
+from cet.report.timing import Speed
 
 SCHEMA_VERSION = 2
 

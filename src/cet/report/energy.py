@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cet.demo.report import Joules
 from cet.energy import EnergyMeter
 from cet.energy.comparison import compare
 from cet.energy.measurement import Settings
 from cet.energy.protocol import Progress, Workload
 from cet.model.early_exit import EarlyExit
+from cet.report.schema import Joules
 
 BATCHES = 8
 """So many batches are run again and again."""

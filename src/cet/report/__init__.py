@@ -1,0 +1,1 @@
+"""What a run of `cet demo` or `cet calibrate` reports: quality, compute, time and joules, as JSON, text and plots."""
