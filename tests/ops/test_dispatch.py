@@ -152,7 +152,7 @@ def test_a_chosen_backend_that_cannot_run_raises_from_explain_too(backend: str) 
     ("has_triton", "capability", "launch", "reason"),
     [
         (False, (9, 0), lambda *_: None, "the package triton is not installed"),
-        (True, (7, 5), lambda *_: None, "has not the compute capability 8.0"),
+        (True, (7, 5), lambda *_: None, "is older than compute capability 8.0"),
         (True, (9, 0), lambda *_: [][0], r"cannot be launched on cuda:0 \(IndexError: list index out of range\)"),
         (True, (8, 0), lambda *_: None, None),
     ],

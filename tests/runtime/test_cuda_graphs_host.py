@@ -163,7 +163,7 @@ def test_a_count_of_an_earlier_replay_is_never_read(is_broken: bool) -> None:
 @pytest.mark.usefixtures("on_fake_gpu")
 def test_a_count_that_never_comes_is_an_error() -> None:
     backend = CudaGraphs(CPU, 1)
-    with pytest.raises(RuntimeError, match="the number of survivors did not arrive"), backend.in_order():
+    with pytest.raises(RuntimeError, match="the number of kept rows did not arrive"), backend.in_order():
         backend.receive_count(0)
 
 

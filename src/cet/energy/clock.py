@@ -1,4 +1,7 @@
-"""Time as the meters see it. Everything takes a clock and nothing reads the time itself, so that tests can turn it."""
+"""Time as meters, windows and the protocol see it: they take a clock, which tests can turn.
+
+`watch` and `process`, which follow other programs, read the time themselves.
+"""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cet.callers import level_of_caller
 from cet.model.heads import ExitHead, HeadSpec
 from cet.model.masks import find_mask, looks_like_mask, real_positions, resampler_of, stride_of
-from cet.partition.cache import level_of_caller
 from cet.partition.fingerprint import Fingerprint
 from cet.partition.inputs import InputFormat
 from cet.partition.private_copy import private_copy

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cet.callers import level_of_caller
 from cet.data.batches import class_indices
 from cet.model.building import (
     CheckedHeads,
@@ -34,7 +35,7 @@ from cet.model.taps import is_inside_reentrant_checkpoint, observing
 from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
 from cet.ops import exit_score
 from cet.ops.backend import is_tracing
-from cet.partition.cache import StageCache, level_of_caller
+from cet.partition.cache import StageCache
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
 from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of

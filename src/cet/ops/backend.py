@@ -135,7 +135,7 @@ def why_no_triton(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"{device} is no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{device} has not the compute capability 8.0"
+        return f"{device} is older than compute capability 8.0, which the kernels need"
     try:
         _launch_on(device)
     except Exception as error:  # whatever it is, nothing was launched, and there is another way

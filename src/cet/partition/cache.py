@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cet.callers import level_of_caller
 from cet.partition.cut import cut
 from cet.partition.export import CUTTING
 from cet.partition.fingerprint import Fingerprint, Path, changed_paths
@@ -337,14 +337,6 @@ def _matching(state: _State, inputs: Sequence[Any]) -> Program | None:
         if program.matches(inputs):
             return program
     return None
-
-
-def level_of_caller() -> int:
-    """How far up the stack, from the caller of this function, the code is that uses cet."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("cet", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _warn_once(state: _State, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 - ``"eager"``: stage by stage from Python, each on just the rows that are left. Any device.
 - ``"graphs"``: a CUDA graph per segment (the stages up to the next open exit) and bucket (a number of rows, to which
-  survivors are padded). The host waits for one count per exit and launches the graph that fits.
+  kept rows are padded). The host waits for one count per exit and launches the graph that fits.
 - ``"device"``: the same graphs under SWITCH nodes in one: the device picks the bucket, and the host never waits.
   Experimental.
 - ``"auto"``: the first of ``"device"``, ``"graphs"`` and ``"eager"`` that works for the inputs.

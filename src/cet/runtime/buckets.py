@@ -40,7 +40,7 @@ def geometric_buckets(capacity: int, limit: int) -> tuple[int, ...]:
 
 
 def survivor_weights(batch_sizes: Sequence[int], survival: float) -> NDArray[np.float64]:
-    """How much a padded row matters at each count of survivors, ``(max(batch_sizes) + 1,)``.
+    """How much a padded row matters at each count of kept rows, ``(max(batch_sizes) + 1,)``.
 
     Rows are taken to survive independently of each other, so that a count is binomial. Batches of every size matter
     alike: their padding is weighed against their own rows.

@@ -187,7 +187,7 @@ class CudaGraphs:
             torch.cuda.current_stream().synchronize()
             count = int(self._received[index])
         if count < 0:
-            raise RuntimeError("the number of survivors did not arrive from the device; choose runner='eager'")
+            raise RuntimeError("the number of kept rows did not arrive from the device; choose runner='eager'")
         return count
 
     @contextmanager

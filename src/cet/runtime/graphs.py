@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cet.callers import level_of_caller
 from cet.ops.backend import needs_grad, preferring_triton
-from cet.partition.cache import level_of_caller
 from cet.partition.stages import Program
 from cet.runtime.buckets import choose_buckets
 from cet.runtime.cuda_graphs import CudaGraphs, why_no_switch
