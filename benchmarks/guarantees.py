@@ -31,6 +31,7 @@ from scipy import stats
 import cet
 from benchmarks.harness import provenance
 from cet.calibration.bounds import paired_test
+from cet.calibration.budget import Budget, BudgetError
 from cet.calibration.certify import Answers, Terms, divide, fitted, search
 from cet.calibration.guarantee import Condition, Question
 from cet.calibration.metrics import Metric, MetricName, metric_on
@@ -150,15 +151,18 @@ class Trial:
         method: ``"exact"``, ``"betting"``, ``"bentkus"``; ``"exact, no split"``; ``"risk control"``, of the
             expectation; ``"Bonferroni"``, exact p-values on the same path, each at its share of the level;
             ``"fitted"``, the best thresholds on the samples, without a guarantee.
+        bound: of the loss; ``None``: only the budget is promised.
+        budget: of the mean cost, as a fraction of the backbone's; ``None``: none.
     """
 
     setting: str
     num_units: int
     metric: MetricName = "accuracy"
-    bound: float = 0.02
+    bound: float | None = 0.02
     confidence: float = 0.9
     method: str = "exact"
     weighted: bool = False
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Row:
     """What became of a trial.
 
     Attributes:
-        broken: in how many draws the loss on new samples was more than promised.
+        broken: in how many draws the loss on new samples, or their mean cost, was more than promised.
         allowed: how many may be: the 99.9 % quantile of the binomial distribution at 1 - confidence; for an
             expectation, none are counted.
         mean_loss: on new samples, over draws.
@@ -179,7 +183,7 @@ class Row:
     setting: str
     num_units: int
     metric: str
-    bound: float
+    bound: float | None
     confidence: float
     method: str
     draws: int
@@ -190,12 +194,15 @@ class Row:
     of_best: float
     closed: int
     seconds: float
+    budget: float | None = None
 
     @property
     def kept(self) -> bool:
         """Whether the promise was kept as often as it had to be."""
         if self.method == "risk control":
-            return self.mean_loss <= self.bound
+            return (self.bound is None or self.mean_loss <= self.bound) and (
+                self.budget is None or 1 - self.saved <= self.budget
+            )
         return self.method == "fitted" or self.broken <= self.allowed
 
 
@@ -221,6 +228,11 @@ def trials() -> Iterator[Trial]:
     yield Trial("rare classes", 3000, "per_class", bound=0.05, method="risk control")
     for setting in ("easy", "hard", "rare classes"):
         yield Trial(setting, 20_000)
+    for setting in ("easy", "hard", "uneven exits"):
+        yield Trial(setting, 1500, bound=None, budget=0.5)
+        yield Trial(setting, 1500, bound=0.05, budget=0.65)
+    yield Trial("groups", 150, bound=None, method="betting", budget=0.5)
+    yield Trial("hard", 1500, bound=None, method="risk control", budget=0.5)
 
 
 def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row:
@@ -228,18 +240,20 @@ def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row
     with the best thresholds, which takes a search of the pool."""
     pool = make_pool(trial.setting)
     weights = np.linspace(1, 3, pool.num_classes) if trial.weighted else None
-    losses, saved, closed = np.zeros(draws), np.zeros(draws), 0
+    losses, saved, is_open = np.zeros(draws), np.zeros(draws), np.zeros(draws, dtype=bool)
     truth = _Truth(pool, trial, weights)
     rng = np.random.default_rng(seed)
     start = time.perf_counter()
     for draw in range(draws):
         thresholds = _calibrate(pool, trial, weights, draw, rng)
-        if thresholds is None:
-            closed += 1
-        else:
+        if thresholds is not None:
+            is_open[draw] = True
             losses[draw], saved[draw] = truth(thresholds)
     # A loss on the bound itself is within it, whatever its rounding.
-    broken = int((losses > trial.bound + 1e-9).sum())
+    is_broken = losses > (math.inf if trial.bound is None else trial.bound) + 1e-9
+    if trial.budget is not None:
+        is_broken |= is_open & (1 - saved > trial.budget + 1e-9)
+    broken = int(is_broken.sum())
     may = 0 if trial.method == "risk control" else int(stats.binom.ppf(0.999, draws, 1 - trial.confidence))
     return Row(
         trial.setting,
@@ -254,8 +268,9 @@ def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row
         float(losses.mean()),
         float(saved.mean()),
         float(saved.mean() / _best(trial.setting, trial.bound)) if compare and truth.is_plain else math.nan,
-        closed,
+        int((~is_open).sum()),
         (time.perf_counter() - start) / draws,
+        trial.budget,
     )
 
 
@@ -274,12 +289,17 @@ def _calibrate(
         metric = metric_on(trial.metric, class_weights, torch.from_numpy(labels), torch.from_numpy(predictions))
     answers = [Answers("clean", pool.scores[rows], predictions, predictions == labels[:, None], metric)]
     if trial.method == "fitted":
+        assert trial.bound is not None
         return fitted(answers, pool.costs, trial.bound).thresholds
     confidence = None if trial.method == "risk control" else trial.confidence
     method = trial.method if trial.method in ("betting", "bentkus") else "exact"
-    terms = Terms(trial.metric, weights, trial.bound, confidence, method, "no split" not in trial.method, draw)
+    budget = Budget(None if trial.budget is None else trial.budget * pool.costs.full, None)
+    terms = Terms(trial.metric, weights, trial.bound, confidence, method, "no split" not in trial.method, draw, budget)
     is_fit = divide(terms, labels, groups, pool.num_classes)
-    found = search(terms, answers, labels, groups, is_fit, pool.costs, "entropy", pool.num_classes)
+    try:
+        found = search(terms, answers, labels, groups, is_fit, pool.costs, "entropy", pool.num_classes)
+    except BudgetError:
+        return None
     if trial.method != "Bonferroni":
         return found.thresholds
     given = answers[0]
@@ -315,20 +335,25 @@ class _Truth:
     @property
     def is_plain(self) -> bool:
         """Whether it is of accuracy on single samples, for which the best thresholds are known."""
-        return self.trial.metric == "accuracy" and self.weights is None and self.pool.starts is None
+        trial = self.trial
+        plain = trial.metric == "accuracy" and trial.bound is not None and trial.budget is None
+        return plain and self.weights is None and self.pool.starts is None
 
     def __call__(self, thresholds: tuple[float, ...]) -> tuple[float, float]:
         pool, n = self.pool, len(self.pool.labels)
         exit_index = simulate(thresholds, pool.scores)
         loss = self.losses[np.arange(n), exit_index].astype(np.float64)
-        paid = pool.costs.cumulative(np.array(thresholds) > -np.inf)[exit_index].mean()
-        return self._mean(loss), float(1 - paid / pool.costs.full)
+        paid = pool.costs.cumulative(np.array(thresholds) > -np.inf)[exit_index]
+        return self._mean(loss), float(1 - self._mean(paid, of_cost=True) / pool.costs.full)
 
-    def _mean(self, loss: Floats) -> float:
+    def _mean(self, loss: Floats, of_cost: bool = False) -> float:
+        """Over new samples or groups, as the metric has it; of the cost, the plain one."""
         pool, classes = self.pool, np.arange(self.pool.num_classes)
+        if of_cost and pool.starts is None:
+            return float(loss.mean())
         if pool.starts is not None:
             group = np.repeat(np.arange(len(pool.starts) - 1), np.diff(pool.starts))
-            if self.trial.metric == "per_class":  # a new group that has the class
+            if self.trial.metric == "per_class" and not of_cost:  # a new group that has the class
                 means = []
                 for label in classes:
                     of_class = pool.labels == label
@@ -400,11 +425,12 @@ def to_markdown(rows: list[Row], big: list[Large]) -> str:
         "`python -m benchmarks.guarantees`; every row stands for that many draws of calibration samples. *broken*: "
         "draws whose loss on new samples is more than promised, of how many there may be (99.9 % binomial limit). "
         "*of best*: compute saved, of what the best thresholds with knowledge of the distribution save. *fitted* is "
-        "`guarantee=None`, and promises nothing; *risk control* promises the mean loss.",
+        "`guarantee=None`, and promises nothing; *risk control* promises the mean loss. *budget*: of the mean cost, as "
+        "a share of the backbone's; then the safest policy within it is chosen, and *broken* counts it as well.",
         "",
-        "| setting | samples | metric | bound | confidence | method | draws | broken | may be | mean loss | saved "
-        "| of best | closed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| setting | samples | metric | bound | budget | confidence | method | draws | broken | may be | mean loss "
+        "| saved | of best | closed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         promised = row.method not in ("fitted", "risk control")
@@ -413,7 +439,7 @@ def to_markdown(rows: list[Row], big: list[Large]) -> str:
             row.setting,
             str(row.num_units),
             row.metric,
-            f"{row.bound:g}",
+            *("-" if limit is None else f"{limit:g}" for limit in (row.bound, row.budget)),
             f"{row.confidence:g}" if promised else "-",
             row.method,
             str(row.draws),

@@ -32,8 +32,10 @@ def _small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
         Trial("hard", 1000, "disagreement", bound=0.05),
         Trial("groups", 120, bound=0.06, method="betting"),
         Trial("hard", 1000, method="risk control"),
+        Trial("hard", 1000, bound=None, budget=0.6),
+        Trial("easy", 1000, bound=0.05, budget=0.6),
     ],
-    ids=lambda trial: f"{trial.setting}, {trial.metric}, {trial.method}",
+    ids=lambda trial: f"{trial.setting}, {trial.metric}, {trial.method}, {trial.budget}",
 )
 def test_promises_are_kept(trial: Trial) -> None:
     row = run(trial, DRAWS, compare=False)
@@ -65,7 +67,7 @@ def test_rows_tell_whether_promises_were_kept() -> None:
     row = Row("hard", 1500, "accuracy", 0.02, 0.9, "exact", 1000, 131, 130, 0.01, 0.4, 0.9, 0, 0.1)
     assert not row.kept
     text = to_markdown([row], [Large(10, 50_000, 1000, "accuracy", 5.0, 0.4)])
-    assert "| hard | 1500 | accuracy | 0.02 | 0.9 | exact | 1000 | 131 | 130 | 0.0100 | 40.0% | 90.0% | 0 |" in text
+    assert "| hard | 1500 | accuracy | 0.02 | - | 0.9 | exact | 1000 | 131 | 130 | 0.0100 | 40.0% | 90.0% | 0 |" in text
 
 
 def test_it_writes_its_results_and_fails_where_a_promise_is_broken(

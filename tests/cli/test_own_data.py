@@ -328,10 +328,21 @@ class TestCalibrate:
         assert (code, err) == (0, "")
         assert "nothing is certified, and all exits are closed: accuracy has 3 groups to test on" in out
         assert "--no-guarantee fits thresholds on these samples, without a promise" in out
+        assert out.endswith("calibration.json, front.png, report.md, report.json, accuracy.png, exits.png\n")
         certificate = json.loads((mine / "calibration.json").read_text())["certificate"]
         assert (certificate["certified"], certificate["unit"], certificate["bound"]) == (False, "groups", 0.1)
         assert load_run(TrainingFolder(mine)).model.policy.thresholds == (None, None, None)
         assert certificate["promise"] in (mine / "report.md").read_text()
+
+    def test_a_budget_in_measured_milliseconds(self, run: Any, mine: Path, files: Path) -> None:
+        options = ("--quick", "--data", files / "val.npz", "--cost", "ms", "--any-drop")
+        code, out, err = run("calibrate", mine, *options, "--worst-budget", 1000, "--mean-budget", 1000)
+        assert (code, err) == (0, "")
+        assert "the mean cost on new groups of the same kind is within 1000 ms" in out
+        assert "       cost ms      loss  thresholds\n *" in out
+        assert (mine / "front.png").read_bytes().startswith(b"\x89PNG")
+        flops = ("--any-drop", "--mean-budget", 1e3)
+        check_one_sentence(run("calibrate", mine, *flops), "mean_budget is 1000 FLOPs, and no exit costs less", code=1)
 
     def test_it_takes_other_samples(self, run: Any, mine: Path, files: Path) -> None:
         options = ("--metric", "per_class", "--score", "margin", "--max-drop", 0.02, "--no-guarantee")
@@ -454,7 +465,7 @@ class TestFunction:
         assert "epoch 20/20" in out
         code, out, err = run("calibrate", folder, "--max-drop", 0.05)
         assert (code, err) == (0, "")
-        assert out.endswith(f"In {folder}: model.safetensors, calibration.json\n")
+        assert out.endswith(f"In {folder}: model.safetensors, calibration.json, front.png\n")
         assert json.loads((folder / "calibration.json").read_text())["num_samples"] == 64
         code, out, err = run("predict", folder, "--data", "own_net:new", "--output", tmp_path / "a.csv")
         assert (code, err) == (0, "")

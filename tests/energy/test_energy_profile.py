@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import cet
+from cet.energy.domains import EnergyError
 from cet.energy.measurement import Settings
 from cet.energy.meter import EnergyMeter
-from cet.energy.profile import profile
+from cet.energy.profile import CostUnit, measured_costs, profile
 from nvml.simulation import Simulation
 
 ROWS = 8
@@ -148,6 +149,34 @@ def test_flops_are_those_of_exit_costs(bench: Bench) -> None:
     model = bench.model()
     found = profile(model, batches(), bench.meter, QUICK)
     assert [row.flops for row in found.exits] == cet.exit_costs(model).cumulative([True, True]).tolist()
+
+
+@pytest.mark.parametrize(("unit", "per_second"), [("ms", 1e3), ("J", WATTS)])
+def test_measured_costs_are_those_of_stages_and_heads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, unit: CostUnit, per_second: float
+) -> None:
+    monkeypatch.setattr(
+        cet.energy.profile, "EnergyMeter", lambda: EnergyMeter(rapl=False, clock=bench.simulation.clock)
+    )
+    model = bench.model(policy=cet.ExitPolicy("confidence", (None, 0.9)))
+    costs = measured_costs(model, batches(), unit, QUICK)
+    assert costs.stage == pytest.approx([STAGE * per_second] * 3, rel=0.02)
+    assert costs.head == pytest.approx([HEAD * per_second] * 2, rel=0.04)
+    assert costs.unit == unit
+    report = cet.calibrate(model, batches(), 0.0, guarantee=None, score="confidence", costs=costs).report
+    assert report.unit == unit
+    assert report.full_cost == pytest.approx(3 * STAGE * per_second, rel=0.02)
+
+
+def test_costs_that_cannot_be_measured_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unit is 'W'; choose ms or J"):
+        measured_costs(bench.model(), batches(), "W")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give at least one batch"):
+        measured_costs(bench.model(), [], "ms")
+    no_counter = lambda: EnergyMeter([], rapl=False, clock=bench.simulation.clock)  # noqa: E731
+    monkeypatch.setattr(cet.energy.profile, "EnergyMeter", no_counter)
+    with pytest.raises(EnergyError, match=r"joules cannot be measured here: .*; use milliseconds"):
+        measured_costs(bench.model(), batches(), "J")
 
 
 @pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])

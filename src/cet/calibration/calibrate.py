@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cet.calibration.budget import Budget, Reach
 from cet.calibration.certify import Answers, Terms, certify, divide, fitted, pooled
 from cet.calibration.cost import ExitCosts, exit_costs
 from cet.calibration.groups import GroupReader, Groups
@@ -49,7 +50,7 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     loader: Iterable[Any],
-    max_accuracy_drop: float = 0.01,
+    max_accuracy_drop: float | None = 0.01,
     confidence: float | None = 0.95,
     *,
     guarantee: Guarantee | None = "auto",
@@ -60,6 +61,8 @@ def calibrate(
     score: ScoreName = "entropy",
     temperature: bool = True,
     costs: ExitCosts | None = None,
+    mean_budget: float | None = None,
+    worst_budget: float | None = None,
     metric: MetricChoice = "accuracy",
     class_weights: Sequence[float] | Tensor | None = None,
     batch_fn: BatchFn | None = None,
@@ -86,7 +89,8 @@ def calibrate(
             wrapper is then passed by. It runs in eval mode, and has its own modes back afterwards.
         loader: yields batches ``(x, y)``, longer tuples or dicts, see :mod:`cet.data.batches`; ``y`` holds class
             indices, -100 for rows to ignore.
-        max_accuracy_drop: what the metric may lose, in its own units, in [0, 1); 0.01 is one percentage point.
+        max_accuracy_drop: what the metric may lose, in its own units, in [0, 1); 0.01 is one percentage point. ``None``
+            with a budget: whatever it takes to keep that.
         confidence: in (0, 1). ``None``: the loss is within the bound in expectation over the calibration samples, which
             asks for fewer of them (conformal risk control).
         guarantee: how p-values are computed: ``"exact"`` for right-or-wrong answers, ``"betting"``, ``"bentkus"``, or
@@ -101,7 +105,11 @@ def calibrate(
         seed: of the division of the samples, and of the perturbations.
         score: the score of the policy.
         temperature: whether to fit a temperature per exit, see :func:`fit_temperature`; else all are 1.
-        costs: what stages and heads cost; :func:`cet.exit_costs` when not given.
+        costs: what stages and heads cost; :func:`cet.exit_costs` when not given. :func:`cet.energy.measured_costs` has
+            them in milliseconds or joules.
+        mean_budget: what the mean cost of new samples must be within, in the unit of the costs. Then the best metric
+            within it is chosen instead of the least cost, and the certificate holds for both, budget and bound.
+        worst_budget: what no sample may cost more than: all leave at the last exit that is within it, or before.
         metric: what may fall by ``max_accuracy_drop``: ``"accuracy"``; ``"balanced"``, the mean recall;
             ``"per_class"``, the recall of every class. Or what may grow by it: ``"disagreement"``, the share of
             answers that differ from the full model's; ``"brier"``, the Brier score of the softmax of the returned
@@ -113,8 +121,8 @@ def calibrate(
 
     Raises:
         ValueError: for arguments out of range, a loader without labelled rows, labels out of range, groups that do not
-            fit the rows, logits of which none is finite, or a backbone whose FLOPs cannot be counted when ``costs`` is
-            not given.
+            fit the rows, logits of which none is finite, a backbone whose FLOPs cannot be counted when ``costs`` is
+            not given, or a budget that nothing meets, with the least that something does.
         TypeError: for a model that is no :class:`cet.EarlyExit`, arguments of a wrong type, a loader that does not
             yield labelled batches and labels that name no class.
         AnswerMismatchError: when the stages that ``predict`` runs differ from the backbone on the first batch.
@@ -122,7 +130,7 @@ def calibrate(
     model = _early_exit(model)
     order = _check_order(
         max_accuracy_drop, confidence, guarantee, groups is not None, split, seed, score, metric, class_weights,
-        model.num_classes,
+        model.num_classes, mean_budget, worst_budget,
     )  # fmt: skip
     perturbations = _check_perturb(perturb)
     if perturbations and callable(metric):
@@ -132,6 +140,8 @@ def calibrate(
     if costs is not None and len(costs.stage) != model.num_exits:
         raise ValueError(f"costs has {len(costs.stage)} stages but the model has {model.num_exits} exits; give as many")
     costs = costs or exit_costs(model)
+    if order.terms:
+        Reach.within(costs, order.terms.budget)  # refuses a budget that no exit is within
     collected, labels, is_labelled = _collect(model, batches, perturbations, seed)
     y: Ints = labels.numpy()
     of_groups = recorder.indices(is_labelled.numpy())
@@ -163,7 +173,7 @@ def calibrate_scores(
     predictions: ArrayLike,
     labels: ArrayLike,
     costs: ExitCosts,
-    max_accuracy_drop: float = 0.01,
+    max_accuracy_drop: float | None = 0.01,
     confidence: float | None = 0.95,
     *,
     num_classes: int,
@@ -174,6 +184,8 @@ def calibrate_scores(
     score: ScoreName = "entropy",
     metric: MetricName = "accuracy",
     class_weights: Sequence[float] | Tensor | None = None,
+    mean_budget: float | None = None,
+    worst_budget: float | None = None,
     exit_names: Sequence[str] | None = None,
 ) -> Calibration:
     """:func:`calibrate` from what the exits said, for many samples of many classes, or for answers that are on disk.
@@ -183,7 +195,8 @@ def calibrate_scores(
         predictions: ``(n, E)`` class indices, the final exit's last.
         labels: ``(n,)`` class indices.
         costs: of ``E`` stages.
-        max_accuracy_drop, confidence, guarantee, split, seed, score, class_weights: as for :func:`calibrate`.
+        max_accuracy_drop, confidence, guarantee, split, seed, score, class_weights, mean_budget, worst_budget: as for
+            :func:`calibrate`.
         num_classes: ``K``.
         groups: ``(n,)``, the group of each row.
         metric: one that needs no logits: ``"accuracy"``, ``"balanced"``, ``"per_class"`` or ``"disagreement"``.
@@ -206,6 +219,8 @@ def calibrate_scores(
         metric,
         class_weights,
         num_classes,
+        mean_budget,
+        worst_budget,
     )
     of_samples = np.asarray(scores, dtype=np.float32)
     said, y = _class_array("predictions", predictions, num_classes), _class_array("labels", labels, num_classes)
@@ -238,7 +253,7 @@ class _Order:
     """What was asked for; ``terms`` are ``None`` without a guarantee."""
 
     terms: Terms | None
-    max_drop: float
+    max_drop: float | None
     confidence: float
     score: ScoreName
     metric: MetricChoice
@@ -262,6 +277,7 @@ def _calibrated(
     if order.terms is None:
         answers = [pooled(answers)]
         labels = np.tile(labels, len(answers[0].scores) // len(labels))
+        assert order.max_drop is not None
         limits = fitted(answers, costs, order.max_drop).thresholds
     else:
         limits, certificate = certify(
@@ -327,11 +343,20 @@ def _check_order(
     metric: Any,
     class_weights: Any,
     num_classes: int,
+    mean_budget: Any = None,
+    worst_budget: Any = None,
 ) -> _Order:
     """Refuse what cannot be asked for, before any compute."""
-    _check_fraction("max_accuracy_drop", max_drop)
-    if not 0 <= max_drop < 1:
-        raise ValueError(f"max_accuracy_drop is {max_drop}; give a fraction in [0, 1), 0.01 for one point")
+    budget = Budget.of(mean_budget, worst_budget)
+    if budget and guarantee is None:
+        raise ValueError("budgets are for a guarantee, and guarantee is None; leave one of them out")
+    if max_drop is None and not budget:
+        raise ValueError("max_accuracy_drop is None, and there is no budget; give one of them")
+    if max_drop is not None:
+        _check_fraction("max_accuracy_drop", max_drop)
+        if not 0 <= max_drop < 1:
+            raise ValueError(f"max_accuracy_drop is {max_drop}; give a fraction in [0, 1), 0.01 for one point")
+        max_drop = float(max_drop)
     if confidence is not None:
         _check_fraction("confidence", confidence)
         if not 0 < confidence < 1:
@@ -343,7 +368,7 @@ def _check_order(
     if guarantee is None:
         if has_groups:
             raise ValueError("groups are for a guarantee, and guarantee is None; leave one of them out")
-        return _Order(None, float(max_drop), level, score, metric, num_classes)
+        return _Order(None, max_drop, level, score, metric, num_classes)
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee {guarantee!r} is unknown; choose one of {', '.join(GUARANTEES)}, or None")
     if callable(metric):
@@ -362,8 +387,9 @@ def _check_order(
     weights = None if class_weights is None else np.array([float(weight) for weight in class_weights])
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; give a whole number >= 0")
-    terms = Terms(metric, weights, float(max_drop), None if confidence is None else level, guarantee, bool(split), seed)
-    return _Order(terms, float(max_drop), level, score, metric, num_classes)
+    certain = None if confidence is None else level
+    terms = Terms(metric, weights, max_drop, certain, guarantee, bool(split), seed, budget)
+    return _Order(terms, max_drop, level, score, metric, num_classes)
 
 
 def _check_perturb(perturb: Any) -> dict[str, Perturb]:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cet.calibration.budget import NO_BUDGET, Budget, BudgetError, Reach, rounded_up
 from cet.calibration.cost import ExitCosts
-from cet.calibration.guarantee import Condition, Outcome, Question, chance_test, num_to_fit, questions, walk
+from cet.calibration.guarantee import (
+    Condition,
+    Outcome,
+    Question,
+    chance_test,
+    cost_question,
+    mean_cost,
+    num_to_fit,
+    questions,
+    walk,
+    walk_back,
+)
 from cet.calibration.metrics import Metric, MetricChoice
 from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
@@ -39,25 +51,28 @@ class Terms:
     Attributes:
         metric: what is bounded; no function.
         class_weights: ``(K,)`` or ``None``.
-        bound: of the loss.
+        bound: of the loss; ``None``: none, where there is a budget.
         confidence: ``None`` for an expectation.
         method: ``"exact"``, ``"betting"`` or ``"bentkus"``.
         split: whether some of the samples fit, and the others test.
         seed: of the division of samples, and of their order.
+        budget: of the cost.
     """
 
     metric: MetricChoice
     class_weights: Floats | None
-    bound: float
+    bound: float | None
     confidence: float | None
     method: str
     split: bool
     seed: int
+    budget: Budget = NO_BUDGET
 
     @property
     def level(self) -> float | None:
-        """With what probability the bound may break."""
-        return None if self.confidence is None else 1 - self.confidence
+        """With what probability the bound may break, and with what the mean budget, where both are asked for."""
+        both = self.bound is not None and self.budget.mean is not None
+        return None if self.confidence is None else (1 - self.confidence) / (1 + both)
 
     @property
     def name(self) -> str:
@@ -66,6 +81,8 @@ class Terms:
 
     def asked(self, labels: Ints, groups: Ints | None, num_classes: int) -> list[Question]:
         """The questions about some samples."""
+        if self.bound is None:
+            return []
         return questions(self.metric, self.class_weights, labels, groups, num_classes, self.bound)
 
     def least_units(self, question: Question) -> int | None:
@@ -123,22 +140,29 @@ class Search:
         asked: what had to be kept by the samples that tested.
         outcome: of the test; ``None`` where none was looked at.
         reason: why nothing is certified, or ``None``.
+        first: the safest policy that is within the mean budget; 0 without one.
+        cost_p_value: of "it costs more than that"; ``None`` where it cannot.
+        chosen: the policy that was chosen, by its place in the path: the boldest certified one, or with a mean budget
+            the safest; ``None`` where none is certified.
     """
 
     path: list[tuple[float, ...]]
     asked: list[Question]
     outcome: Outcome | None
     reason: str | None
+    first: int = 0
+    cost_p_value: float | None = None
+    chosen: int | None = None
 
     @property
-    def steps(self) -> int:
-        """How many policies of the path are certified."""
-        return 0 if self.outcome is None else self.outcome.steps
+    def certified(self) -> range:
+        """Which policies of the path are certified."""
+        return range(self.first, 0 if self.outcome is None else self.outcome.steps)
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """Of the boldest certified policy."""
-        return self.path[self.steps - 1] if self.steps else None
+        """Of the chosen policy."""
+        return None if self.chosen is None else self.path[self.chosen]
 
 
 def search(
@@ -151,18 +175,135 @@ def search(
     score: ScoreName,
     num_classes: int,
 ) -> Search:
-    """Lay the path and test it. Arguments are those of :func:`certify`."""
+    """Lay the path and test it. Arguments and errors are those of :func:`certify`."""
     tested = np.random.default_rng([terms.seed, 1]).permutation(np.flatnonzero(~is_fit))  # an order drawn at random
     asked = terms.asked(labels[tested], None if groups is None else groups[tested], num_classes)
     reason = _hopeless(terms, answers[0], labels, asked, num_classes, "samples" if groups is None else "groups")
     if reason is not None:
+        if not terms.budget.keeps(costs.full, costs.full):
+            raise BudgetError(f"{terms.budget.text(costs.unit)} cannot be kept with all exits closed, and {reason}")
         return Search([], asked, None, reason)
-    path = _path(terms, answers, is_fit, costs, score, num_classes)
+    trial = _try(terms, answers, tested, asked, groups, is_fit, costs, score, num_classes)
+    if terms.budget and trial.chosen is None:
+        raise BudgetError(_too_dear(terms, trial, answers, tested, asked, groups, is_fit, costs, score, num_classes))
+    path, first = trial.path, trial.first
+    is_known = trial.spending is None or first in (0, len(path) - 1)
+    return Search(
+        [trial.reach.expand(thresholds) for thresholds in path],
+        asked,
+        trial.outcome,
+        None if trial.outcome.steps else _refused(terms, trial.outcome),
+        first,
+        None if is_known or trial.spending is None else trial.spending.at(first)[1],
+        trial.chosen,
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A path and how far its test came.
+
+    Attributes:
+        reach: the exits that the path uses, and that its thresholds are of.
+        path, outcome, first: of :class:`Search`.
+        spending: of its policies; ``None`` without a mean budget.
+    """
+
+    reach: Reach
+    path: list[tuple[float, ...]]
+    outcome: Outcome
+    first: int
+    spending: _Spending | None
+
+    @property
+    def chosen(self) -> int | None:
+        """Of :class:`Search`."""
+        steps = self.outcome.steps
+        step = steps - 1 if self.spending is None else self.first
+        return step if 0 <= step < steps else None
+
+
+def _try(
+    terms: Terms,
+    answers: Sequence[Answers],
+    tested: Ints,
+    asked: Sequence[Question],
+    groups: Ints | None,
+    is_fit: NDArray[np.bool_],
+    costs: ExitCosts,
+    score: ScoreName,
+    num_classes: int,
+) -> _Trial:
+    """Lay a path within the worst-case budget and test it on the samples ``tested``."""
+    reach = _reach(terms, answers, costs)
+    path = _path(terms, answers, is_fit, reach, score, num_classes)
     conditions = [
-        Condition(given.name, given.scores[tested], given.metric.losses(given.correct)[tested]) for given in answers
+        Condition(
+            given.name,
+            reach.columns(given.scores)[tested],
+            reach.columns(given.metric.losses(given.correct))[tested],
+        )
+        for given in answers
     ]
-    outcome = walk(path, conditions, asked, terms.method, terms.level)
-    return Search(path, asked, outcome, None if outcome.steps else _refused(terms, outcome))
+    if terms.budget:
+        path = [reach.closed, *path]
+    spending, first = None, 0
+    if terms.budget.mean is not None:
+        spending = _Spending.on(path, conditions, None if groups is None else groups[tested], reach, terms)
+        first = spending.first
+        if reach.closed:
+            path = [*path, (math.inf, *path[-1][1:])]  # all leave at once, which costs what it costs
+    outcome = walk(path, conditions, asked, terms.method, terms.level, None if spending is None else first)
+    return _Trial(reach, path, outcome, first, spending)
+
+
+@dataclass(frozen=True)
+class _Spending:
+    """What the policies of a path cost on the samples that test, as fractions of the whole reach.
+
+    Attributes:
+        path, conditions, question, level: of :func:`walk_back`.
+        full: cost of the whole reach.
+    """
+
+    path: list[tuple[float, ...]]
+    conditions: list[Condition]
+    question: Question
+    level: float | None
+    full: float
+
+    @classmethod
+    def on(
+        cls,
+        path: list[tuple[float, ...]],
+        conditions: Sequence[Condition],
+        groups: Ints | None,
+        reach: Reach,
+        terms: Terms,
+    ) -> _Spending:
+        """Of policies that open no exit but those that are open anywhere along the path."""
+        assert terms.budget.mean is not None
+        is_open = np.array(path).max(axis=0) > -math.inf
+        paid = reach.costs.cumulative(is_open) / reach.costs.full
+        num = len(conditions[0].scores)
+        costing = [
+            Condition(given.name, given.scores, np.tile(paid.astype(np.float32), (num, 1))) for given in conditions
+        ]
+        budget = terms.budget.mean / reach.costs.full
+        question = cost_question(num, groups, float(paid.min()), float(max(paid.max(), budget)), budget)
+        return cls(path, costing, question, terms.level, reach.costs.full)
+
+    @property
+    def first(self) -> int:
+        """The safest policy within the budget; one behind the last of the path for that under which all leave."""
+        if Budget(self.question.bound, None).keeps(1.0, 1.0):
+            return 0
+        return 1 + walk_back(self.path[1:], self.conditions, self.question, self.level)
+
+    def at(self, step: int) -> tuple[float, float | None]:
+        """The least mean budget that one policy can be shown to keep, and the p-value of more than this one."""
+        least, p_value = mean_cost(self.path, self.conditions, self.question, self.level, step)
+        return least * self.full, p_value
 
 
 def certify(
@@ -188,11 +329,16 @@ def certify(
         score: of the policy.
         num_classes: ``K``.
         notes: for the certificate.
+
+    Raises:
+        BudgetError: when no policy is within the budget, or none that is keeps the bound.
     """
     found = search(terms, answers, labels, groups, is_fit, costs, score, num_classes)
     thresholds = found.thresholds or (-math.inf,) * answers[0].scores.shape[1]
-    max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
-    without = fitted(answers, costs, terms.bound, max_group)
+    fitted_cost = None
+    if terms.bound is not None and not terms.budget:
+        max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
+        fitted_cost = fitted(answers, costs, terms.bound, max_group).cost
     return thresholds, Certificate(
         method="risk control" if terms.confidence is None else terms.method,
         metric=terms.name,
@@ -204,9 +350,14 @@ def certify(
         claims=_claims(terms, answers, found.asked, found.outcome),
         reason=found.reason,
         mean_cost=_mean_cost(thresholds, answers, costs),
-        fitted_cost=without.cost,
-        front=_front(found.path, found.steps, answers, costs, score),
+        fitted_cost=fitted_cost,
+        front=_front(found, answers, costs, score),
         notes=tuple(notes),
+        conditions=tuple(given.name for given in answers),
+        mean_budget=terms.budget.mean,
+        worst_budget=terms.budget.worst,
+        cost_p_value=found.cost_p_value,
+        cost_unit=costs.unit,
     )
 
 
@@ -219,22 +370,73 @@ def _path(
     terms: Terms,
     answers: Sequence[Answers],
     is_fit: NDArray[np.bool_],
-    costs: ExitCosts,
+    reach: Reach,
     score: ScoreName,
     num_classes: int,
 ) -> list[tuple[float, ...]]:
+    if not reach.closed:
+        return []
     if not is_fit.any():
-        return plain_path(score, answers[0].scores.shape[1], num_classes)
+        return plain_path(score, len(reach.closed), num_classes)
     scores, losses = [], []
     for given in answers:
         weight = given.metric.weights[is_fit]
         if terms.metric == "per_class":  # classes alike, whatever their number
             strata = given.metric.strata[is_fit]
             weight = 1.0 / np.bincount(strata)[strata]
-        scores.append(given.scores[is_fit])
-        losses.append(given.metric.losses(given.correct)[is_fit] * (weight / weight.mean())[:, None])
+        scores.append(reach.columns(given.scores)[is_fit])
+        losses.append(reach.columns(given.metric.losses(given.correct))[is_fit] * (weight / weight.mean())[:, None])
     order = np.random.default_rng([terms.seed, 2]).permutation(len(answers) * int(is_fit.sum()))
-    return lay_path(np.concatenate(scores)[order], np.concatenate(losses)[order], costs, terms.bound)
+    return lay_path(
+        np.concatenate(scores)[order],
+        np.concatenate(losses)[order],
+        reach.costs,
+        terms.bound or 0.0,
+        terms.budget.mean,
+    )
+
+
+def _reach(terms: Terms, answers: Sequence[Answers], costs: ExitCosts) -> Reach:
+    """The exits that the worst case allows; where nothing else is asked, the best single one of them."""
+    reach = Reach.within(costs, terms.budget)
+    if terms.bound is not None or terms.budget.mean is not None:
+        return reach
+    open_alone = np.where(np.eye(reach.num_early + 1, dtype=bool), math.inf, -math.inf)[:, :-1]
+    alone = np.cumsum(costs.stage) + np.append(costs.head, 0.0)
+    affordable = [k for k, cost in enumerate(alone) if terms.budget.keeps(0.0, cost)]
+    lost = {k: max(mean_loss(given, simulate(open_alone[k], given.scores)) for given in answers) for k in affordable}
+    return Reach.of(costs, [min(affordable, key=lambda k: (lost[k], alone[k]))])
+
+
+def _too_dear(
+    terms: Terms,
+    trial: _Trial,
+    answers: Sequence[Answers],
+    tested: Ints,
+    asked: Sequence[Question],
+    groups: Ints | None,
+    is_fit: NDArray[np.bool_],
+    costs: ExitCosts,
+    score: ScoreName,
+    num_classes: int,
+) -> str:
+    """That no policy within the budget keeps the bound, and the least budget with which one does."""
+    if trial.outcome.steps and trial.spending is not None:
+        dear, _ = trial.spending.at(trial.outcome.steps - 1)
+        least = f"mean_budget={rounded_up(min(dear, trial.reach.costs.full))}"
+    else:
+        for worst in sorted(np.cumsum(costs.stage) + np.append(costs.head, 0.0)):
+            alike = replace(terms, budget=Budget(None, worst))
+            if not terms.budget.keeps(0.0, worst) and (
+                _try(alike, answers, tested, asked, groups, is_fit, costs, score, num_classes).chosen is not None
+            ):
+                break
+        least = f"worst_budget={rounded_up(worst)}"
+    return (
+        f"no policy within {terms.budget.text(costs.unit)} can be shown to lose at most {terms.bound:.4g}; the least "
+        f"budget that these samples allow is {least}; give that, or a larger loss, or max_accuracy_drop=None for the "
+        "best within the budget, whatever it loses"
+    )
 
 
 def _hopeless(
@@ -325,20 +527,19 @@ def _mean_cost(thresholds: Sequence[float], answers: Sequence[Answers], costs: E
     return float(np.mean([cost[simulate(thresholds, given.scores)].mean() for given in answers]))
 
 
-def _front(
-    path: Sequence[tuple[float, ...]], steps: int, answers: Sequence[Answers], costs: ExitCosts, score: ScoreName
-) -> tuple[FrontPoint, ...]:
+def _front(found: Search, answers: Sequence[Answers], costs: ExitCosts, score: ScoreName) -> tuple[FrontPoint, ...]:
     """Some policies of the path, the chosen one among them."""
+    path = found.path
     shown = set(np.rint(np.linspace(0, len(path) - 1, NUM_FRONT)).astype(int).tolist()) if path else set()
-    shown |= {steps - 1} if steps else set()
+    shown |= set() if found.chosen is None else {found.chosen}
     sign = 1.0 if SCORES[score].is_low_when_sure else -1.0
     return tuple(
         FrontPoint(
             thresholds=tuple(None if t == -math.inf else sign * t for t in path[step]),
             cost=_mean_cost(path[step], answers, costs),
             loss=max(mean_loss(given, simulate(path[step], given.scores)) for given in answers),
-            certified=step < steps,
-            chosen=step == steps - 1,
+            certified=step in found.certified,
+            chosen=step == found.chosen,
         )
         for step in sorted(shown)
     )

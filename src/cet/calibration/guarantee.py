@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -183,14 +183,7 @@ def questions(
         low = 0.0
 
     def question(name: str, rows: Ints, weight: Floats | None = None) -> Question:
-        if groups is None:
-            return Question(name, rows, None, weight, paired and weight is None, low, high, bound)
-        weight = np.ones(len(rows)) if weight is None else weight
-        rows, weight = rows[weight > 0], weight[weight > 0]
-        _, unit = np.unique(groups[rows], return_inverse=True)
-        share = weight / np.bincount(unit, weight)[unit]
-        alone = paired and len(unit) == int(unit.max(initial=-1)) + 1
-        return Question(name, rows, unit, share, alone, low, high, bound)
+        return _question(name, rows, groups, weight, paired, low, high, bound)
 
     if metric == "per_class":
         return [question(f"recall of class {label}", every[labels == label]) for label in range(num_classes)]
@@ -212,12 +205,39 @@ def questions(
     return [question(names[metric] if isinstance(metric, str) else "loss", every)]
 
 
+def _question(
+    name: str,
+    rows: Ints,
+    groups: Ints | None,
+    weight: Floats | None,
+    paired: bool,
+    low: float,
+    high: float,
+    bound: float,
+) -> Question:
+    """About the weighted mean over rows, or within each group."""
+    if groups is None:
+        return Question(name, rows, None, weight, paired and weight is None, low, high, bound)
+    weight = np.ones(len(rows)) if weight is None else weight
+    rows, weight = rows[weight > 0], weight[weight > 0]
+    _, unit = np.unique(groups[rows], return_inverse=True)
+    share = weight / np.bincount(unit, weight)[unit]
+    alone = paired and len(unit) == int(unit.max(initial=-1)) + 1
+    return Question(name, rows, unit, share, alone, low, high, bound)
+
+
+def cost_question(num_samples: int, groups: Ints | None, low: float, high: float, budget: float) -> Question:
+    """About the mean of costs between ``low`` and ``high``, over samples or groups."""
+    return _question("mean cost", np.arange(num_samples), groups, None, False, low, high, budget)
+
+
 def walk(
     path: Sequence[Sequence[float]],
     conditions: Sequence[Condition],
     asked: Sequence[Question],
     method: str,
     level: float | None,
+    wanted: int | None = None,
 ) -> Outcome:
     """Test the policies of a path in their order, up to the first that cannot be shown to keep every bound.
 
@@ -227,6 +247,7 @@ def walk(
         asked: what must keep its bound under each condition.
         method: ``"exact"``, ``"betting"`` or ``"bentkus"``.
         level: with what probability the bound may break; ``None`` controls the expectation.
+        wanted: the policy of which p-values are wanted, if it keeps every bound; the last that does when not given.
     """
     replays = [_Replay(path, condition) for condition in conditions]
     tests = [_test(replay, question, method, level) for replay in replays for question in asked]
@@ -235,7 +256,8 @@ def walk(
         steps += 1
     if not path:
         return Outcome(0, (), ())
-    of_units = [[question.of_units(replay.losses(max(steps - 1, 0))) for question in asked] for replay in replays]
+    at = max(min(steps - 1, steps if wanted is None else wanted), 0)
+    of_units = [[question.of_units(replay.losses(at)) for question in asked] for replay in replays]
     return Outcome(
         steps,
         tuple(
@@ -249,6 +271,50 @@ def walk(
             tuple(float(values.mean(dtype=np.float64)) if len(values) else 0.0 for values in row) for row in of_units
         ),
     )
+
+
+def walk_back(
+    path: Sequence[Sequence[float]], conditions: Sequence[Condition], question: Question, level: float | None
+) -> int:
+    """Test the policies from the boldest back, up to the first that cannot be shown to keep the bound, here of a cost.
+
+    Args:
+        path, conditions, level: as for :func:`walk`; losses are what samples cost.
+        question: about the mean cost.
+
+    Returns:
+        The safest of the policies that do; the length of the path when none does.
+    """
+    tests = [_test(_Replay(path, condition), question, "betting", level) for condition in conditions]
+    first = len(path)
+    while first > 0 and all(test(first - 1) for test in tests):
+        first -= 1
+    return first
+
+
+def mean_cost(
+    path: Sequence[Sequence[float]],
+    conditions: Sequence[Condition],
+    question: Question,
+    level: float | None,
+    step: int,
+) -> tuple[float, float | None]:
+    """Of one policy of a path, the p-value of "it costs more than the budget" and the least budget for which it were
+    within the level; arguments are those of :func:`walk_back`."""
+    of_units = [question.of_units(_Replay(path, condition).losses(step)) for condition in conditions]
+
+    def p_value(budget: float) -> float:
+        asked = replace(question, bound=budget)
+        return max(asked.p_value("betting", values, level or 0.5) for values in of_units)
+
+    if level is None:
+        least = max((values.sum() + question.high) / (len(values) + 1) for values in of_units)
+        return float(least), None
+    low, high = max(float(values.mean()) for values in of_units), question.high
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if p_value(middle) <= level else (middle, high)
+    return high, p_value(question.bound)
 
 
 class _Replay:
@@ -267,7 +333,8 @@ class _Replay:
             )
             for limits, scores in zip(thresholds.T, condition.scores.T, strict=True)
         ]
-        self.since: Ints = np.minimum.accumulate(np.array(first), axis=0)
+        shape = (len(first), len(condition.scores))
+        self.since: Ints = np.minimum.accumulate(np.array(first, dtype=np.int64).reshape(shape), axis=0)
 
     def losses(self, step: int) -> Losses:
         """Of all samples under one policy, ``(n,)``."""

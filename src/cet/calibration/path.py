@@ -70,8 +70,11 @@ class Scale:
         return tuple(found)
 
 
-def lay_path(scores: Scores, losses: Floats, costs: ExitCosts, bound: float) -> list[tuple[float, ...]]:
-    """Thresholds of policies from one under which hardly any sample leaves to one that loses far more than the bound.
+def lay_path(
+    scores: Scores, losses: Floats, costs: ExitCosts, bound: float, budget: float | None = None
+) -> list[tuple[float, ...]]:
+    """Thresholds of policies from one under which hardly any sample leaves to one that loses far more than the bound;
+    with a budget, to one under which every sample leaves.
 
     Args:
         scores: ``(n, E - 1)``.
@@ -79,10 +82,11 @@ def lay_path(scores: Scores, losses: Floats, costs: ExitCosts, bound: float) -> 
             over samples is what is bounded.
         costs: of stages and heads.
         bound: of the mean loss: the scale is chosen for what it saves there.
+        budget: of the mean cost: the scale is chosen for what it loses there instead.
     """
-    scale = _choose_scale(scores, losses, costs, bound)
+    scale = _choose_scale(scores, losses, costs, bound, budget)
     limits = _limits(scale, scores, costs)
-    if len(limits):
+    if len(limits) and budget is None:
         loss, _ = _sweep(scale, scores, losses, costs, limits)
         too_bold = np.append(loss > TOO_BOLD * (bound + 1 / len(scores)), True).argmax()
         limits = _limits(scale, scores, costs, limits[min(int(too_bold), len(limits) - 1)])
@@ -99,8 +103,9 @@ def plain_path(score: ScoreName, num_early: int, num_classes: int) -> list[tuple
     return [(float(limit),) * num_early for limit in limits]
 
 
-def _choose_scale(scores: Scores, losses: Floats, costs: ExitCosts, bound: float) -> Scale:
-    """The scale whose path saves most, laid on one half of the samples and tried on the other, both ways."""
+def _choose_scale(scores: Scores, losses: Floats, costs: ExitCosts, bound: float, budget: float | None) -> Scale:
+    """The scale whose path saves most within the bound, or loses least within the budget, laid on one half of the
+    samples and tried on the other, both ways."""
     middle = len(scores) // 2
     halves = [slice(0, middle), slice(middle, None)]
     losing: dict[int, Floats] = {}
@@ -114,11 +119,15 @@ def _choose_scale(scores: Scores, losses: Floats, costs: ExitCosts, bound: float
             loss, cost = _sweep(scale, scores[tried], losses[tried], costs, limits[even])
             losing[index] = losing.get(index, 0.0) + loss / 2
             paying[index] = paying.get(index, 0.0) + cost / 2
-    saving = {}
+    worth = {}
     for index, loss in losing.items():
+        if budget is not None:
+            within = np.append(paying[index] <= budget, True).argmax()
+            worth[index] = -np.append(loss, np.inf)[within] - (index > 0) / len(scores)
+            continue
         allowed = np.append(loss > bound, True).argmax()
-        saving[index] = 1 - paying[index][allowed - 1] / costs.full - PREFERENCE * (index > 0) if allowed else 0.0
-    best = max(saving, key=lambda index: saving[index], default=0)
+        worth[index] = 1 - paying[index][allowed - 1] / costs.full - PREFERENCE * (index > 0) if allowed else 0.0
+    best = max(worth, key=lambda index: worth[index], default=0)
     return list(_scales(scores, losses, costs))[best]
 
 

@@ -116,7 +116,7 @@ class Certificate:
         method: how p-values were computed: ``"exact"``, ``"betting"``, ``"bentkus"``; or ``"risk control"`` of the
             expectation.
         metric: what was bounded.
-        bound: of its loss on new samples.
+        bound: of its loss on new samples; ``None``: not bounded, the best within a budget was asked for.
         confidence: with what probability over the calibration samples it holds; ``None``: in expectation over them.
         unit: what is independent of each other, and what new ones the bound is about: ``"samples"`` or ``"groups"``.
         num_fit: samples that fitted temperatures and laid the path of policies.
@@ -124,14 +124,21 @@ class Certificate:
         claims: what was tested, under each condition; all of it had to be shown.
         reason: why nothing was certified, and all exits are closed; ``None`` where something was.
         mean_cost: of the certified policy on all calibration samples.
-        fitted_cost: what thresholds fitted on all of these samples cost on them, without any guarantee.
+        fitted_cost: what thresholds fitted on all of these samples cost on them, without any guarantee; ``None`` where
+            there is a budget.
         front: policies from safe to bold.
         notes: what else one should know.
+        conditions: ``"clean"`` and the names of the perturbations.
+        mean_budget: what the mean cost of new samples is within, with the same confidence; ``None``: no budget.
+        worst_budget: what every sample costs at most, if its logits are finite; ``None``: no budget.
+        cost_p_value: of "the mean cost is above the budget"; ``None`` where it cannot be, or an expectation was
+            controlled.
+        cost_unit: of all costs.
     """
 
     method: str
     metric: str
-    bound: float
+    bound: float | None
     confidence: float | None
     unit: str
     num_fit: int
@@ -139,9 +146,14 @@ class Certificate:
     claims: tuple[Claim, ...]
     reason: str | None
     mean_cost: float
-    fitted_cost: float
+    fitted_cost: float | None
     front: tuple[FrontPoint, ...]
     notes: tuple[str, ...]
+    conditions: tuple[str, ...] = ("clean",)
+    mean_budget: float | None = None
+    worst_budget: float | None = None
+    cost_p_value: float | None = None
+    cost_unit: str = ""
 
     @property
     def certified(self) -> bool:
@@ -162,28 +174,41 @@ class Certificate:
             return f"nothing is certified, and all exits are closed: {self.reason}"
         per_point = "points" if self.metric not in ("brier", "disagreement") else "hundredths"
         how = "in expectation" if self.confidence is None else f"with probability {self.confidence:.4g}"
-        conditions = list(dict.fromkeys(claim.condition for claim in self.claims))
-        also = "" if conditions == ["clean"] else f", {' as well as '.join(conditions)}"
-        return (
-            f"certified: {how} over the calibration samples, {BOUNDED.get(self.metric, self.metric)} on new "
-            f"{self.unit} of the same kind{also} is within {100 * self.bound:.4g} {per_point} of the full model's"
-        )
+        also = "" if self.conditions == ("clean",) else f", {' as well as '.join(self.conditions)},"
+        new = f"on new {self.unit} of the same kind{also}"
+        promised = []
+        if self.bound is not None:
+            kept = f"{100 * self.bound:.4g} {per_point} of the full model's"
+            promised.append(f"{BOUNDED.get(self.metric, self.metric)} {new} is within {kept}")
+        if self.mean_budget is not None:
+            promised.append(f"the mean cost{'' if promised else ' ' + new} is within {self._cost(self.mean_budget)}")
+        sentence = f"certified: {how} over the calibration samples, {' and '.join(promised)}" if promised else ""
+        if self.worst_budget is not None:
+            certain = f"every sample costs at most {self._cost(self.worst_budget)}, unless its logits are not finite"
+            sentence = f"{sentence}; {certain}" if sentence else f"certain: {certain}"
+        return sentence + "; what is lost is not bounded" * (self.bound is None)
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold, the promise included."""
-        return {**asdict(self), "certified": self.certified, "promise": self.promise}
+        return _finite({**asdict(self), "certified": self.certified, "promise": self.promise})
 
-    def front_table(self, unit: str = "") -> str:
-        """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified."""
+    def _cost(self, cost: float) -> str:
+        return f"{cost:.4g} {self.cost_unit}".rstrip()
+
+    def front_table(self, unit: str | None = None) -> str:
+        """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified. Costs
+        are in ``unit``, that of the calibration when not given."""
+        unit = self.cost_unit if unit is None else unit
         lines = [f"   {'cost ' + unit:>14}  {'loss':>8}  thresholds"]
         for point in self.front:
             mark = "*" if point.chosen else "+" if point.certified else " "
-            numbers = "  ".join("-" if t is None else f"{t:.4g}" for t in point.thresholds)
+            numbers = "  ".join(map(_threshold, point.thresholds))
             lines.append(f" {mark} {point.cost:>14.5g}  {point.loss:>8.4f}  {numbers}")
         return "\n".join(lines)
 
-    def plot_front(self, unit: str = "") -> Figure:
-        """The front as a matplotlib figure: loss against mean cost, certified policies filled, the chosen one a star.
+    def plot_front(self, unit: str | None = None) -> Figure:
+        """The front as a matplotlib figure: loss against mean cost, certified policies filled, the chosen one a star;
+        dashed lines are the bound and the mean budget.
 
         Raises:
             ImportError: without matplotlib.
@@ -193,10 +218,13 @@ class Certificate:
 
         from cet.plotting import STYLE
 
+        unit = self.cost_unit if unit is None else unit
         with rc_context(STYLE):
             figure = Figure(figsize=(6.4, 4), layout="constrained")
             axes = figure.subplots()
-            axes.axhline(self.bound, linestyle="--", color="#888888", linewidth=1)
+            for limit, line in ((self.bound, axes.axhline), (self.mean_budget, axes.axvline)):
+                if limit is not None:
+                    line(limit, linestyle="--", color="#888888", linewidth=1)
             for points, style in (
                 ([p for p in self.front if p.certified], {"marker": "o", "label": "certified"}),
                 ([p for p in self.front if not p.certified], {"marker": "o", "mfc": "white", "label": "not certified"}),
@@ -204,7 +232,7 @@ class Certificate:
             ):
                 axes.plot([p.cost for p in points], [p.loss for p in points], linestyle="", color="#0072B2", **style)
             axes.set_xlabel(f"mean cost per sample / {unit}" if unit else "mean cost per sample")
-            axes.set_ylabel(f"loss of {self.metric} on the calibration samples; dashed: the bound")
+            axes.set_ylabel(f"loss of {self.metric} on the calibration samples")
             axes.legend()
         return figure
 
@@ -224,11 +252,17 @@ class Certificate:
             )
         if len(tested) > MAX_CLAIMS_SHOWN:
             lines.append(f"and {len(tested) - MAX_CLAIMS_SHOWN} more with smaller p-values")
+        if self.cost_p_value is not None:
+            lines.append(f"mean cost: {self._cost(self.mean_cost)}, p = {self.cost_p_value:.3g}")
         if self.reason is None:
+            price = (
+                ""
+                if self.fitted_cost is None
+                else f"; the price of the guarantee: a mean cost of {self.mean_cost:.4g}, where thresholds fitted on "
+                f"these samples give {self.fitted_cost:.4g}"
+            )
             lines.append(
-                f"tested on {self.num_tested} samples ({self.method}), {self.num_fit} others laid the path; the price "
-                f"of the guarantee: a mean cost of {self.mean_cost:.4g}, where thresholds fitted on these samples give "
-                f"{self.fitted_cost:.4g}"
+                f"tested on {self.num_tested} samples ({self.method}), {self.num_fit} others laid the path{price}"
             )
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
@@ -260,7 +294,7 @@ class CalibrationReport:
         drop: ``final_accuracy - accuracy``.
         metric: the name of the metric that was bounded.
         metric_drop: what the metric loses; for ``"per_class"`` the largest loss of recall.
-        max_drop: what ``metric_drop`` was allowed to be.
+        max_drop: what ``metric_drop`` was allowed to be; ``None``: anything.
         interval: two-sided confidence interval of ``drop`` on samples drawn like these.
         confidence: its level.
         mean_cost: per sample under the policy.
@@ -278,7 +312,7 @@ class CalibrationReport:
     drop: float
     metric: str
     metric_drop: float
-    max_drop: float
+    max_drop: float | None
     interval: tuple[float, float]
     confidence: float
     mean_cost: float
@@ -290,8 +324,8 @@ class CalibrationReport:
     def warning(self) -> str | None:
         """A sentence about the classes that lose more recall than ``max_drop``; ``None`` when there is none."""
         # A recall is a fraction of at most 2^53 samples: a difference within 1e-9 is rounding.
-        losing = [row for row in self.classes if row.drop > self.max_drop + 1e-9]
-        if not losing:
+        losing = [row for row in self.classes if self.max_drop is not None and row.drop > self.max_drop + 1e-9]
+        if not losing or self.max_drop is None:
             return None
         worst = max(losing, key=lambda row: row.drop)
         lose = "class loses" if len(losing) == 1 else "classes lose"
@@ -304,7 +338,7 @@ class CalibrationReport:
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold, the warning and the promise included."""
         certificate = None if self.certificate is None else self.certificate.to_dict()
-        return {**asdict(self), "certificate": certificate, "warning": self.warning}
+        return _finite({**asdict(self), "certificate": certificate, "warning": self.warning})
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -327,9 +361,8 @@ class CalibrationReport:
         width = max(len(row.name) for row in self.exits)
         lines = [f"{'exit':<{width}}  accuracy  temperature  threshold  leaving  {self.unit:>10}"]
         for row in self.exits:
-            threshold = "-" if row.threshold is None else f"{row.threshold:.4g}"
             lines.append(
-                f"{row.name:<{width}}  {row.accuracy:>8.2%}  {row.temperature:>11.3f}  {threshold:>9}  "
+                f"{row.name:<{width}}  {row.accuracy:>8.2%}  {row.temperature:>11.3f}  {_threshold(row.threshold):>9}  "
                 f"{row.fraction:>7.1%}  {row.cost:>10.4g}"
             )
         return lines
@@ -349,6 +382,24 @@ class CalibrationReport:
         if len(self.classes) > len(shown):
             lines.append(f"and {len(self.classes) - len(shown)} classes that lose less")
         return lines
+
+
+def _threshold(value: float | None) -> str:
+    """As text: closed, one that every sample passes, or a number."""
+    return "-" if value is None else "all" if math.isinf(value) else f"{value:.4g}"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With infinite thresholds as the strings that ``float`` reads, since JSON has no infinity."""
+
+    def written(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _finite(value)
+        if isinstance(value, list | tuple):
+            return type(value)(map(written, value))
+        return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+    return {key: written(value) for key, value in values.items()}
 
 
 def drop_interval(lost: int, won: int, num_samples: int, confidence: float) -> tuple[float, float]:

@@ -64,6 +64,20 @@ SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
     show_default=True,
     help="Calibrate on samples that are perturbed as in training, too; 0: on the samples as they are.",
 )
+@click.option(
+    "--cost",
+    type=click.Choice(["flops", "ms", "joules"]),
+    default="flops",
+    show_default=True,
+    help="What is saved: operations as counted, or time or energy as measured here.",
+)
+@click.option(
+    "--mean-budget",
+    type=FiniteRange(0, min_open=True),
+    help="What samples may cost on average; lose the least within it.",
+)
+@click.option("--worst-budget", type=FiniteRange(0, min_open=True), help="What no sample may cost more than.")
+@click.option("--any-drop", is_flag=True, help="Keep the budget, whatever the metric loses; leave out --max-drop.")
 @click.option("--quick", is_flag=True, help="Measure time and energy for a moment only.")
 @debug_option
 def command(run: Path, data: str | None, quick: bool, severity: float, **options: Any) -> None:
@@ -81,6 +95,7 @@ def command(run: Path, data: str | None, quick: bool, severity: float, **options
       cet calibrate runs/mine
       cet calibrate runs/mine --data val.npz --max-drop 0.01
       cet calibrate runs/mine --metric per_class --max-drop 0.02
+      cet calibrate runs/mine --cost ms --mean-budget 0.2 --any-drop
       cet calibrate runs/mine --no-guarantee
     """
     from rich.console import Console
@@ -111,8 +126,11 @@ def _calibrate(
 ) -> list[str]:
     """Calibrate the run and report on it; the names of the files that were written."""
     from cet.calibration import calibrate, exit_costs
-    from cet.cli.runs import CALIBRATION, MODEL, call_function, check_same, load_run, read_parts
+    from cet.cli.runs import CALIBRATION, FRONT_PLOT, MODEL, call_function, check_same, load_run, read_parts
     from cet.data.arrays import Arrays, check_disjoint, listed
+    from cet.energy.measurement import Settings
+    from cet.energy.profile import CostUnit, measured_costs
+    from cet.plotting import png
     from cet.report.figures import Stages, made_with, threads, write_report
     from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY
     from cet.report.markdown import calibration_verdict, energy_verdict, time_verdict
@@ -140,13 +158,22 @@ def _calibrate(
                 assert settings.preset is not None
                 perturb = {f"severity {severity:g}": settings.preset(severity)}
             groups = samples.group if isinstance(samples, Arrays) else None
+        measured = None
+        if options["cost"] != "flops":
+            with stages.stage("Measure costs") as step:
+                short = Settings(rounds=2, window=0.05, update_periods=1, warmup=0.05) if quick else None
+                unit: CostUnit = "ms" if options["cost"] == "ms" else "J"
+                loader = list(loader)
+                measured = measured_costs(
+                    model, loader, unit, short, progress=lambda done, total, _: step.advance(done, total)
+                )
         with stages.stage("Calibrate"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the report says it
-            costs = exit_costs(model)
+            costs = measured or exit_costs(model)
             calibration = calibrate(
                 model,
                 loader,
-                options["max_drop"],
+                None if options["any_drop"] else options["max_drop"],
                 options["confidence"],
                 guarantee=None if options["no_guarantee"] else "auto",
                 groups=None if options["no_guarantee"] else groups,
@@ -155,8 +182,10 @@ def _calibrate(
                 score=options["score"],
                 metric=options["metric"],
                 costs=costs,
+                mean_budget=options["mean_budget"],
+                worst_budget=options["worst_budget"],
             )
-        model.policy = calibration.policy
+        model.policy, certificate = calibration.policy, calibration.report.certificate
         report = None
         if parts is not None and parts.test is not None and isinstance(samples, Arrays):
             report = _report(run, calibration, costs, samples, parts.test, severity, quick, stages)
@@ -164,10 +193,13 @@ def _calibrate(
             model.save(folder / MODEL)
             classes = [str(label) for label in run.classes]
             folder.write_json(CALIBRATION, {"classes": classes, **calibration.report.to_dict()})
+            if certificate is not None:
+                folder.write(FRONT_PLOT, png(certificate.plot_front()))
             if report is not None:
                 write_report(folder, report)
     console.print(f"\n{calibration.report}", markup=False, soft_wrap=True)
-    certificate = calibration.report.certificate
+    if certificate is not None:
+        console.print(f"\n{certificate.front_table()}", markup=False, soft_wrap=True)
     if certificate is not None and not certificate.certified:
         console.print(
             "--no-guarantee fits thresholds on these samples, without a promise", markup=False, soft_wrap=True
@@ -184,7 +216,8 @@ def _calibrate(
     if report is not None:
         for text in (calibration_verdict(report), time_verdict(report), energy_verdict(report)):
             console.print(f"\n{text}", markup=False, soft_wrap=True)
-    return [MODEL, CALIBRATION, *([SUMMARY, REPORT, ACCURACY_PLOT, EXITS_PLOT] if report is not None else [])]
+    front = [] if certificate is None else [FRONT_PLOT]
+    return [MODEL, CALIBRATION, *front, *([SUMMARY, REPORT, ACCURACY_PLOT, EXITS_PLOT] if report is not None else [])]
 
 
 def _report(

@@ -42,6 +42,7 @@ from cet.training.sensor_net import EXITS, SensorNet, Standardized
 
 MODEL = "model.safetensors"
 CALIBRATION = "calibration.json"
+FRONT_PLOT = "front.png"
 
 BATCH_SIZE = 512
 
@@ -151,7 +152,7 @@ class TrainingFolder(RunFolder):
             raise ValueError(f"{self / STATE} is damaged ({error}); train anew with --overwrite") from error
 
     def _files(self) -> tuple[str, ...]:
-        return (REPORT, SUMMARY, ACCURACY_PLOT, EXITS_PLOT, CALIBRATION, MODEL, STATE)
+        return (REPORT, SUMMARY, ACCURACY_PLOT, EXITS_PLOT, CALIBRATION, FRONT_PLOT, MODEL, STATE)
 
 
 @dataclass(frozen=True)

@@ -23,5 +23,6 @@ from .domains import Unavailable as Unavailable
 from .measurement import Measurement as Measurement
 from .measurement import Settings as Settings
 from .meter import EnergyMeter as EnergyMeter
+from .profile import measured_costs as measured_costs
 from .protocol import Workload as Workload
 from .protocol import measure as measure

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from cet.calibration.cost import exit_costs
-from cet.data.batches import call, check_batch
+from cet.calibration.cost import ExitCosts, exit_costs
+from cet.data.batches import BatchFn, call, check_batch, read_batches
+from cet.energy.domains import EnergyError
 from cet.energy.measurement import Measurement, Quantity, Settings, WindowRecord
 from cet.energy.meter import EnergyMeter
 from cet.energy.protocol import Progress, Workload, measure
@@ -30,6 +32,10 @@ MIXED = "mixed"
 QUANTITIES: tuple[Quantity, ...] = ("seconds", "joules", "net_joules")
 
 Batches = Sequence[tuple[Any, Tensor]]
+
+CostUnit = Literal["ms", "J"]
+
+_MEASURED_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,67 @@ class BatchProfile:
     joules: Prediction
     net_joules: Prediction
     measurement: Measurement
+
+    def costs(self, unit: CostUnit) -> ExitCosts:
+        """Costs of stages and heads per sample, for :func:`cet.calibrate`; a gate counts as a part of its head.
+
+        Raises:
+            EnergyError: for joules that are unknown, with the reason.
+        """
+        splits = [row.seconds if unit == "ms" else row.joules for row in self.exits]
+        for split in splits:
+            if split.marginal.value is None:
+                raise EnergyError(f"the joules of an exit are unknown: {split.marginal.reason}; use milliseconds")
+        scale = 1e3 if unit == "ms" else 1.0
+
+        def per_sample(*parts: Estimate) -> float:
+            return max(sum(part.value or 0.0 for part in parts), 0.0) * scale  # noise may make nothing negative
+
+        stages = tuple(per_sample(split.backbone) for split in splits)
+        return ExitCosts(stages, tuple(per_sample(split.head, split.gate) for split in splits[:-1]), unit)
+
+
+def measured_costs(
+    model: EarlyExit,
+    loader: Iterable[Any],
+    unit: CostUnit = "ms",
+    settings: Settings | None = None,
+    *,
+    batch_fn: BatchFn | None = None,
+    progress: Progress | None = None,
+) -> ExitCosts:
+    """What each stage and head costs a sample on this machine, in milliseconds or joules, by :func:`profile`.
+
+    They hold for the batch size of the loader's first batch: a sample's share of the batch's.
+
+    Args:
+        model: runs in eval mode, and has its own modes back afterwards.
+        loader: as for :func:`cet.calibrate`; up to 8 batches of one size are run again and again.
+        unit: ``"ms"`` or ``"J"``.
+        settings: of the protocol; when not given, 5 rounds with short windows, and for joules those of ``Settings``.
+        batch_fn: takes a batch of another form apart.
+        progress: is called with how far the measurement is.
+
+    Raises:
+        ValueError: for an unknown unit, or a loader without rows.
+        EnergyError: for joules on a machine without an energy counter.
+    """
+    if unit not in get_args(CostUnit):
+        raise ValueError(f"unit is {unit!r}; choose ms or J")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches: list[tuple[Any, Tensor]] = []
+    for x, y in read_batches(loader, model.num_classes, batch_fn):
+        if len(y) and (not batches or len(y) == len(batches[0][1])):
+            batches.append((pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x), y))
+        if len(batches) == _MEASURED_BATCHES:
+            break
+    with EnergyMeter().opened() as meter:
+        if unit == "J" and not meter.domains:
+            reasons = "; ".join(missing.reason for missing in meter.unavailable)
+            raise EnergyError(f"joules cannot be measured here: {reasons}; use milliseconds or FLOPs")
+        quick = Settings(rounds=5) if unit == "J" else Settings(rounds=5, window=0.2, update_periods=1, warmup=0.2)
+        exits = model.exit_names[:-1]
+        return profile(model, batches, meter, settings or quick, exits=exits, progress=progress).costs(unit)
 
 
 def profile(
