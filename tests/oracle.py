@@ -42,6 +42,16 @@ def score_by_definition(logits: Tensor, score: ScoreName, temperature: float) ->
     return {"confidence": p[0], "margin": p[0] - p[1]}[score]
 
 
+def patience_by_definition(named: list[int]) -> float:
+    """How many classes before the last are the same as it, without a break."""
+    count = 0
+    for before in reversed(named[:-1]):
+        if before != named[-1]:
+            break
+        count += 1
+    return float(count)
+
+
 @torch.no_grad()
 def answer_each_row_alone(model: cet.EarlyExit, inputs: Inputs, policy: cet.ExitPolicy) -> Answers:
     rows = len(next(iter(inputs.values())))
@@ -113,10 +123,22 @@ def answers_of(exit_logits: list[Tensor], policy: cet.ExitPolicy) -> Answers:
     """What the policy makes of the logits of all exits, row by row."""
     logits, exits, scores = [], [], []
     for row in range(len(exit_logits[0])):
+        named: list[int] = []
         for k, candidates in enumerate(exit_logits):
-            score = score_by_definition(candidates[row], policy.score, policy.temperature(k))
             threshold = policy.thresholds[k] if k < len(policy.thresholds) else None
-            leaves = threshold is not None and (score <= threshold if policy.score == "entropy" else score >= threshold)
+            is_final = k == len(exit_logits) - 1
+            if policy.score == "patience":
+                if threshold is not None or is_final:
+                    named.append(int(candidates[row].argmax()))
+                score = patience_by_definition(named)
+            elif isinstance(policy.score, cet.ScoreFunction):
+                score = float(policy.score.function(candidates[row : row + 1].float() / policy.temperature(k))[0])
+            else:
+                score = score_by_definition(candidates[row], policy.score, policy.temperature(k))
+            if any(math.isnan(v) or v == math.inf for v in candidates[row].tolist()):
+                score = math.nan
+            low = policy.score == "entropy" or getattr(policy.score, "is_low_when_sure", False)
+            leaves = threshold is not None and (score <= threshold if low else score >= threshold)
             if leaves or k == len(exit_logits) - 1:
                 logits.append(candidates[row])
                 exits.append(k)

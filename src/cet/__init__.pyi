@@ -26,6 +26,7 @@ from .partition.cache import UncutWarning as UncutWarning
 from .partition.stages import CutError as CutError
 from .partition.stages import Stages as Stages
 from .runtime.policy import ExitPolicy as ExitPolicy
+from .runtime.scores import ScoreFunction as ScoreFunction
 from .training.audit import LabelAudit as LabelAudit
 from .training.audit import audit_labels as audit_labels
 from .training.heads import train_heads as train_heads

@@ -250,7 +250,7 @@ def test_what_cannot_be_certified_closes_all_exits_and_says_why() -> None:
     assert "the safest policy that was tried loses" in refused(bound=0.0)
     nan = answers(3000)
     nan["scores"] = np.full((3000, 2), np.nan)
-    assert "no sample has a finite score" in refused(**nan)
+    assert "no sample that lays the path has a finite score" in refused(**nan)
     assert certificate_of(certified(**few)).least_units == 114
 
 

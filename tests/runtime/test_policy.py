@@ -10,7 +10,12 @@ import torch
 from cet import ExitPolicy
 
 BAD = [
-    ({"score": "certainty"}, ValueError, "score 'certainty' is unknown; choose one of entropy, confidence, margin"),
+    (
+        {"score": "certainty"},
+        ValueError,
+        "choose one of entropy, confidence, margin, patience, or give a cet.Score",
+    ),
+    ({"score": "patience", "thresholds": (1.5,)}, ValueError, r"thresholds\[0\] is 1.5, but patience counts exits"),
     ({"thresholds": (0.1, math.nan)}, ValueError, r"thresholds\[1\] is NaN; give a number or None to close the exit"),
     ({"thresholds": ("often",)}, TypeError, r"thresholds\[0\] is 'often'; give a number"),
     ({"thresholds": ([0.1],)}, TypeError, r"thresholds\[0\] is \[0.1\]"),

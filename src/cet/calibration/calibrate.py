@@ -27,16 +27,16 @@ from cet.calibration.temperatures import fit_temperature
 from cet.calibration.thresholds import simulate
 from cet.data.batches import BatchFn, Inputs, as_call, read_batches
 from cet.model.early_exit import EarlyExit
-from cet.ops import exit_score
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.ops.definitions import SCORE_NAMES, SCORES, ScoreName
 from cet.partition.stages import evaluating
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import PolicyScore, ScoreFunction, Scorer, check_score, is_low_when_sure, score_name
 
 Ints = NDArray[np.int64]
 Perturb = Callable[[Inputs], Inputs]
 
 _SCORED_AT_ONCE = 2**14
+_CHECKED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def calibrate(
     perturb: Perturb | Mapping[str, Perturb] | None = None,
     split: bool = True,
     seed: int = 0,
-    score: ScoreName = "entropy",
+    score: PolicyScore = "entropy",
     temperature: bool = True,
     costs: ExitCosts | None = None,
     mean_budget: float | None = None,
@@ -103,7 +103,8 @@ def calibrate(
         split: whether a fifth of the samples fits temperatures and lays the path of policies that the others test.
             If not, all samples test, one threshold serves all exits, and all temperatures are 1.
         seed: of the division of the samples, and of the perturbations.
-        score: the score of the policy.
+        score: of the policy, see :class:`cet.ExitPolicy`. Of ``"patience"`` one whole number is chosen for all exits,
+            which all stay open; it needs no path, so all samples test.
         temperature: whether to fit a temperature per exit, see :func:`fit_temperature`; else all are 1.
         costs: what stages and heads cost; :func:`cet.exit_costs` when not given. :func:`cet.energy.measured_costs` has
             them in milliseconds or joules.
@@ -143,6 +144,8 @@ def calibrate(
     if order.terms:
         Reach.within(costs, order.terms.budget)  # refuses a budget that no exit is within
     collected, labels, is_labelled = _collect(model, batches, perturbations, seed)
+    if isinstance(score, ScoreFunction):
+        score.check_rows(collected["clean"][0][:_CHECKED_ROWS].float())
     y: Ints = labels.numpy()
     of_groups = recorder.indices(is_labelled.numpy())
     is_fit = divide(order.terms, y, of_groups, model.num_classes) if order.terms else np.ones(len(y), dtype=bool)
@@ -181,7 +184,7 @@ def calibrate_scores(
     groups: ArrayLike | None = None,
     split: bool = True,
     seed: int = 0,
-    score: ScoreName = "entropy",
+    score: PolicyScore = "entropy",
     metric: MetricName = "accuracy",
     class_weights: Sequence[float] | Tensor | None = None,
     mean_budget: float | None = None,
@@ -255,7 +258,7 @@ class _Order:
     terms: Terms | None
     max_drop: float | None
     confidence: float
-    score: ScoreName
+    score: PolicyScore
     metric: MetricChoice
     num_classes: int
 
@@ -278,7 +281,7 @@ def _calibrated(
         answers = [pooled(answers)]
         labels = np.tile(labels, len(answers[0].scores) // len(labels))
         assert order.max_drop is not None
-        limits = fitted(answers, costs, order.max_drop).thresholds
+        limits = fitted(answers, costs, order.max_drop, score=order.score).thresholds
     else:
         limits, certificate = certify(
             order.terms, answers, labels, groups, is_fit, costs, order.score, order.num_classes, notes
@@ -303,7 +306,7 @@ def _calibrated(
     metric = order.metric
     report = CalibrationReport(
         num_samples=len(labels),
-        score=order.score,
+        score=score_name(order.score),
         exits=tuple(ExitReport(*row) for row in columns),
         classes=_by_class(labels, correct, exit_index),
         accuracy=float(right.mean()),
@@ -322,9 +325,9 @@ def _calibrated(
     return Calibration(ExitPolicy(order.score, thresholds, temperatures, survival), report)
 
 
-def _sign(score: ScoreName) -> float:
+def _sign(score: PolicyScore) -> float:
     """The search lets low scores leave."""
-    return 1.0 if SCORES[score].is_low_when_sure else -1.0
+    return 1.0 if is_low_when_sure(score) else -1.0
 
 
 def _warn(report: CalibrationReport) -> None:
@@ -361,8 +364,16 @@ def _check_order(
         _check_fraction("confidence", confidence)
         if not 0 < confidence < 1:
             raise ValueError(f"confidence is {confidence}; give a level in (0, 1)")
-    if score not in SCORE_NAMES:
-        raise ValueError(f"score {score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
+    check_score(score)
+    if score == "patience":
+        split = False
+        if budget:
+            raise ValueError("a budget chooses exits, and patience counts all of them; leave one of the two out")
+    elif isinstance(score, ScoreFunction) and not split:
+        raise ValueError(
+            f"split is False, which tries thresholds all over the score's range, and that of {score.name!r} is "
+            "unknown; leave it out"
+        )
     check_metric(metric, class_weights, num_classes)
     level = 0.95 if confidence is None else float(confidence)
     if guarantee is None:
@@ -509,14 +520,15 @@ def _perturbed(x: Inputs, perturb: Perturb, seed: int) -> Inputs:
 
 
 def _scores(
-    exit_logits: Sequence[Tensor], score: ScoreName, temperatures: Sequence[float], device: torch.device
+    exit_logits: Sequence[Tensor], score: PolicyScore, temperatures: Sequence[float], device: torch.device
 ) -> NDArray[np.float32]:
     """What the gate compares at each early exit, ``(n, E - 1)``: from logits in their own dtype, on their device."""
-    columns = [
-        torch.cat([exit_score(part.to(device), score, t).cpu() for part in torch.split(logits, _SCORED_AT_ONCE)])
-        for logits, t in zip(exit_logits, temperatures, strict=False)
-    ]
-    scores: NDArray[np.float32] = torch.stack(columns, dim=1).numpy()
+    parts = []
+    for of_rows in zip(*(torch.split(logits, _SCORED_AT_ONCE) for logits in exit_logits), strict=True):
+        scorer = Scorer(score)
+        columns = [scorer(logits.to(device), t).cpu() for logits, t in zip(of_rows, temperatures, strict=False)]
+        parts.append(torch.stack(columns, dim=1))
+    scores: NDArray[np.float32] = torch.cat(parts).numpy()
     return scores
 
 

@@ -27,7 +27,7 @@ from cet.calibration.metrics import Metric, MetricChoice
 from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
 from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
-from cet.ops.definitions import SCORES, ScoreName
+from cet.runtime.scores import PolicyScore, is_low_when_sure
 
 NUM_FRONT = 25
 """How many policies of the path a certificate keeps."""
@@ -172,7 +172,7 @@ def search(
     groups: Ints | None,
     is_fit: NDArray[np.bool_],
     costs: ExitCosts,
-    score: ScoreName,
+    score: PolicyScore,
     num_classes: int,
 ) -> Search:
     """Lay the path and test it. Arguments and errors are those of :func:`certify`."""
@@ -231,7 +231,7 @@ def _try(
     groups: Ints | None,
     is_fit: NDArray[np.bool_],
     costs: ExitCosts,
-    score: ScoreName,
+    score: PolicyScore,
     num_classes: int,
 ) -> _Trial:
     """Lay a path within the worst-case budget and test it on the samples ``tested``."""
@@ -313,7 +313,7 @@ def certify(
     groups: Ints | None,
     is_fit: NDArray[np.bool_],
     costs: ExitCosts,
-    score: ScoreName,
+    score: PolicyScore,
     num_classes: int,
     notes: Sequence[str] = (),
 ) -> tuple[tuple[float, ...], Certificate]:
@@ -338,7 +338,7 @@ def certify(
     fitted_cost = None
     if terms.bound is not None and not terms.budget:
         max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
-        fitted_cost = fitted(answers, costs, terms.bound, max_group).cost
+        fitted_cost = fitted(answers, costs, terms.bound, max_group, score).cost
     return thresholds, Certificate(
         method="risk control" if terms.confidence is None else terms.method,
         metric=terms.name,
@@ -371,12 +371,12 @@ def _path(
     answers: Sequence[Answers],
     is_fit: NDArray[np.bool_],
     reach: Reach,
-    score: ScoreName,
+    score: PolicyScore,
     num_classes: int,
 ) -> list[tuple[float, ...]]:
     if not reach.closed:
         return []
-    if not is_fit.any():
+    if score == "patience" or not is_fit.any():
         return plain_path(score, len(reach.closed), num_classes)
     scores, losses = [], []
     for given in answers:
@@ -417,7 +417,7 @@ def _too_dear(
     groups: Ints | None,
     is_fit: NDArray[np.bool_],
     costs: ExitCosts,
-    score: ScoreName,
+    score: PolicyScore,
     num_classes: int,
 ) -> str:
     """That no policy within the budget keeps the bound, and the least budget with which one does."""
@@ -475,7 +475,7 @@ def _hopeless(
 def _refused(terms: Terms, outcome: Outcome) -> str:
     """Why not even the first policy of the path was certified."""
     if not outcome.losses:
-        return "no sample has a finite score at an early exit, so none could leave there"
+        return "no sample that lays the path has a finite score at an early exit, so none could leave there"
     losses = [loss for row in outcome.losses for loss in row]
     p_values = [p for row in outcome.p_values for p in row if p is not None]
     shown = f" (p = {max(p_values):.3g}, where {terms.level:.4g} is needed)" if p_values and terms.level else ""
@@ -503,9 +503,26 @@ def _claims(
     )
 
 
-def fitted(answers: Sequence[Answers], costs: ExitCosts, bound: float, max_group: int = MAX_GROUP) -> OperatingPoint:
-    """The policy that is best on these samples, with no guarantee for others."""
+def fitted(
+    answers: Sequence[Answers],
+    costs: ExitCosts,
+    bound: float,
+    max_group: int = MAX_GROUP,
+    score: PolicyScore = "entropy",
+) -> OperatingPoint:
+    """The policy that is best on these samples, with no guarantee for others. Of patience, one number for all exits:
+    what it counts depends on which are open."""
     together = pooled(answers)
+    if score == "patience":
+        num_early = together.scores.shape[1]
+        points = []
+        for limits in [(-math.inf,) * num_early, *plain_path(score, num_early, 0)]:
+            exit_index = simulate(limits, together.scores)
+            if together.metric.drop(together.correct, exit_index) <= bound + 1e-12:
+                accuracy = together.correct[np.arange(len(exit_index)), exit_index].mean()
+                cost = costs.cumulative(np.isfinite(limits))[exit_index].mean()
+                points.append(OperatingPoint(limits, float(accuracy), float(cost)))
+        return min(points, key=lambda point: point.cost)
     return search_thresholds(together.scores, together.correct, costs, bound, together.metric, max_group)
 
 
@@ -527,12 +544,12 @@ def _mean_cost(thresholds: Sequence[float], answers: Sequence[Answers], costs: E
     return float(np.mean([cost[simulate(thresholds, given.scores)].mean() for given in answers]))
 
 
-def _front(found: Search, answers: Sequence[Answers], costs: ExitCosts, score: ScoreName) -> tuple[FrontPoint, ...]:
+def _front(found: Search, answers: Sequence[Answers], costs: ExitCosts, score: PolicyScore) -> tuple[FrontPoint, ...]:
     """Some policies of the path, the chosen one among them."""
     path = found.path
     shown = set(np.rint(np.linspace(0, len(path) - 1, NUM_FRONT)).astype(int).tolist()) if path else set()
     shown |= set() if found.chosen is None else {found.chosen}
-    sign = 1.0 if SCORES[score].is_low_when_sure else -1.0
+    sign = 1.0 if is_low_when_sure(score) else -1.0
     return tuple(
         FrontPoint(
             thresholds=tuple(None if t == -math.inf else sign * t for t in path[step]),

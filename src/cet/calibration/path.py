@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from cet.calibration.cost import ExitCosts
-from cet.ops.definitions import SCORES, ScoreName
+from cet.ops.definitions import SCORES
+from cet.runtime.scores import PolicyScore, has_kernel
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -93,9 +94,14 @@ def lay_path(
     return [scale.thresholds(limit) for limit in limits]
 
 
-def plain_path(score: ScoreName, num_early: int, num_classes: int) -> list[tuple[float, ...]]:
+def plain_path(score: PolicyScore, num_early: int, num_classes: int) -> list[tuple[float, ...]]:
     """One threshold for all exits, on a grid that no sample had a part in: what is left to test when none may lay the
-    path. Half of its steps are even, half ever smaller towards certainty."""
+    path. Half of its steps are even, half ever smaller towards certainty; of patience, every whole number. The range of
+    a function is unknown, so that it has no policies here."""
+    if score == "patience":
+        return [(-float(count),) * num_early for count in reversed(range(num_early))]
+    if not has_kernel(score):
+        return []
     highest = math.log(num_classes) if SCORES[score].is_low_when_sure else 1.0
     steps = np.linspace(0, 1, NUM_STEPS // 2 + 1)[1:]
     doubt = highest * np.unique(np.concatenate([np.geomspace(1e-6, steps[0], NUM_STEPS // 2, endpoint=False), steps]))

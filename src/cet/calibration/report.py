@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from cet.ops.definitions import ScoreName
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -286,7 +284,7 @@ class CalibrationReport:
 
     Attributes:
         num_samples: labelled samples.
-        score: the policy's score.
+        score: the name of the policy's score.
         exits: one :class:`ExitReport` per exit, shallow first.
         classes: one :class:`ClassReport` per class that occurs, by label.
         accuracy: of the policy.
@@ -304,7 +302,7 @@ class CalibrationReport:
     """
 
     num_samples: int
-    score: ScoreName
+    score: str
     exits: tuple[ExitReport, ...]
     classes: tuple[ClassReport, ...]
     accuracy: float

@@ -56,7 +56,9 @@ SEVERITIES = (0.0, 0.5, 1.0, 1.5, 2.0)
     show_default=True,
     help="What may fall: accuracy, the mean recall, or the recall of each class; or what may grow.",
 )
-@click.option("--score", type=click.Choice(["entropy", "confidence", "margin"]), default="entropy", show_default=True)
+@click.option(
+    "--score", type=click.Choice(["entropy", "confidence", "margin", "patience"]), default="entropy", show_default=True
+)
 @click.option(
     "--severity",
     type=FiniteRange(0, 10),

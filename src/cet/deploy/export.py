@@ -23,6 +23,7 @@ from cet.measure.host import require, versions
 from cet.measure.rounds import Timings
 from cet.model.early_exit import EarlyExit
 from cet.partition.inputs import Call
+from cet.runtime.scores import require_kernel
 
 _NUMPY_DTYPES = {
     getattr(torch, name): name
@@ -64,7 +65,8 @@ def export(
     Raises:
         ExportError: where the model has no form in this format, with the stage or input and the reason.
         AnswerMismatchError: where the file would answer otherwise than the model.
-        ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed.
+        ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed, or whose score
+            is patience or a function.
         RuntimeError: in train mode.
         ModuleNotFoundError: where a package that writes the format is not installed.
         OSError: where the file cannot be written.
@@ -73,6 +75,7 @@ def export(
         raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
     if model.training:
         raise RuntimeError("model is in train mode; call model.eval() before export")
+    require_kernel(model.policy.score, "an exported file")
     name = format_of(path, format)
     if batch not in ("dynamic", 1):
         raise ValueError(f"batch is {batch!r}; give 'dynamic' or 1")
@@ -141,7 +144,7 @@ def describe(
         exits=model.exit_names,
         num_classes=model.num_classes,
         class_labels=None if class_labels is None else tuple(class_labels),
-        score=model.policy.score,
+        score=require_kernel(model.policy.score, "an exported file"),
         thresholds=model.policy.thresholds,
         temperatures=model.policy.temperatures,
         thresholds_are_input=thresholds_are_input,

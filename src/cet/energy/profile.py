@@ -21,10 +21,10 @@ from cet.energy.protocol import Progress, Workload, measure
 from cet.energy.statistics import Estimate
 from cet.model.early_exit import EarlyExit, StagedBatch
 from cet.ops.consistent_exit_loss import UNLABELLED
-from cet.ops.definitions import SCORES
 from cet.partition.stages import evaluating
 from cet.runtime.eager import run_prefix
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import is_low_when_sure
 
 MIXED = "mixed"
 """The name of the workload in which the policy decides where each sample leaves."""
@@ -325,7 +325,7 @@ def _workloads(model: EarlyExit, batches: Batches, profiled: Sequence[str], open
 
 def _forced(policy: ExitPolicy, last: int, open_exits: Container[int]) -> ExitPolicy:
     """A policy that tries the open exits up to ``last``, at which every row leaves, and none before."""
-    always = math.inf if SCORES[policy.score].is_low_when_sure else -math.inf
+    always = math.inf if is_low_when_sure(policy.score) else -math.inf
     thresholds = [
         (always if k == last else -always) if k in open_exits else None for k in range(len(policy.thresholds))
     ]

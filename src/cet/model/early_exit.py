@@ -33,7 +33,6 @@ from cet.model.masks import looks_like_mask
 from cet.model.output import ExitOutput, Explanation, LossOutput
 from cet.model.taps import is_inside_reentrant_checkpoint, observing
 from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
-from cet.ops import exit_score
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
@@ -44,6 +43,7 @@ from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
 from cet.runtime.exits import head_logits
 from cet.runtime.graphs import Request
 from cet.runtime.policy import ExitPolicy, policy_from_tensor, policy_to_tensor
+from cet.runtime.scores import Scorer, has_kernel, require_kernel
 
 FINAL = "final"
 
@@ -316,8 +316,8 @@ class EarlyExit(nn.Module):
             given = copied(inputs) if self._changes_inputs else inputs
             return tuple(every_exit(program, list(self.heads), self._policy, given, rows))
         exit_logits = self._exit_logits(way, inputs)
-        score, temperature = self._policy.score, self._policy.temperature
-        return tuple((logits, exit_score(logits, score, temperature(k))) for k, logits in enumerate(exit_logits))
+        scorer, temperature = Scorer(self._policy.score), self._policy.temperature
+        return tuple((logits, scorer(logits, temperature(k))) for k, logits in enumerate(exit_logits))
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Compare the stages, which :meth:`predict` runs, with the backbone itself, at every exit and for such inputs.
@@ -394,7 +394,7 @@ class EarlyExit(nn.Module):
         Raises:
             ValueError: when it is for other exits, or damaged.
         """
-        self.policy = policy_from_tensor(state)
+        self.policy = policy_from_tensor(state, self.policy.score)
 
     def extra_repr(self) -> str:
         return f"exits={self.exit_names}, policy={self.policy}"
@@ -418,6 +418,10 @@ class EarlyExit(nn.Module):
             return empty, empty.new_empty((0,), dtype=torch.int64), empty.new_empty((0,), dtype=torch.float32)
         _refuse_recording()
         runner = runner_for(way.input_format.device(inputs), self._runner)
+        if runner != "eager" and not has_kernel(self._policy.score):
+            if self._runner != "auto":
+                require_kernel(self._policy.score, f"the runner {runner!r}")
+            runner = "eager"
         program = way.cache.program(inputs)
         if not self._checked_heads.are_current(self.heads):
             self._check_heads(way)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import scatter_rows
-from cet.ops.exit_gate import exit_score, gate
 from cet.partition.stages import Program
 from cet.runtime.exits import head_logits, score_exit, take_exit
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import Scorer
 from cet.runtime.segments import segments_of
 
 Answers = tuple[Tensor, Tensor | None, Tensor | None]
@@ -58,6 +58,7 @@ def run_batch(
     values: Sequence[Any] = program.entry_values(inputs)
     *segments, last = segments_of(program, policy.thresholds)
     answers: _Answers | None = None
+    scorer = Scorer(policy.score)
     rows: Tensor | None = None  # positions in the batch of the rows still on their way; None: all of them
     n = batch_size
     for segment in segments:
@@ -66,7 +67,7 @@ def run_batch(
         held = segment.held
         tensors = [values[index] for index in held]
         logits, gate_scores, (kept, exited, moved) = take_exit(
-            heads[k], features, segment.mask(values), tensors, segment.held_dims, policy, k
+            heads[k], features, segment.mask(values), tensors, segment.held_dims, policy, k, scorer
         )
         if exited.shape[0] == 0:
             continue
@@ -84,7 +85,7 @@ def run_batch(
             values[index] = tensor
     logits, _ = last.run(n, sizes, values)
     final = last.exit_index
-    final_scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
+    final_scores = scorer(logits, policy.temperature(final)) if with_scores else None
     if answers is None or rows is None:
         return logits, logits.new_full((n,), final, dtype=torch.int64) if with_scores else None, final_scores
     answers.put(torch.arange(n, device=rows.device), rows, logits, final, final_scores)
@@ -94,16 +95,18 @@ def run_batch(
 def every_exit(
     program: Program, heads: Sequence[nn.Module], policy: ExitPolicy, inputs: Sequence[Any], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and scores of every exit for all rows, shallow first, as :func:`run_batch` computes them."""
+    """Logits and scores of every exit for all rows, shallow first, as :func:`run_batch` computes them with all exits
+    open."""
     sizes = program.input_sizes(inputs)
     values: Sequence[Any] = program.entry_values(inputs)
     *segments, last = segments_of(program, (0.0,) * (len(program.stages) - 1))
+    scorer = Scorer(policy.score)
     for segment in segments:
         features, values = segment.run(batch_size, sizes, values)
         k = segment.exit_index
-        yield score_exit(heads[k], features, segment.mask(values), policy, k)
+        yield score_exit(heads[k], features, segment.mask(values), policy, k, scorer)
     logits, _ = last.run(batch_size, sizes, values)
-    yield logits, exit_score(logits, policy.score, policy.temperature(last.exit_index))
+    yield logits, scorer(logits, policy.temperature(last.exit_index))
 
 
 def run_prefix(
@@ -124,18 +127,20 @@ def choose_answers(exit_logits: Sequence[Tensor], policy: ExitPolicy, *, with_sc
     rows, final = logits.shape[0], len(early)
     answered = logits.clone()
     exit_index = logits.new_full((rows,), final, dtype=torch.int64)
-    scores = exit_score(logits, policy.score, policy.temperature(final)) if with_scores else None
+    scorer = Scorer(policy.score)
+    scores: Tensor | None = None
     on_their_way = torch.ones(rows, dtype=torch.bool, device=logits.device)
     for k, (at_exit, threshold) in enumerate(zip(early, policy.thresholds, strict=True)):
         if threshold is None:
             continue
-        exit_scores, exit_mask = gate(
-            at_exit, score=policy.score, threshold=threshold, temperature=policy.temperature(k)
-        )
+        exit_scores, exit_mask = scorer.gate(at_exit, threshold, policy.temperature(k))
         leaving = on_their_way & exit_mask
         answered = torch.where(leaving[:, None], at_exit.to(answered.dtype), answered)
         exit_index[leaving] = k
-        if scores is not None:
-            scores = torch.where(leaving, exit_scores, scores)
+        if with_scores:
+            scores = exit_scores if scores is None else torch.where(on_their_way, exit_scores, scores)
         on_their_way = on_their_way & ~leaving
+    if with_scores:
+        at_the_end = scorer(logits, policy.temperature(final))
+        scores = at_the_end if scores is None else torch.where(on_their_way, at_the_end, scores)
     return answered, exit_index if with_scores else None, scores

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cet.ops.compact import Compaction, compact
-from cet.ops.definitions import SCORES, Layout, Pool, ScoreName
+from cet.ops.definitions import SCORE_NAMES, SCORES, Layout, Pool, ScoreName
 from cet.ops.exit_gate import exit_gate, gate
 from cet.ops.exit_step import exit_step
 from cet.ops.padded import Answers, CountIsKnown, PaddedExit, RowPairs, padded_exit_step, padded_step_of_logits
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import Scorer, has_kernel
 
 
 class LinearHead(NamedTuple):
@@ -47,11 +48,16 @@ def take_exit(
     dims: Sequence[int],
     policy: ExitPolicy,
     exit_index: int,
+    scorer: Scorer,
 ) -> tuple[Tensor, Tensor, Compaction]:
     """Logits ``(n, K)`` and scores ``(n,)`` of the rows at an open exit, and the tensors of those that go on."""
     threshold = policy.thresholds[exit_index]
     assert threshold is not None
     score, temperature = policy.score, policy.temperature(exit_index)
+    if not has_kernel(score):
+        logits = _logits(head, features, mask)
+        scores, exit_mask = scorer.gate(logits, threshold, temperature)
+        return logits, scores, scorer.compact(exit_mask, tensors, dims)
     linear = linear_head(head)
     if linear is None:
         logits = head_logits(head, features, mask)
@@ -73,11 +79,25 @@ def take_exit(
 
 
 def score_exit(
-    head: nn.Module, features: Tensor, mask: Tensor | None, policy: ExitPolicy, exit_index: int
+    head: nn.Module, features: Tensor, mask: Tensor | None, policy: ExitPolicy, exit_index: int, scorer: Scorer
 ) -> tuple[Tensor, Tensor]:
     """Logits and scores of an exit for all rows, open or not: to the bit those that :func:`take_exit` compares."""
-    never = -float("inf") if SCORES[policy.score].is_low_when_sure else float("inf")
     score, temperature = policy.score, policy.temperature(exit_index)
+    if not has_kernel(score):
+        logits = _logits(head, features, mask)
+        return logits, scorer(logits, temperature)
+    return _scored(head, features, mask, score, temperature)
+
+
+def _logits(head: nn.Module, features: Tensor, mask: Tensor | None) -> Tensor:
+    """Of a head, to the bit those that the fused operations compute where they stand in for it."""
+    return _scored(head, features, mask, SCORE_NAMES[0], 1.0)[0]
+
+
+def _scored(
+    head: nn.Module, features: Tensor, mask: Tensor | None, score: ScoreName, temperature: float
+) -> tuple[Tensor, Tensor]:
+    never = -float("inf") if SCORES[score].is_low_when_sure else float("inf")
     linear = linear_head(head)
     if linear is None:
         logits = head_logits(head, features, mask)

@@ -24,6 +24,7 @@ from cet.runtime.eager import Answers
 from cet.runtime.graph_backend import CaptureError, Graph, GraphBackend, GraphMemoryError
 from cet.runtime.padded import PaddedProgram
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import require_kernel
 
 MAX_BUCKETS = 8
 """How many graphs a segment may have."""
@@ -100,7 +101,7 @@ class _Kind(NamedTuple):
         )
         open_exits = tuple(threshold is not None for threshold in request.policy.thresholds)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(linked, inputs, open_exits, request.policy.score, autocast)
+        return cls(linked, inputs, open_exits, require_kernel(request.policy.score, "a CUDA graph"), autocast)
 
 
 class _Weights:

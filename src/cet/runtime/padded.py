@@ -16,6 +16,7 @@ from cet.partition.inputs import copied
 from cet.partition.stages import Program
 from cet.runtime.exits import take_padded_exit
 from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import require_kernel
 from cet.runtime.segments import segments_of
 
 
@@ -149,7 +150,7 @@ class PaddedProgram:
     ) -> None:
         self.segments = segments_of(program, policy.thresholds)
         self._heads = heads
-        self._gating = policy
+        self._score = require_kernel(policy.score, "a padded batch")
         self._sizes = program.input_sizes(inputs)
         self._entry = program.entry
         device = inputs[is_batched.index(True)].device
@@ -199,7 +200,7 @@ class PaddedProgram:
         decision, this_exit = self._decisions[exit_index], self._exit_indices[exit_index]
         features, values = self._compute(index, rows)
         if index == len(self.segments) - 1:
-            scores = padded_scores(features, decision, count, score=self._gating.score)
+            scores = padded_scores(features, decision, count, score=self._score)
             everyone = self._answers.pairs(features, scores, this_exit)
             gather_and_scatter_rows(None, positions, None, count, (), everyone)
             return
@@ -213,7 +214,7 @@ class PaddedProgram:
             PaddedExit(decision, this_exit, count, num_kept, positions, self._state),
             kept,
             self._answers,
-            self._gating.score,
+            self._score,
             partial(sending, index, num_kept),
         )
 

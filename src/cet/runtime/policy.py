@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cet.ops.definitions import SCORE_NAMES, SCORES, ScoreName
+from cet.ops.definitions import SCORE_NAMES, SCORES
+from cet.runtime.scores import PolicyScore, ScoreFunction, check_score, has_kernel
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,10 @@ class ExitPolicy:
     Args:
         score: ``"entropy"`` of the softmax in nats (a sample leaves when it is ``<= threshold``),
             ``"confidence"``, its largest probability (``>= threshold``), or ``"margin"``, its largest
-            probability minus the second largest (``>= threshold``).
+            probability minus the second largest (``>= threshold``), or ``"patience"``, how many open exits before
+            this one, without a break, have named the same class (``>= threshold``, a whole number; Zhou et al. 2020,
+            arXiv 2006.04152). A patience of 1 is the agreement of two successive exits. Or a
+            :class:`cet.ScoreFunction` of one's own. The last two are for the eager runner alone.
         thresholds: one per early exit, shallow first; ``None`` closes that exit.
         temperatures: one per exit, the final one included; logits are divided by it before the softmax
             (Guo et al. 2017, arXiv 1706.04599). It changes scores, never the logits that are returned.
@@ -35,19 +39,20 @@ class ExitPolicy:
             outside [0, 1], or lengths that disagree.
     """
 
-    score: ScoreName = "entropy"
+    score: PolicyScore = "entropy"
     thresholds: tuple[float | None, ...] = ()
     temperatures: tuple[float, ...] | None = None
     survival: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in SCORE_NAMES:
-            raise ValueError(f"score {self.score!r} is unknown; choose one of {', '.join(SCORE_NAMES)}")
+        check_score(self.score)
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
         for index, threshold in enumerate(self.thresholds):
-            if threshold is None or not SCORES[self.score].is_fraction or not math.isfinite(threshold):
+            if threshold is None or not math.isfinite(threshold):
                 continue
-            if abs(threshold) > 2:
+            if self.score == "patience" and threshold != int(threshold):
+                raise ValueError(f"thresholds[{index}] is {threshold}, but patience counts exits; give a whole number")
+            if has_kernel(self.score) and SCORES[self.score].is_fraction and abs(threshold) > 2:
                 raise ValueError(
                     f"thresholds[{index}] is {threshold}, but {self.score} is at most 1; give a fraction, "
                     f"{threshold / 100:g} for {threshold:g} %"
@@ -93,7 +98,15 @@ class ExitPolicy:
         """A form that JSON can hold; ``ExitPolicy(**policy.to_dict())`` is the same policy.
 
         JSON has no infinity, so infinite thresholds are written as the strings that ``float`` reads.
+
+        Raises:
+            ValueError: for a score that is a function, which JSON cannot hold.
         """
+        if isinstance(self.score, ScoreFunction):
+            raise ValueError(
+                f"the policy's score {self.score.name!r} is a function, which a file cannot hold; save a policy with "
+                "another score, and set this one after loading"
+            )
         thresholds = [str(t) if t is not None and math.isinf(t) else t for t in self.thresholds]
         return {
             "score": self.score,
@@ -103,32 +116,49 @@ class ExitPolicy:
         }
 
 
+_OTHER_SCORES = (-2, -1)
+"""The numbers of a function, and of patience, in a state dict."""
+
+
 def policy_to_tensor(policy: ExitPolicy) -> Tensor:
     """A policy as float64 numbers ``(1 + E, 4)``, for state dicts: what averages or compares their values does no harm.
 
     The first row holds the number of the score; each other row whether an exit is open, its threshold, its temperature
-    (0 for none) and its survival (-1 for none).
+    (0 for none) and its survival (-1 for none). A function cannot be held, only that there was one.
     """
     num_early = len(policy.thresholds)
     temperatures = policy.temperatures or (0.0,) * (num_early + 1)
     survival = (*(policy.survival or (-1.0,) * num_early), -1.0)
-    rows = [[float(SCORE_NAMES.index(policy.score)), 0.0, 0.0, 0.0]]
+    number = SCORE_NAMES.index(policy.score) if has_kernel(policy.score) else _OTHER_SCORES[policy.score == "patience"]
+    rows = [[float(number), 0.0, 0.0, 0.0]]
     for threshold, temperature, fraction in zip((*policy.thresholds, None), temperatures, survival, strict=True):
         rows.append([float(threshold is not None), threshold or 0.0, temperature, fraction])
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def policy_from_tensor(numbers: Tensor) -> ExitPolicy:
+def policy_from_tensor(numbers: Tensor, own: PolicyScore = "entropy") -> ExitPolicy:
     """The policy that :func:`policy_to_tensor` wrote.
 
+    Args:
+        numbers: ``(1 + E, 4)``.
+        own: the score of the model now, whose function is taken for one that the numbers cannot hold.
+
     Raises:
-        ValueError: when the numbers are damaged.
+        ValueError: when the numbers are damaged, or there was a function and ``own`` is none.
     """
+    if numbers.numel() and numbers.flatten()[0] == _OTHER_SCORES[0] and not isinstance(own, ScoreFunction):
+        raise ValueError(
+            "the state dict's policy has a function as its score, which it cannot hold; set a policy with that "
+            "cet.ScoreFunction first, then load"
+        )
+    scores: dict[int, PolicyScore] = {**dict(enumerate(SCORE_NAMES)), _OTHER_SCORES[1]: "patience"}
+    if isinstance(own, ScoreFunction):
+        scores[_OTHER_SCORES[0]] = own
     try:
         (number, *_), *rows = numbers.double().tolist()
         is_open, thresholds, temperatures, survival = zip(*rows, strict=True)
         return ExitPolicy(
-            dict(enumerate(SCORE_NAMES))[int(number)],
+            scores[int(number)],
             tuple(t if round(o) else None for o, t in zip(is_open[:-1], thresholds[:-1], strict=True)),
             temperatures if all(temperatures) else None,
             survival[:-1] if len(survival) > 1 and min(survival[:-1]) >= 0 else None,
