@@ -29,6 +29,7 @@ def _small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
         Trial("rare classes", 1000, method="exact, no split"),
         Trial("rare classes", 1000, method="betting", weighted=True),
         Trial("rare classes", 1000, "per_class", bound=0.15),
+        Trial("rare classes", 1000, "balanced", bound=0.08),
         Trial("hard", 1000, "disagreement", bound=0.05),
         Trial("groups", 120, bound=0.06, method="betting"),
         Trial("hard", 1000, method="risk control"),
@@ -38,9 +39,10 @@ def _small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda trial: f"{trial.setting}, {trial.metric}, {trial.method}, {trial.budget}",
 )
 def test_promises_are_kept(trial: Trial) -> None:
-    row = run(trial, DRAWS, compare=False)
+    draws = DRAWS // 4 if trial.metric == "balanced" else DRAWS  # exact tests of every class are dear
+    row = run(trial, draws, compare=False)
     assert row.kept, row
-    assert row.closed < DRAWS / 2  # an empty promise is kept as well
+    assert row.closed < draws / 2  # an empty promise is kept as well
     assert row.saved > 0.05
 
 

@@ -122,7 +122,7 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_least_that_something_do
         ({"worst_budget": math.nan}, ValueError, "worst_budget is nan; give a positive number"),
         ({"mean_budget": "1 ms"}, TypeError, "mean_budget is '1 ms'; give a number"),
         ({"mean_budget": 2.0, "guarantee": None}, ValueError, "budgets are for a guarantee, and guarantee is None"),
-        ({"bound": None}, ValueError, "max_accuracy_drop is None, and there is no budget; give one of them"),
+        ({"bound": None}, TypeError, "max_accuracy_drop is None, and there is no budget; give one of them"),
     ],
 )
 def test_bad_budgets_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

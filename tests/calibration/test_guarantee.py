@@ -217,6 +217,30 @@ def test_units_are_those_of_the_metric() -> None:
     assert within.of_units(loss).tolist() == pytest.approx([(1 / 2 + 0) / 2, (0 + 1) / 2, 0])
 
 
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 2.0, 0.0, 3.0, 1.0])])
+def test_the_mean_recall_of_unlike_classes_is_asked_in_parts_that_share_the_bound(weights: Any) -> None:
+    labels = np.repeat([0, 1, 2, 3, 4], [1200, 30, 200, 600, 200])
+    asked = questions("balanced", weights, labels, None, 5, 0.04)
+    shares = np.ones(5) / 5 if weights is None else weights / weights.sum()
+    loss = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], size=len(labels)).astype(np.float32)
+    of_classes = np.array([loss[labels == label].mean() for label in range(5)])
+    parts = [(1,), (2, 4), (3, 0)] if weights is None else [(1,), (4,), (3, 0)]
+    allowed = lost = 0.0
+    for question, part in zip(asked, parts, strict=True):
+        share = shares[list(part)]
+        mean = (share * of_classes[list(part)]).sum() / share.sum()
+        assert question.of_units(loss).mean() == pytest.approx(mean, abs=1e-6)
+        assert set(labels[question.rows]) == set(part)
+        assert question.paired == (len(part) == 1)
+        assert question.method("exact") == ("exact" if len(part) == 1 else "betting")
+        allowed += share.sum() * question.bound
+        lost += share.sum() * mean
+    # Parts that each keep their share keep the bound of the mean together.
+    assert allowed == pytest.approx(0.04)
+    assert lost == pytest.approx((shares * of_classes).sum(), abs=1e-6)
+    assert asked[0].bound > asked[-1].bound
+
+
 def test_chance_is_told_by_the_permutation_distribution() -> None:
     rng = np.random.default_rng(0)
     labels, predictions = rng.choice(3, size=60, p=[0.6, 0.3, 0.1]), rng.choice(3, size=60, p=[0.2, 0.3, 0.5])
@@ -241,7 +265,10 @@ def test_what_cannot_be_certified_closes_all_exits_and_says_why() -> None:
     is_rare = rare["labels"] == 2
     rare["labels"][is_rare] = np.where(np.arange(is_rare.sum()) < 3, 2, 0)
     assert "recall of class 2 has 3 samples to test on" in refused(**rare, metric="per_class")
-    assert "mean recall has 3 samples of the rarest class" in refused(**rare, metric="balanced")
+    assert "recall of class 2 has 3 samples to test on" in refused(**rare, metric="balanced")
+    alike = answers(60)
+    assert "mean recall has" in refused(**alike, metric="balanced")
+    assert "samples of the rarest class to test on" in refused(**alike, metric="balanced")
     absent = answers(3000)
     absent["labels"] %= 2
     assert "recall of class 2 has 0 samples" in refused(**absent, metric="per_class")

@@ -354,7 +354,7 @@ def _check_order(
     if budget and guarantee is None:
         raise ValueError("budgets are for a guarantee, and guarantee is None; leave one of them out")
     if max_drop is None and not budget:
-        raise ValueError("max_accuracy_drop is None, and there is no budget; give one of them")
+        raise TypeError("max_accuracy_drop is None, and there is no budget; give one of them")
     if max_drop is not None:
         _check_fraction("max_accuracy_drop", max_drop)
         if not 0 <= max_drop < 1:
@@ -394,7 +394,10 @@ def _check_order(
             "'betting', or leave out groups, class_weights or the metric"
         )
     if guarantee == "auto":
-        guarantee = "exact" if one_by_one else "betting"
+        by_parts = (
+            metric == "balanced" and not has_groups
+        )  # of which those of a single class are answers that count alike
+        guarantee = "exact" if one_by_one or by_parts else "betting"
     weights = None if class_weights is None else np.array([float(weight) for weight in class_weights])
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}; give a whole number >= 0")

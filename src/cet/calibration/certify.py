@@ -120,13 +120,19 @@ def divide(terms: Terms, labels: Ints, groups: Ints | None, num_classes: int) ->
     if not terms.split or not len(labels):
         return is_fit
     probe = terms.asked(labels, groups, num_classes)
-    least = max((terms.least_units(question) or 0 for question in probe), default=0)
+    least_of = [terms.least_units(question) or 0 for question in probe]
+    least = max(least_of, default=0)
     if groups is not None:
         num_groups = int(groups.max()) + 1
         chosen = rng.permutation(num_groups)[: num_to_fit(num_groups, least)]
         return np.isin(groups, chosen)
     by_class = terms.metric in ("balanced", "per_class")
     for stratum in [np.flatnonzero(labels == c) for c in range(num_classes)] if by_class else [np.arange(len(labels))]:
+        if terms.metric == "balanced":  # whose classes need not be equally many
+            concerned = [
+                n for n, question in zip(least_of, probe, strict=True) if np.isin(stratum, question.rows).any()
+            ]
+            least = max(concerned, default=0)
         is_fit[rng.permutation(stratum)[: num_to_fit(len(stratum), least)]] = True
     return is_fit
 
@@ -340,7 +346,7 @@ def certify(
         max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
         fitted_cost = fitted(answers, costs, terms.bound, max_group, score).cost
     return thresholds, Certificate(
-        method="risk control" if terms.confidence is None else terms.method,
+        method=_method(terms, found.asked),
         metric=terms.name,
         bound=terms.bound,
         confidence=terms.confidence,
@@ -359,6 +365,13 @@ def certify(
         cost_p_value=found.cost_p_value,
         cost_unit=costs.unit,
     )
+
+
+def _method(terms: Terms, asked: Sequence[Question]) -> str:
+    """How it was tested, for the certificate."""
+    if terms.confidence is None:
+        return "risk control"
+    return " and ".join(sorted({question.method(terms.method) for question in asked}, reverse=True)) or terms.method
 
 
 def mean_loss(given: Answers, exit_index: Ints) -> float:
@@ -462,13 +475,13 @@ def _hopeless(
     if not short:
         return None
     least, worst = min(short, key=lambda pair: pair[1].num_units)
-    what = "samples of the rarest class" if terms.metric == "balanced" and unit == "samples" else unit
+    what = "samples of the rarest class" if worst.name.startswith("mean recall") and unit == "samples" else unit
     others = f", and {len(short) - 1} more have too few" if len(short) > 1 else ""
     level = "in expectation" if terms.confidence is None else f"at confidence {terms.confidence:.4g}"
     to_fit = ", and a few more to lay the path" if terms.split else ""
     return (
         f"{worst.name} has {worst.num_units} {what} to test on{others}, and even without any loss at least {least} are "
-        f"needed to show a loss within {terms.bound:.4g} {level}{to_fit}; give more, or allow more"
+        f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more, or allow more"
     )
 
 

@@ -80,9 +80,13 @@ class Question:
             return of_rows
         return np.bincount(self.unit, of_rows, self.num_units).astype(np.float64)  # without rows: integers
 
-    def p_value(self, method: str, of_units: NDArray[np.floating], level: float) -> float:
+    def method(self, wanted: str) -> str:
+        """How it is tested: exactly where that is wanted and possible, else by betting."""
+        return "betting" if wanted == "exact" and not self.paired else wanted
+
+    def p_value(self, wanted: str, of_units: NDArray[np.floating], level: float) -> float:
         """Of "more than the bound is lost"."""
-        count = len(of_units)
+        method, count = self.method(wanted), len(of_units)
         if not count:
             return 1.0
         if method == "exact" and self.low < 0:
@@ -102,7 +106,7 @@ class Question:
             return None
         if level is None:
             return math.ceil((self.high - self.bound) / (self.bound + self.base) - 1e-9)
-        return _least_units(method, self.low, self.high, self.bound, self.base, level)
+        return _least_units(self.method(method), self.low, self.high, self.bound, self.base, level)
 
 
 @lru_cache(1024)
@@ -163,8 +167,8 @@ def questions(
 ) -> list[Question]:
     """What a metric asks of the tested samples.
 
-    Without groups samples are independent. The mean recall is then asked of blocks, each with samples of every class,
-    whose classes count alike. With groups the loss of a group is that of the metric within it, and groups count alike.
+    Without groups samples are independent. The mean recall is then asked of parts of the classes, see :func:`_parts`.
+    With groups the loss of a group is that of the metric within it, and groups count alike.
 
     Args:
         metric: not a function.
@@ -193,7 +197,7 @@ def questions(
             pairs = groups * num_classes + labels
             of_pair = np.bincount(pairs, minlength=pairs.max(initial=0) + 1)[pairs]
             return [question("mean recall", every, weights[labels] / of_pair)]
-        return [_blocks(labels, weights, bound)]
+        return _parts(labels, weights, bound)
     if metric == "accuracy" and class_weights is not None:
         if groups is not None:
             return [question("accuracy", every, class_weights[labels])]
@@ -356,7 +360,7 @@ def _test(replay: _Replay, question: Question, method: str, level: float | None)
     if level is None:
         control = _Monotone(question)
         return lambda step: control.keeps(question.of_units(replay.losses(step)))
-    if method != "exact":
+    if question.method(method) != "exact":
         return lambda step: question.p_value(method, question.of_units(replay.losses(step)), level) <= level
     lost, won = (
         replay.counts(is_counted, question.rows)
@@ -401,16 +405,61 @@ class _Monotone:
         return float(self.worst.sum() + question.high) <= question.bound * (count + 1) + 1e-12
 
 
-def _blocks(labels: Ints, weights: Floats, bound: float) -> Question:
-    """The mean recall: as many blocks as the rarest class has samples; within a block each class has the mean of its
-    samples there, and classes are weighed."""
+def _parts(labels: Ints, weights: Floats, bound: float) -> list[Question]:
+    """The mean recall, by parts of the classes that each may lose a share of the bound, which was fixed before.
+
+    If every part keeps its share the mean keeps the bound, so the claim to be refuted is again that any of them does
+    not, and each is tested at the full level. Classes of like numbers are one part, asked in blocks. Were all classes
+    in one, there would be as few blocks as samples of the rarest, each of which could lose everything for all that the
+    test knows.
+
+    The shares are as the losses that a part's number of samples can tell from none: of the order of the root of the
+    number, and for few of the number itself.
+    """
     asked = np.flatnonzero(weights > 0)
     counts = np.bincount(labels, minlength=len(weights))
-    num_blocks = int(counts[asked].min())
-    rows = np.flatnonzero(np.isin(labels, asked)) if num_blocks else np.empty(0, dtype=np.int64)
+    in_order = asked[np.argsort(counts[asked], kind="stable")]
+    parts: list[list[int]] = []
+    for label in in_order.tolist():
+        if parts and counts[label] <= ALIKE * counts[parts[-1][0]]:
+            parts[-1].append(label)
+        else:
+            parts.append([label])
+    weight = weights / weights[asked].sum()
+    told = np.array(
+        [
+            math.hypot(*(weight[part] / np.sqrt(np.maximum(counts[part], 1))))
+            + weight[part].sum() * FEW / max(counts[part[0]], 1)
+            for part in parts
+        ]
+    )
+    allowed = bound * told / told.sum()
+    return [
+        _blocks(labels, part, weight, float(share / weight[part].sum()), len(parts) == 1)
+        for part, share in zip(parts, allowed, strict=True)
+    ]
+
+
+ALIKE = 2.0
+"""Classes are one part if none has so many times the samples of the rarest."""
+
+FEW = 10.0
+"""How many samples a class has when the share of the bound that it needs begins to be as their number, not its root."""
+
+
+def _blocks(labels: Ints, part: list[int], weights: Floats, bound: float, is_whole: bool) -> Question:
+    """The weighted mean recall of some classes, ascending by number: of one class, of its samples; else of as many
+    blocks as the rarest has samples, within which each class has the mean of its samples there."""
+    if len(part) == 1:
+        rows = np.flatnonzero(labels == part[0])
+        return Question(f"recall of class {part[0]}", rows, None, None, True, -1.0, 1.0, bound)
+    counts = np.bincount(labels, minlength=len(weights))
+    num_blocks = int(counts[part[0]])
+    rows = np.flatnonzero(np.isin(labels, part)) if num_blocks else np.empty(0, dtype=np.int64)
     unit, weight = np.empty(len(rows), dtype=np.int64), np.empty(len(rows))
-    for label in asked if num_blocks else ():
+    for label in part if num_blocks else ():
         of_class = labels[rows] == label
         unit[of_class] = np.arange(counts[label]) % num_blocks
-        weight[of_class] = weights[label] / weights[asked].sum() / np.bincount(unit[of_class])[unit[of_class]]
-    return Question("mean recall", rows, unit, weight, False, -1.0, 1.0, bound)
+        weight[of_class] = weights[label] / weights[part].sum() / np.bincount(unit[of_class])[unit[of_class]]
+    name = "mean recall" if is_whole else f"mean recall of classes {', '.join(map(str, sorted(part)))}"
+    return Question(name, rows, unit, weight, False, -1.0, 1.0, bound)
