@@ -82,6 +82,7 @@ def test_a_worst_case_budget_is_the_last_exit_that_anybody_reaches() -> None:
     assert paid(both)[1] <= 2.1
     best = certified(bound=None, worst_budget=2.1)
     assert best.policy.thresholds == (None, math.inf)
+    assert "tested on" not in str(best.report)
     assert certificate_of(best).promise.startswith("certain: every sample costs at most 2.1 FLOPs")
     sure = 1 / (1 + np.exp(answers(3000)["scores"]))
     confidence = certified(bound=0.1, worst_budget=2.1, score="confidence", scores=sure)

@@ -252,7 +252,7 @@ class Certificate:
             lines.append(f"and {len(tested) - MAX_CLAIMS_SHOWN} more with smaller p-values")
         if self.cost_p_value is not None:
             lines.append(f"mean cost: {self._cost(self.mean_cost)}, p = {self.cost_p_value:.3g}")
-        if self.reason is None:
+        if self.reason is None and (self.claims or self.mean_budget is not None):  # else nothing was tested
             price = (
                 ""
                 if self.fitted_cost is None
