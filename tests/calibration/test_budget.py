@@ -116,6 +116,42 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_least_that_something_do
         certified(**answers(80), mean_budget=2.0)
 
 
+@pytest.mark.parametrize("worst", [None, 2.1])
+def test_rows_that_are_not_finite_are_paid_for_to_the_end(worst: float | None) -> None:
+    scores = answers(3000)["scores"].copy()
+    scores[::3] = np.nan  # at every early exit
+    with pytest.raises(BudgetError, match=r"within a mean cost of 1\.1 FLOPs.* can be shown to keep it; the") as caught:
+        certified(bound=None, scores=scores, mean_budget=1.1, worst_budget=worst)
+    least = float(str(caught.value).split("mean_budget=")[1].split(";")[0])
+    calibration = certified(bound=None, scores=scores, mean_budget=least, worst_budget=worst)
+    thresholds = [-math.inf if t is None else t for t in calibration.policy.thresholds]
+    exits = np.column_stack([scores <= thresholds, np.ones(3000, dtype=bool)]).argmax(axis=1)
+    mean = COSTS.cumulative(np.array(thresholds) > -math.inf)[exits].mean()
+    assert mean < least < 1.1 * mean
+    p_value = certificate_of(calibration).cost_p_value
+    assert p_value is not None
+    assert p_value <= 0.1
+
+
+def test_a_mean_budget_below_the_only_exit_within_the_worst_case_is_refused() -> None:
+    costs = ExitCosts((1.0, 1.0), (0.5,))
+    given = answers(500)
+    with pytest.raises(
+        BudgetError, match=r"worst-case cost of 2 FLOPs can be shown to keep it; .* mean_budget=2; give"
+    ):
+        cet.calibrate_scores(
+            given["scores"][:, :1],
+            given["predictions"][:, [0, 2]],
+            given["labels"],
+            costs,
+            None,
+            0.9,
+            num_classes=int(given["labels"].max()) + 1,
+            mean_budget=1.6,
+            worst_budget=2.0,
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -193,7 +193,7 @@ def search(
     if terms.budget and trial.chosen is None:
         raise BudgetError(_too_dear(terms, trial, answers, tested, asked, groups, is_fit, costs, score, num_classes))
     path, first = trial.path, trial.first
-    is_known = trial.spending is None or first in (0, len(path) - 1)
+    is_known = trial.spending is None or first in (0, len(trial.spending.path))
     return Search(
         [trial.reach.expand(thresholds) for thresholds in path],
         asked,
@@ -255,9 +255,15 @@ def _try(
         path = [reach.closed, *path]
     spending, first = None, 0
     if terms.budget.mean is not None:
-        spending = _Spending.on(path, conditions, None if groups is None else groups[tested], reach, terms)
+        last = reach.exits[-1]
+        staying = [
+            np.isnan(given.scores[tested, last]) if last < reach.num_early else np.zeros(len(tested), dtype=bool)
+            for given in answers
+        ]
+        of_groups = None if groups is None else groups[tested]
+        spending = _Spending.on(path, conditions, staying, of_groups, reach, costs, terms)
         first = spending.first
-        if reach.closed:
+        if reach.closed and not any(np.isnan(given.scores[:, reach.exits[0]]).any() for given in answers):
             path = [*path, (math.inf, *path[-1][1:])]  # all leave at once, which costs what it costs
     outcome = walk(path, conditions, asked, terms.method, terms.level, None if spending is None else first)
     return _Trial(reach, path, outcome, first, spending)
@@ -270,6 +276,7 @@ class _Spending:
     Attributes:
         path, conditions, question, level: of :func:`walk_back`.
         full: cost of the whole reach.
+        most: what the dearest of these samples costs under the safest policy.
     """
 
     path: list[tuple[float, ...]]
@@ -277,32 +284,41 @@ class _Spending:
     question: Question
     level: float | None
     full: float
+    most: float
 
     @classmethod
     def on(
         cls,
         path: list[tuple[float, ...]],
         conditions: Sequence[Condition],
+        staying: Sequence[NDArray[np.bool_]],
         groups: Ints | None,
         reach: Reach,
+        costs: ExitCosts,
         terms: Terms,
     ) -> _Spending:
-        """Of policies that open no exit but those that are open anywhere along the path."""
+        """Of policies that open no exit but those that are open anywhere along the path. ``staying`` are the rows of
+        each condition that are not finite at the last exit of the reach and so go on, to the end of the model."""
         assert terms.budget.mean is not None
+        full = reach.costs.full
         is_open = np.array(path).max(axis=0) > -math.inf
-        paid = reach.costs.cumulative(is_open) / reach.costs.full
-        num = len(conditions[0].scores)
-        costing = [
-            Condition(given.name, given.scores, np.tile(paid.astype(np.float32), (num, 1))) for given in conditions
-        ]
-        budget = terms.budget.mean / reach.costs.full
-        question = cost_question(num, groups, float(paid.min()), float(max(paid.max(), budget)), budget)
-        return cls(path, costing, question, terms.level, reach.costs.full)
+        paid = (reach.costs.cumulative(is_open) / full).astype(np.float32)
+        whole = (costs.full + sum(costs.head[k] for k in reach.exits if k < reach.num_early)) / full
+        num, most, costing = len(conditions[0].scores), 1.0, []
+        for given, stays in zip(conditions, staying, strict=True):
+            of_rows = np.tile(paid, (num, 1))
+            of_rows[stays, -1] = whole
+            if stays.any():
+                most = whole
+            costing.append(replace(given, losses=of_rows))
+        budget = terms.budget.mean / full
+        question = cost_question(num, groups, float(paid.min()), float(max(paid.max(), most, budget)), budget)
+        return cls(path, costing, question, terms.level, full, most)
 
     @property
     def first(self) -> int:
         """The safest policy within the budget; one behind the last of the path for that under which all leave."""
-        if Budget(self.question.bound, None).keeps(1.0, 1.0):
+        if Budget(self.question.bound, None).keeps(self.most, self.most):
             return 0
         return 1 + walk_back(self.path[1:], self.conditions, self.question, self.level)
 
@@ -436,19 +452,22 @@ def _too_dear(
     """That no policy within the budget keeps the bound, and the least budget with which one does."""
     if trial.outcome.steps and trial.spending is not None:
         dear, _ = trial.spending.at(trial.outcome.steps - 1)
-        least = f"mean_budget={rounded_up(min(dear, trial.reach.costs.full))}"
+        least = f"mean_budget={rounded_up(min(dear, trial.spending.most * trial.reach.costs.full))}"
     else:
         for worst in sorted(np.cumsum(costs.stage) + np.append(costs.head, 0.0)):
-            alike = replace(terms, budget=Budget(None, worst))
+            alike = replace(terms, budget=replace(terms.budget, worst=worst))
             if not terms.budget.keeps(0.0, worst) and (
-                _try(alike, answers, tested, asked, groups, is_fit, costs, score, num_classes).chosen is not None
+                _try(alike, answers, tested, asked, groups, is_fit, costs, score, num_classes).outcome.steps
             ):
                 break
         least = f"worst_budget={rounded_up(worst)}"
+    lead = f"no policy within {terms.budget.text(costs.unit)} can be shown to"
+    fix = f"the least budget that these samples allow is {least}; give that"
+    if terms.bound is None:
+        return f"{lead} keep it; {fix}"
     return (
-        f"no policy within {terms.budget.text(costs.unit)} can be shown to lose at most {terms.bound:.4g}; the least "
-        f"budget that these samples allow is {least}; give that, or a larger loss, or max_accuracy_drop=None for the "
-        "best within the budget, whatever it loses"
+        f"{lead} lose at most {terms.bound:.4g}; {fix}, or a larger loss, or max_accuracy_drop=None for the best "
+        "within the budget, whatever it loses"
     )
 
 

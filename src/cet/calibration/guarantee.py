@@ -305,6 +305,8 @@ def mean_cost(
 ) -> tuple[float, float | None]:
     """Of one policy of a path, the p-value of "it costs more than the budget" and the least budget for which it were
     within the level; arguments are those of :func:`walk_back`."""
+    if question.low == question.high:
+        return question.high, None  # whatever the samples do
     of_units = [question.of_units(_Replay(path, condition).losses(step)) for condition in conditions]
 
     def p_value(budget: float) -> float:

@@ -176,8 +176,10 @@ class Certificate:
         new = f"on new {self.unit} of the same kind{also}"
         promised = []
         if self.bound is not None:
-            kept = f"{100 * self.bound:.4g} {per_point} of the full model's"
-            promised.append(f"{BOUNDED.get(self.metric, self.metric)} {new} is within {kept}")
+            kept = f"within {100 * self.bound:.4g} {per_point} of the full model's"
+            if self.metric == "disagreement":
+                kept = f"at most {100 * self.bound:.4g} {per_point}"
+            promised.append(f"{BOUNDED.get(self.metric, self.metric)} {new} is {kept}")
         if self.mean_budget is not None:
             promised.append(f"the mean cost{'' if promised else ' ' + new} is within {self._cost(self.mean_budget)}")
         sentence = f"certified: {how} over the calibration samples, {' and '.join(promised)}" if promised else ""
