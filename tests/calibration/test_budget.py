@@ -39,6 +39,7 @@ def test_the_best_within_a_mean_budget_is_within_it_on_new_samples(budget: float
     assert certificate.promise.endswith("what is lost is not bounded")
     assert certificate.fitted_cost is None
     assert certificate.claims == ()
+    assert certificate.method == ("risk control" if confidence is None else "betting")
     if confidence is not None:
         assert certificate.cost_p_value is not None
         assert certificate.cost_p_value <= 0.1

@@ -171,7 +171,7 @@ def test_measured_costs_are_those_of_stages_and_heads(
 def test_costs_that_cannot_be_measured_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unit is 'W'; choose ms or J"):
         measured_costs(bench.model(), batches(), "W")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="give at least one batch"):
+    with pytest.raises(ValueError, match="loader yields no rows to measure; give"):
         measured_costs(bench.model(), [], "ms")
     no_counter = lambda: EnergyMeter([], rapl=False, clock=bench.simulation.clock)  # noqa: E731
     monkeypatch.setattr(cet.energy.profile, "EnergyMeter", no_counter)

@@ -387,7 +387,8 @@ def _method(terms: Terms, asked: Sequence[Question]) -> str:
     """How it was tested, for the certificate."""
     if terms.confidence is None:
         return "risk control"
-    return " and ".join(sorted({question.method(terms.method) for question in asked}, reverse=True)) or terms.method
+    methods = {question.method(terms.method) for question in asked} | ({"betting"} if terms.budget.mean else set())
+    return " and ".join(sorted(methods, reverse=True)) or terms.method
 
 
 def mean_loss(given: Answers, exit_index: Ints) -> float:

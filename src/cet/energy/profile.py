@@ -171,6 +171,8 @@ def measured_costs(
             batches.append((pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), x), y))
         if len(batches) == _MEASURED_BATCHES:
             break
+    if not batches:
+        raise ValueError("loader yields no rows to measure; give it a batch of samples at least")
     with EnergyMeter().opened() as meter:
         if unit == "J" and not meter.domains:
             reasons = "; ".join(missing.reason for missing in meter.unavailable)
