@@ -256,12 +256,12 @@ def _try(
     spending, first = None, 0
     if terms.budget.mean is not None:
         last = reach.exits[-1]
-        staying = [
+        going_on = [
             np.isnan(given.scores[tested, last]) if last < reach.num_early else np.zeros(len(tested), dtype=bool)
             for given in answers
         ]
         of_groups = None if groups is None else groups[tested]
-        spending = _Spending.on(path, conditions, staying, of_groups, reach, costs, terms)
+        spending = _Spending.on(path, conditions, going_on, of_groups, reach, costs, terms)
         first = spending.first
         if reach.closed and not any(np.isnan(given.scores[:, reach.exits[0]]).any() for given in answers):
             path = [*path, (math.inf, *path[-1][1:])]  # all leave at once, which costs what it costs
@@ -291,13 +291,13 @@ class _Spending:
         cls,
         path: list[tuple[float, ...]],
         conditions: Sequence[Condition],
-        staying: Sequence[NDArray[np.bool_]],
+        going_on: Sequence[NDArray[np.bool_]],
         groups: Ints | None,
         reach: Reach,
         costs: ExitCosts,
         terms: Terms,
     ) -> _Spending:
-        """Of policies that open no exit but those that are open anywhere along the path. ``staying`` are the rows of
+        """Of policies that open no exit but those that are open anywhere along the path. ``going_on`` are the rows of
         each condition that are not finite at the last exit of the reach and so go on, to the end of the model."""
         assert terms.budget.mean is not None
         full = reach.costs.full
@@ -305,10 +305,10 @@ class _Spending:
         paid = (reach.costs.cumulative(is_open) / full).astype(np.float32)
         whole = (costs.full + sum(costs.head[k] for k in reach.exits if k < reach.num_early)) / full
         num, most, costing = len(conditions[0].scores), 1.0, []
-        for given, stays in zip(conditions, staying, strict=True):
+        for given, goes_on in zip(conditions, going_on, strict=True):
             of_rows = np.tile(paid, (num, 1))
-            of_rows[stays, -1] = whole
-            if stays.any():
+            of_rows[goes_on, -1] = whole
+            if goes_on.any():
                 most = whole
             costing.append(replace(given, losses=of_rows))
         budget = terms.budget.mean / full
