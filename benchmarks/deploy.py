@@ -19,7 +19,7 @@ from benchmarks.harness import Case, WrongResultError, check_close
 from benchmarks.models import NETS, multi_exit, random_inputs
 from benchmarks.operations import Benchmark, Measured, Point
 from cet.deploy.check import NEAR
-from cet.deploy.description import Description
+from cet.deploy.description import OUTPUTS, Description
 from cet.deploy.export import describe
 from cet.deploy.onnx import OnnxModel, session_of
 from cet.deploy.onnx_writer import OnnxWriter
@@ -89,9 +89,9 @@ def set_up(point: Point) -> Case:
         loaded = OnnxModel(session_of(writer.with_exits(described), point["threads"]), "the file")
         feeds = {description.inputs[0].name: array}
         return {
-            "cet": partial(loaded.session.run, None, feeds),
+            "cet": partial(loaded.session.run, OUTPUTS, feeds),
             "load_exported": partial(loaded.predict, array),
-            "full": partial(full.run, None, feeds),
+            "full": partial(full.run, OUTPUTS[:1], feeds),
         }
 
     one_row = point["batch"] == 1

@@ -4,8 +4,9 @@ Each stage is exported once, and the graphs are nested by hand: behind each exit
 holds all that comes behind the exit. So the file grows, and takes time to write, linearly with the exits; an ``If``
 made from ``torch.cond`` is traced again for each exit that it is in.
 
-For any number of rows the branch gathers the rows that stay, and scatters their answers back; logits, score and exit
-index are columns of one tensor on the way, so that one scatter does. For a batch of one there is no index at all.
+For any number of rows those that stay are gathered before the branch, and their answers scattered back behind it,
+where tensors can be freed and written in place; logits, score and exit index are columns of one tensor on the way, so
+that one scatter does. For a batch of one there is no index at all.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from onnxscript.optimizer import fold_constants
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
-from cet.deploy.onnx_scores import negated, sureness
+from cet.deploy.onnx_scores import negated, scores
 from cet.deploy.segments import ExportedStages
-from cet.model.heads import ExitHead
+from cet.ops.definitions import SCORES
 from cet.partition.export import CUTTING, quiet
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -88,7 +89,6 @@ class _Model:
     def __init__(self, stages: ExportedStages, graph: ir.Graph, description: Description) -> None:
         self.description = description
         self._segments = stages.segments
-        self._heads = stages.model.heads
         self._graph = graph.clone()
         self._parts = _split(self._graph, stages)
         self._graph.outputs.clear()
@@ -103,8 +103,9 @@ class _Model:
         names = stages.input_format.names
         self._entry = [by_name[names[index]] for index in stages.entry if names[index] in by_name]
         self._sized = [by_name[names[index]] for index in stages.sized]
-        self._negated = negated(description.score)
-        never = -np.inf if self._negated else np.inf
+        self._negated = negated(description.score, description.batch is not None)
+        self._is_low_when_sure = SCORES[description.score].is_low_when_sure
+        never = -np.inf if self._is_low_when_sure else np.inf
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
         self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
@@ -135,54 +136,52 @@ class _Model:
         sources = {"made": made, "taken": values}
         return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
 
-    def _scored(
-        self, depth: int, values: Sequence[Value], *, keepdims: bool
-    ) -> tuple[Block, Value, Value, list[Value]]:
-        """The nodes of a segment; its logits, how sure its rows are, and what crosses the cut behind it."""
+    def _scored(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, Value, list[Value]]:
+        """The nodes of a segment; its logits, scores ``(n, 1)``, and what crosses the cut behind it."""
         block, logits, crossing = self._segment(depth, values)
-        exit_index = self._segments[depth].exit_index
         temperatures = self.description.temperatures
-        sure = sureness(
+        producer = logits.producer()
+        score = scores(
             block,
             logits,
             self.description.score,
-            1.0 if temperatures is None else temperatures[exit_index],
-            # A linear layer rules no class out.
-            excludes=exit_index == len(self._heads) or type(self._heads[exit_index]) is not ExitHead,
-            keepdims=keepdims,
+            1.0 if temperatures is None else temperatures[self._segments[depth].exit_index],
+            excludes=producer is None or producer.op_type != "Gemm",  # a linear layer rules no class out
+            one_row=self.description.batch is not None,
         )
-        return block, block.cast(logits, self.description.logits_dtype), sure, crossing
+        return block, block.cast(logits, self.description.logits_dtype), score, crossing
 
-    def _leaves(self, block: Block, sure: Value, exit_index: int) -> Value:
+    def _leaves(self, block: Block, score: Value, exit_index: int) -> Value:
         """Whether rows leave: of NaN no comparison is true."""
         if self.description.thresholds_are_input:
             limit = block.op("Gather", self._given_thresholds, block.constant(np.int64(exit_index)))
             limit = block.op("Neg", limit) if self._negated else limit
         else:
             limit = block.number(-self._thresholds[exit_index] if self._negated else self._thresholds[exit_index])
-        return block.op("GreaterOrEqual", sure, limit)
+        is_low_when_sure = self._is_low_when_sure and not self._negated
+        return block.op("LessOrEqual" if is_low_when_sure else "GreaterOrEqual", score, limit)
 
     def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
         """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
-        block, logits, sure, crossing = self._scored(depth, values, keepdims=False)
+        block, logits, score, crossing = self._scored(depth, values)
         exit_index = self._segments[depth].exit_index
         last = depth + 1 == len(self._segments)
         leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
         answers = [
             logits if last else leaving.op("Identity", logits),
             leaving.op("Identity", block.integers(exit_index)),
-            leaving.op("Neg", sure) if self._negated else leaving.op("Identity", sure),
+            leaving.op("Squeeze", score, block.integers(1)),
         ]
         if last:
             return block, answers
-        leaves = self._leaves(block, sure, exit_index)
+        leaves = self._leaves(block, score, exit_index)
         return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
         block, packed = self._packed(0, self._entry)
         widths = block.integers(self.description.num_classes, 1, 1)
-        logits, sure, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
-        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, sure)]
+        logits, column, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
+        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, column)]
         score = block.op("Neg", flat[1]) if self._negated else flat[1]
         dtypes = _dtype(self.description.logits_dtype), INT64, FLOAT
         return block, [
@@ -196,30 +195,26 @@ class _Model:
         return "float64" if self.description.logits_dtype == "float64" else "float32"
 
     def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
-        """Logits, how sure rows are, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, logits, sure, crossing = self._scored(depth, values, keepdims=True)
+        """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
+        block, logits, score, crossing = self._scored(depth, values)
         exit_index = self._segments[depth].exit_index
-        both = block.op("Concat", block.cast(logits, self._width), block.cast(sure, self._width), axis=1)
+        both = block.op("Concat", block.cast(logits, self._width), block.cast(score, self._width), axis=1)
         packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
         if depth + 1 == len(self._segments):
             return block, packed
-        stays = block.op("Not", self._leaves(block, sure, exit_index))
+        stays = block.op("Not", self._leaves(block, score, exit_index))
         index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
-
-        kept = Block(self._weights, f"{block.prefix}stays/")
-        rows = kept.op("Squeeze", index, block.integers(0))
+        rows = block.op("Squeeze", index, block.integers(0))
         going_on = [
-            value if dim is None else kept.op("Gather", value, rows, axis=dim)
+            value if dim is None else block.op("Gather", value, rows, axis=dim)
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
+        nobody = Block(self._weights, f"{block.prefix}nobody/")
+        none = nobody.op("Identity", block.constant(np.empty((0, self.description.num_classes + 2), self._width)))
         deeper, answers = self._packed(depth + 1, going_on)
-        kept.nodes += deeper.nodes
-        answered = kept.op("ScatterND", packed, kept.op("Transpose", index), answers)
-        nobody = Block(self._weights, f"{block.prefix}leaves/")
-        left = nobody.op("Identity", packed)
-        (packed,) = self._if(block, somebody, (kept, [answered]), (nobody, [left]))
-        return block, packed
+        (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
+        return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
 
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
