@@ -58,6 +58,8 @@ class Benchmark:
         @session_options
         def main(skip: Sequence[str], only: Sequence[str], keep_freed_memory: bool, **options: Any) -> None:
             points = self._chosen(only)
+            if options["cpu_time"] and any(point.get("threads", 1) > 1 for point in points):
+                raise click.BadParameter("is for one thread; add --only threads=1", param_hint="--cpu-time")
             if keep_freed_memory and not keep_all_freed_memory():
                 raise click.ClickException("--keep-freed-memory needs glibc's allocator")
             file = f"{self.name}_kept_memory" if keep_freed_memory else self.name

@@ -63,8 +63,15 @@ def test_a_quick_run_measures_every_scenario(tmp_path: Path) -> None:
             case.check({**right, "cet": wrong})
 
 
-@pytest.mark.parametrize(("only", "message"), [("size=1", "size is none of net, batch"), ("batch=3", "no point has")])
-def test_points_that_are_not_there_are_refused(only: str, message: str) -> None:
-    run: Any = CliRunner().invoke(deploy.main, ["--quick", "--only", only])
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("--only size=1", "size is none of net, batch"),
+        ("--only batch=3", "no point has"),
+        ("--cpu-time", "is for one thread; add --only threads=1"),
+    ],
+)
+def test_points_that_are_not_there_or_cannot_be_timed_are_refused(only: str, message: str) -> None:
+    run: Any = CliRunner().invoke(deploy.main, ["--quick", *only.split()])
     assert run.exit_code == 2
     assert message in " ".join(run.output.replace("│", " ").split())
