@@ -165,7 +165,7 @@ def write_results(
     """
     repeated = {key: description[key] for key in ("commit", "date", "device", "cores", "threads", *PACKAGES)}
     table = io.StringIO()
-    lines = [{**point, **asdict(row), **repeated} for point, row in rows]
+    lines = [{**point, **asdict(row), **{k: v for k, v in repeated.items() if k not in point}} for point, row in rows]
     writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: _rounded(value) for key, value in line.items()} for line in lines)

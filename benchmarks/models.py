@@ -1,4 +1,4 @@
-"""The benchmarked nets, with random weights: a sensor CNN, a ViT and a ResNet, three early exits each."""
+"""The benchmarked nets, with random weights: a sensor CNN, ViTs, ResNets and a BERT, three early exits each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Net:
         backbone: the whole net.
         exits: paths of the submodules after which a sample may leave, with their heads.
         sample_shape: shape of one input row.
+        vocabulary: how many words there are, where the input is tokens.
         stages: what a user would write to run the net from exit to exit: each function takes the features of the
             exit before, the first one the input, and the last returns the logits.
     """
@@ -27,6 +28,7 @@ class Net:
     exits: dict[str, cet.HeadSpec | None]
     sample_shape: tuple[int, ...]
     stages: tuple[Callable[[Tensor], Tensor], ...]
+    vocabulary: int | None = None
 
 
 def sensor_cnn() -> Net:
@@ -102,17 +104,42 @@ def _resnet(widths: list[int], depths: list[int], layer_type: str) -> Net:
     )
 
 
+def bert_tiny() -> Net:
+    """TinyBERT-4 on 128 tokens (Jiao et al. 2020, arXiv 1909.10351), left after each of its first three layers."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200}
+    net = BertForSequenceClassification(BertConfig(num_labels=7, **sizes))
+    bert, layers = net.bert, net.bert.encoder.layer
+    return Net(
+        backbone=net,
+        exits={f"bert.encoder.layer.{index}": cet.HeadSpec(pool="first") for index in range(3)},
+        sample_shape=(128,),
+        stages=(
+            nn.Sequential(bert.embeddings, layers[0]),
+            layers[1],
+            layers[2],
+            lambda h: net.classifier(bert.pooler(layers[3](h))),
+        ),
+        vocabulary=net.config.vocab_size,
+    )
+
+
 NETS: dict[str, Callable[[], Net]] = {
     "sensor_cnn": sensor_cnn,
     "vit_tiny": vit_tiny,
     "resnet18": resnet18,
     "vit_base": vit_base,
     "resnet50": resnet50,
+    "bert_tiny": bert_tiny,
 }
 
 
 def random_inputs(net: Net, rows: int) -> Tensor:
-    """Noise ``(rows, *sample_shape)`` around a level per row and channel, so that the rows' features differ."""
+    """Noise ``(rows, *sample_shape)`` around a level per row and channel, so that the rows' features differ; tokens
+    for a net that takes them."""
+    if net.vocabulary is not None:
+        return torch.randint(net.vocabulary, (rows, *net.sample_shape))
     channels, *positions = net.sample_shape
     return torch.randn(rows, channels, *positions) + torch.randn(rows, channels, *(1 for _ in positions))
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from benchmarks.harness import NO_TIME, Case, Row, failure
 from benchmarks.session import Session, session_options
+from cet.measure.host import installed_version
 from cet.measure.rounds import Timings
 from cet.measure.timers import keep_freed_memory as keep_all_freed_memory
 
@@ -33,6 +34,7 @@ class Benchmark:
         set_up: makes the case of a point, on the default device.
         ratios: ``(slow, fast)`` tells how many times as long ``slow`` takes, at the points that have both.
         verdicts: takes what was measured, and returns the measures.
+        packages: whose versions go into the results beside those of all benchmarks.
     """
 
     name: str
@@ -40,31 +42,55 @@ class Benchmark:
     set_up: Callable[[Point], Case]
     ratios: Sequence[Ratio]
     verdicts: Callable[[Measured], dict[str, Any]]
+    packages: Sequence[str] = ()
 
     def command(self) -> click.Command:
         """The command line: time every point, print and write times, ratios and verdicts."""
 
         @click.command()
         @click.option("--skip", multiple=True, help="Leave out this provider.")
+        @click.option("--only", multiple=True, metavar="KEY=VALUE", help="Measure these points alone, as batch=1.")
         @click.option(
             "--keep-freed-memory",
             is_flag=True,
             help="Have glibc keep all freed memory, so that no provider pays for fresh pages: NAME_kept_memory.",
         )
         @session_options
-        def main(skip: Sequence[str], keep_freed_memory: bool, **options: Any) -> None:
+        def main(skip: Sequence[str], only: Sequence[str], keep_freed_memory: bool, **options: Any) -> None:
+            points = self._chosen(only)
+            if options["cpu_time"] and any(point.get("threads", 1) > 1 for point in points):
+                raise click.BadParameter("is for one thread; add --only threads=1", param_hint="--cpu-time")
             if keep_freed_memory and not keep_all_freed_memory():
                 raise click.ClickException("--keep-freed-memory needs glibc's allocator")
             file = f"{self.name}_kept_memory" if keep_freed_memory else self.name
-            session = Session(self.name, file, {"keep_freed_memory": keep_freed_memory}, **options)
-            self._run(session, skip, file)
+            about = {
+                "keep_freed_memory": keep_freed_memory,
+                **{name: installed_version(name) for name in self.packages},
+            }
+            session = Session(self.name, file, about, **options)
+            self._run(session, points, skip, file)
 
         return main
 
-    def _run(self, session: Session, skip: Sequence[str], title: str) -> None:
+    def _chosen(self, only: Sequence[str]) -> Sequence[Point]:
+        """The points at which each of the keys has one of the values that are given for it."""
+        wanted: dict[str, set[str]] = {}
+        for entry in only:
+            key, _, value = entry.partition("=")
+            wanted.setdefault(key, set()).add(value)
+        if unknown := wanted.keys() - self.points[0].keys():
+            raise click.BadParameter(
+                f"{', '.join(unknown)} is none of {', '.join(self.points[0])}", param_hint="--only"
+            )
+        chosen = [p for p in self.points if all(str(p[key]) in values for key, values in wanted.items())]
+        if not chosen:
+            raise click.BadParameter("no point has these values", param_hint="--only")
+        return chosen
+
+    def _run(self, session: Session, points: Sequence[Point], skip: Sequence[str], title: str) -> None:
         measured: Measured = []
         rows: list[tuple[Point, Row]] = []
-        for point in self.points:
+        for point in points:
             try:
                 if measured and time.perf_counter() > session.end:
                     rows.append((point, Row("cet", "s", note=NO_TIME)))

@@ -31,6 +31,11 @@ OPTIONS = (
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
     click.option("--cold", is_flag=True, help="Empty the caches before each timed call."),
+    click.option(
+        "--cpu-time",
+        is_flag=True,
+        help="Time the processor's work for the calling thread: for one thread where others use the machine too.",
+    ),
     click.option("--within", type=float, default=math.inf, help="Seconds after which no other point is begun."),
     click.option("--quick", is_flag=True, help="A smoke test of a few short rounds: its figures mean nothing."),
     click.option(
@@ -60,7 +65,7 @@ class Session:
         name: of the benchmark.
         file: of the results, without an ending.
         about: more settings, which stand in the results.
-        threads, seconds, device, cold, within, quick, output: the options of :func:`session_options`.
+        threads, seconds, device, cold, cpu_time, within, quick, output: the options of :func:`session_options`.
 
     Attributes:
         device: what is timed.
@@ -80,6 +85,7 @@ class Session:
         seconds: float | None,
         device: str,
         cold: bool,
+        cpu_time: bool,
         within: float,
         quick: bool,
         output: Path | None,
@@ -95,18 +101,19 @@ class Session:
             torch.set_num_threads(threads)
         self._file = file
         self._settings = {"seconds": seconds or (0.02 if quick else 1.5), "min_rounds": 3 if quick else MIN_ROUNDS}
+        self._timer = timers.thread_clock if cpu_time else timers.timer_for(self.device)
         self._evict = timers.cache_eviction(self.device) if cold else None
         self.console = Console(width=None if sys.stdout.isatty() else 150)
         self.description = {
             "benchmark": name,
             **provenance(self.device, name),
-            "settings": {**self._settings, "cold": cold, **about},
+            "settings": {**self._settings, "cold": cold, "cpu_time": cpu_time, **about},
             "ceilings": gpu.ceilings(self.device) if device == "cuda" else {},
         }
 
     def time(self, case: Case) -> Timings[str]:
         """Check and time a case, see :func:`benchmarks.harness.measure`."""
-        return measure(case, timers.timer_for(self.device), evict=self._evict, **self._settings)
+        return measure(case, self._timer, evict=self._evict, **self._settings)
 
     def save(self, rows: Sequence[tuple[Mapping[str, Any], Row]], measures: Any, figure: Figure | None = None) -> None:
         """Write all results so far; with the figure they are complete, and what was written is told."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +78,45 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError.of(folder, error) from error
+
+
+def check_replaceable(path: str | os.PathLike[str], mark: str) -> None:
+    """Refuse a path that is taken, unless by an empty folder or one that holds a file named ``mark``.
+
+    Raises:
+        OutputError: then.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir() and ((target / mark).is_file() or not any(target.iterdir())):
+        return
+    if os.path.lexists(target):
+        error = FileExistsError(errno.EEXIST, f"it is there, and no folder with a {mark}")
+        raise OutputError.of(path, error)
+
+
+def write_folder_atomically(path: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files beside ``path``, then rename it into place; what is there is moved aside, then removed.
+
+    Raises:
+        OutputError: naming ``path``, whichever step failed.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            made = aside / "new"
+            made.mkdir()
+            for name, content in contents.items():
+                write_atomically(made / name, content)
+            if target.exists():
+                os.replace(target, aside / "old")
+            os.replace(made, target)
+        finally:
+            if not target.exists() and (aside / "old").exists():
+                os.replace(aside / "old", target)
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise OutputError.of(path, error) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -67,6 +67,32 @@ def test_one_row_at_a_time(model: cet.EarlyExit, file: Path) -> None:
     assert "Gather" not in {node.op_type for node in onnx.load(str(file)).graph.node}  # no index in a batch of one
 
 
+class RulesOut(nn.Module):
+    """Leaves two of three classes."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.where(torch.tensor([True, True, False]), logits, -torch.inf)
+
+
+def test_one_row_by_entropy_a_class_that_is_ruled_out_and_a_nan(tmp_path: Path) -> None:
+    """The entropy of one row has nodes of its own; of NaN no exit is sure. Relu of ONNX Runtime would hide a NaN."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3), RulesOut())
+    x = torch.randn(64, 4) * 3
+    model = cet.EarlyExit(backbone, ["0", "1"], (x,), policy=cet.ExitPolicy("entropy", (0.8, 0.9))).eval()
+    x[7, 2] = torch.nan
+    cet.export(model, tmp_path / "m.onnx", (x[:4],), batch=1)
+    loaded = cet.load_exported(tmp_path / "m.onnx", threads=1)
+    got, expected = [loaded.predict(row) for row in x.split(1)], model.predict(x)
+    exits = torch.cat([out.exit_index for out in got])
+    assert torch.equal(exits, expected.exit_index)
+    assert exits.unique().tolist() == [0, 1, 2]
+    assert exits[7] == 2
+    for name in ("logits", "score"):
+        answers = torch.cat([getattr(out, name) for out in got])
+        torch.testing.assert_close(answers, getattr(expected, name), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -179,7 +205,7 @@ def test_a_file_that_would_answer_otherwise_is_not_written(
 ) -> None:
     before = tmp_path / "m.onnx"
     before.write_text("an older file")
-    monkeypatch.setattr("cet.deploy.onnx_writer.negated", lambda name: True)  # sure rows stay, and scores turn
+    monkeypatch.setattr("cet.deploy.onnx_writer.negated", lambda name, one_row: True)  # sure rows stay, and scores turn
     with pytest.raises(AnswerMismatchError, match="answers otherwise than the model at exit '1'; nothing was written"):
         cet.export(model, before)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an older file"]

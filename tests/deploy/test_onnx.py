@@ -196,5 +196,5 @@ def test_sizes_that_vary(built: Built, exported: Exported) -> None:
 
 
 def test_importing_the_loader_imports_no_torch() -> None:
-    code = "import cet.deploy.onnx, cet, sys; cet.load_exported; assert 'torch' not in sys.modules"
+    code = "import cet.deploy.onnx, cet.deploy.stages, cet, sys; cet.load_exported; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)

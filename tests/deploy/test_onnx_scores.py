@@ -14,22 +14,22 @@ from hypothesis import strategies as st
 
 from cet.deploy.onnx import session_of
 from cet.deploy.onnx_nodes import Block, Weights
-from cet.deploy.onnx_scores import SURENESS, negated, sureness
+from cet.deploy.onnx_scores import SCORE_NODES, negated, scores
 from cet.ops.definitions import ScoreName
 from cet.ops.exit_gate.definition import score_definition
 
 
 @cache
-def session(name: ScoreName, temperature: float) -> Any:
+def session(name: ScoreName, temperature: float, one_row: bool) -> Any:
     """A model of one score."""
     block = Block(Weights(), "")
     logits = ir.Value(name="logits", shape=ir.Shape(("n", "k")), type=ir.TensorType(ir.DataType.FLOAT))
-    scores = sureness(block, logits, name, temperature, excludes=True, keepdims=True)
-    scores = block.op("Neg" if negated(name) else "Identity", scores)
-    scores.name, scores.shape, scores.type = "scores", ir.Shape(("n", 1)), ir.TensorType(ir.DataType.FLOAT)
+    made = scores(block, logits, name, temperature, excludes=True, one_row=one_row)
+    made = block.op("Neg" if negated(name, one_row) else "Identity", made)
+    made.name, made.shape, made.type = "scores", ir.Shape(("n", 1)), ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(
         [logits],
-        [scores],
+        [made],
         nodes=block.nodes,
         initializers=block.weights.values,
         opset_imports={"": 20},
@@ -39,7 +39,7 @@ def session(name: ScoreName, temperature: float) -> Any:
 
 
 def test_every_score_has_a_form_in_onnx() -> None:
-    assert SURENESS.keys() == set(get_args(ScoreName))
+    assert SCORE_NODES.keys() == set(get_args(ScoreName))
 
 
 ANY_LOGIT = st.one_of(
@@ -55,6 +55,8 @@ def test_scores_are_those_of_the_definition(name: ScoreName, temperature: float,
     classes = data.draw(st.integers(2, 6))
     rows = data.draw(st.lists(st.lists(ANY_LOGIT, min_size=classes, max_size=classes), min_size=1, max_size=5))
     logits = np.array(rows, np.float32)
-    (got,) = session(name, temperature).run(None, {"logits": logits})
+    (together,) = session(name, temperature, False).run(None, {"logits": logits})
+    alone = [session(name, temperature, True).run(None, {"logits": row[None]})[0] for row in logits]
     expected = score_definition(torch.from_numpy(logits), name, temperature).numpy()
-    np.testing.assert_allclose(got[:, 0], expected, rtol=1e-4, atol=1e-5)
+    for got in (together, np.concatenate(alone)):
+        np.testing.assert_allclose(got[:, 0], expected, rtol=1e-4, atol=1e-5)

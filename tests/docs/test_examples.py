@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -33,8 +35,8 @@ def _run(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_there_are_the_four() -> None:
-    assert [path.stem for path in EXAMPLES] == ["hugging_face", "joules", "own_cnn", "two_inputs"]
+def test_there_are_the_five() -> None:
+    assert [path.stem for path in EXAMPLES] == ["hugging_face", "joules", "own_cnn", "stream", "two_inputs"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -45,11 +47,23 @@ def test_an_example_is_short(path: Path) -> None:
 @pytest.mark.parametrize("name", ["hugging_face", "own_cnn", "two_inputs"])
 def test_an_example_learns_and_lets_samples_leave(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     [path] = [path for path in EXAMPLES if path.stem == name]
-    *_, last = _run(path, capsys).splitlines()
+    _check(_run(path, capsys))
+
+
+def _check(out: str) -> None:
+    *_, last = out.splitlines()
     accuracy, exits = last.removeprefix("accuracy ").split("%", 1)
     counts = [int(number) for number in exits.partition("[")[2].rstrip("]").split(",")]
     assert float(accuracy) > 65  # chance is 25 to 33
     assert sum(counts[:-1]) > 0
+
+
+def test_the_stream_needs_no_torch() -> None:
+    [path] = [path for path in EXAMPLES if path.stem == "stream"]
+    code = "import runpy, sys; runpy.run_path(sys.argv.pop(), run_name='__main__'); assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    _check(run.stdout)
 
 
 def test_joules_are_time_where_no_counter_is(

@@ -18,7 +18,7 @@ import torch
 
 from cet.measure.rounds import MIN_ROUNDS, Timings, rounds, time_calls
 from cet.measure.statistics import Spread
-from cet.measure.timers import cache_eviction, timer_for, wall_clock
+from cet.measure.timers import cache_eviction, thread_clock, timer_for, wall_clock
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
@@ -149,3 +149,14 @@ def test_rounds_last_as_long_as_asked_and_hold_any_names(monkeypatch: pytest.Mon
 def test_a_device_without_a_timer_is_refused() -> None:
     with pytest.raises(ValueError, match="work on meta cannot be timed; use one of the devices cpu, cuda"):
         timer_for(torch.device("meta"))
+
+
+def test_the_clock_of_a_thread_leaves_out_what_it_waits_for() -> None:
+    assert thread_clock(lambda: time.sleep(0.05), 2) < 0.05
+    end = time.thread_time() + 0.02
+
+    def work() -> None:
+        while time.thread_time() < end:
+            pass
+
+    assert thread_clock(work, 1) > 0.01

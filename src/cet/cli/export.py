@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 @click.command("export")
 @click.argument("model", metavar="RUN|MODULE:NAME|FILE")
 @click.option("--backbone", metavar="MODULE:NAME", help="The backbone, which a FILE of EarlyExit.save needs.")
-@click.option("--output", type=PATH, required=True, metavar="FILE", help="Where the model goes, such as model.onnx.")
+@click.option(
+    "--output",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="Where the model goes: model.onnx, or model.stages for a folder of stages.",
+)
 @click.option(
     "--batch",
     type=click.Choice(["dynamic", "1"]),
@@ -43,7 +49,7 @@ def command(
     thresholds: Literal["baked", "input"],
     overwrite: bool,
 ) -> None:
-    """Write a model with its exits and policy as one file for another runtime.
+    """Write a model with its exits and policy for another runtime, as one file or a folder of stages.
 
     The model is a run of cet train, a function that returns a cet.EarlyExit, or a file of EarlyExit.save. The file is
     compared with it row by row before it is written, and timed beside the model without exits in the same runtime.

@@ -85,6 +85,11 @@ class Description:
     logits_dtype: str
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_low_when_sure(self) -> bool:
+        """Whether a sample leaves at or below the threshold; else at or above it."""
+        return self.score == "entropy"  # as in cet.ops.definitions.SCORES, which needs torch
+
     def to_json(self) -> str:
         """The description as JSON, in which infinite thresholds are the strings that ``float`` reads."""
         thresholds = [str(t) if t is not None and math.isinf(t) else t for t in self.thresholds]

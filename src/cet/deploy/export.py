@@ -18,7 +18,8 @@ from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.loading import format_of
 from cet.deploy.report import ExportReport, time_exits
 from cet.deploy.segments import ExportedStages, export_segments
-from cet.files import check_file, write_atomically
+from cet.deploy.stages import MANIFEST
+from cet.files import check_file, check_replaceable, write_atomically, write_folder_atomically
 from cet.measure.host import require, versions
 from cet.measure.rounds import Timings
 from cet.model.early_exit import EarlyExit
@@ -49,14 +50,17 @@ def export(
 
     Args:
         model: in eval mode.
-        path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit.
+        path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. ``.stages``: a
+            folder with one ``.onnx`` file per stage and ``manifest.json``, for runtimes that cannot branch: a loop
+            on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two stages.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
             not given. Sizes besides the batch may vary later where the model's stages allow it.
-        format: ``"onnx"``, where the suffix of ``path`` does not tell.
+        format: ``"onnx"`` or ``"stages"``, where the suffix of ``path`` does not tell.
         batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
             is faster for that.
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
-            ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's.
+            ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
+            be given.
         class_labels: a name for each class, to be kept in the file.
 
     Returns:
@@ -90,14 +94,20 @@ def export(
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     require("export to ONNX", ["onnx", "onnxscript", "onnxruntime"], extra="onnx")
     check_file(Path(os.path.realpath(path)))
+    if name == "stages":
+        check_replaceable(path, MANIFEST)
     call = model.example_inputs if example_inputs is None else _as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
     stages = export_segments(model, call, opened, rows)
     description = describe(stages, rows, thresholds == "input", class_labels)
-    content, comparison, timings = _onnx(stages, description)
-    write_atomically(path, content)
-    return ExportReport(os.fspath(path), name, len(content), description, comparison, timings)
+    content, comparison, timings = (_onnx if name == "onnx" else _onnx_stages)(stages, description)
+    if isinstance(content, bytes):
+        write_atomically(path, content)
+    else:
+        write_folder_atomically(path, content)
+    num_bytes = len(content) if isinstance(content, bytes) else sum(map(len, content.values()))
+    return ExportReport(os.fspath(path), name, num_bytes, description, comparison, timings)
 
 
 def _onnx(stages: ExportedStages, description: Description) -> tuple[bytes, Comparison, Timings[str]]:
@@ -115,6 +125,21 @@ def _onnx(stages: ExportedStages, description: Description) -> tuple[bytes, Comp
         compare(OnnxModel(session_of(content), "the model"), stages)
     full = session_of(writer.without_exits(description))
     return content, comparison, time_exits(loaded, partial(full.run, None), stages)
+
+
+def _onnx_stages(stages: ExportedStages, description: Description) -> tuple[dict[str, bytes], Comparison, Timings[str]]:
+    """The files of the folder, what came of comparing them, and their speed."""
+    from cet.deploy.onnx import session_of
+    from cet.deploy.onnx_writer import OnnxWriter
+    from cet.deploy.stages import OnnxStages, with_manifest
+
+    writer = OnnxWriter(stages)
+    written = writer.each_stage(description)
+    movable = replace(description, thresholds_are_input=True)  # they are the loop's
+    loaded = OnnxStages(with_manifest(movable, written), "the model")
+    comparison = compare(loaded, stages)
+    full = session_of(writer.without_exits(description))
+    return with_manifest(description, written), comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
 def describe(

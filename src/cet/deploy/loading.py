@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from cet.deploy.loaded import LoadedModel
 
-FORMATS = {".onnx": "onnx"}
-"""The formats of files by their suffix."""
+FORMATS = {".onnx": "onnx", ".stages": "stages"}
+"""The formats by the suffix of a file or folder."""
+
+_READERS = {"onnx": "cet.deploy.onnx", "stages": "cet.deploy.stages"}
 
 
 def format_of(path: str | os.PathLike[str], wanted: str | None = None) -> str:
@@ -34,7 +37,7 @@ def load_exported(
     """Read a file that :func:`cet.export` wrote; neither the backbone's code nor, for ONNX, torch is needed.
 
     Args:
-        path: the file.
+        path: the file, or the folder of stages.
         format: of the file, where its suffix does not tell.
         threads: how many threads the runtime may use within an operator; None: its own choice.
 
@@ -46,7 +49,6 @@ def load_exported(
         ModuleNotFoundError: where its runtime is not installed.
         OSError: where it cannot be read.
     """
-    format_of(path, format)
-    from cet.deploy import onnx
-
-    return onnx.load(path, threads)
+    reader = import_module(_READERS[format_of(path, format)])
+    loaded: LoadedModel = reader.load(path, threads)
+    return loaded

@@ -43,7 +43,7 @@ class OnnxModel(LoadedModel):
         super().__init__(Description.from_json(metadata.get(KEY), path))
         self.session = session
         self._names = [given.name for given in self.description.inputs]
-        self._closed = math.inf if self.description.score != "entropy" else -math.inf
+        self._closed = -math.inf if self.description.is_low_when_sure else math.inf
 
     def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
         feeds = dict(zip(self._names, arrays, strict=True))
@@ -68,10 +68,19 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxModel:
     name = os.fspath(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name} is no file; give the path that cet.export wrote")
+    return OnnxModel(read_session(name, name, threads), name)
+
+
+def read_session(model: str | bytes, name: str, threads: int | None = None) -> Any:
+    """A session of a file, or of what is in it.
+
+    Raises:
+        ExportError: where it is damaged, naming ``name``.
+        ModuleNotFoundError: where ONNX Runtime is not installed.
+    """
     try:
-        session = session_of(name, threads)
+        return session_of(model, threads)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # onnxruntime has a class of its own for each kind, none of them public
         raise ExportError(f"ONNX Runtime cannot read {name} ({str(error).splitlines()[0]}); export it again") from error
-    return OnnxModel(session, name)

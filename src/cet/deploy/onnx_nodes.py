@@ -14,6 +14,7 @@ Value = ir.Value
 
 _DTYPES = {
     "GreaterOrEqual": ir.DataType.BOOL,
+    "LessOrEqual": ir.DataType.BOOL,
     "NonZero": ir.DataType.INT64,
     "Size": ir.DataType.INT64,
     "If": None,

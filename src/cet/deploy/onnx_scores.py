@@ -1,7 +1,7 @@
 """The scores of :data:`cet.ops.definitions.SCORES` as ONNX operators, in as few nodes as can be.
 
-At a batch of one each node costs about half a microsecond, as much as the arithmetic of a small net. So the gate
-compares how sure a sample is, which is its score or its negative, and the score itself is made where a sample leaves.
+At a batch of one each node costs about half a microsecond, as much as the arithmetic of a small net. So a sign is
+turned once for all rows, where they have their answers, and not at each exit.
 """
 
 from __future__ import annotations
@@ -16,40 +16,38 @@ from cet.ops.definitions import SCORES, ScoreName
 _CLASSES = 1
 
 
-def _entropy(block: Block, logits: Value, excludes: bool, keepdims: int) -> Value:
+def _entropy(block: Block, logits: Value, excludes: bool, one_row: bool) -> Value:
     log_p = block.op("LogSoftmax", logits, axis=_CLASSES)
     # exp(-inf) * -inf is NaN: a class that is ruled out adds nothing. Of a NaN the other factor stays one.
     finite = block.op("Max", log_p, block.number(-1e30)) if excludes else log_p
-    terms = block.op("Mul", block.op("Exp", log_p), finite)
-    return block.op("ReduceSum", terms, block.integers(_CLASSES), keepdims=keepdims)
+    p = block.op("Exp", log_p)
+    if one_row:  # product, sum and sign in one node
+        return block.op("Gemm", p, finite, transB=1, alpha=-1.0)
+    return block.op("ReduceSum", block.op("Mul", p, finite), block.integers(_CLASSES), keepdims=1)
 
 
-def _confidence(block: Block, logits: Value, excludes: bool, keepdims: int) -> Value:
+def _confidence(block: Block, logits: Value, excludes: bool, one_row: bool) -> Value:
     p = block.op("Softmax", logits, axis=_CLASSES)
-    return block.op("ReduceMax", p, block.integers(_CLASSES), keepdims=keepdims)
+    return block.op("ReduceMax", p, block.integers(_CLASSES), keepdims=1)
 
 
-def _margin(block: Block, logits: Value, excludes: bool, keepdims: int) -> Value:
+def _margin(block: Block, logits: Value, excludes: bool, one_row: bool) -> Value:
     p = block.op("Softmax", logits, axis=_CLASSES)
     top, where = block.ops("TopK", p, block.integers(2), outputs=2, axis=_CLASSES)
     where.type = ir.TensorType(ir.DataType.INT64)
     first, second = block.ops("Split", top, outputs=2, axis=_CLASSES, num_outputs=2)
-    margin = block.op("Sub", first, second)
-    return margin if keepdims else block.op("Squeeze", margin, block.integers(_CLASSES))
+    return block.op("Sub", first, second)
 
 
-SURENESS: dict[ScoreName, Callable[[Block, Value, bool, int], Value]] = {
+SCORE_NODES: dict[ScoreName, Callable[[Block, Value, bool, bool], Value]] = {
     "entropy": _entropy,
     "confidence": _confidence,
     "margin": _margin,
 }
 
 
-def sureness(
-    block: Block, logits: Value, name: ScoreName, temperature: float, *, excludes: bool, keepdims: bool
-) -> Value:
-    """How sure samples are, ``(n, 1)`` or ``(n,)`` float32, of logits ``(n, K)``: the score of
-    :func:`cet.ops.exit_gate.definition.score_definition`, or its negative where a low one means sure.
+def scores(block: Block, logits: Value, name: ScoreName, temperature: float, *, excludes: bool, one_row: bool) -> Value:
+    """The score of :func:`cet.ops.exit_gate.definition.score_definition`, ``(n, 1)`` float32, of logits ``(n, K)``.
 
     Args:
         block: where the nodes go.
@@ -57,15 +55,15 @@ def sureness(
         name: of the score.
         temperature: that the logits are divided by.
         excludes: whether logits may be ``-inf``, which rules a class out; the score is NaN where they are in spite.
-        keepdims: whether the result has the second dimension.
+        one_row: whether n is one. Else a score that is low when sure comes as its negative, see :func:`negated`.
     """
     logits = block.cast(logits, "float32")
     if temperature != 1:
         largest = block.op("ReduceMax", logits, block.integers(_CLASSES), keepdims=1)
         logits = block.op("Div", block.op("Sub", logits, largest), block.number(temperature))
-    return SURENESS[name](block, logits, excludes, int(keepdims))
+    return SCORE_NODES[name](block, logits, excludes, one_row)
 
 
-def negated(name: ScoreName) -> bool:
-    """Whether the score is the negative of :func:`sureness`."""
-    return SCORES[name].is_low_when_sure
+def negated(name: ScoreName, one_row: bool) -> bool:
+    """Whether :func:`scores` returns the negative of the score."""
+    return SCORES[name].is_low_when_sure and not one_row

@@ -4,8 +4,9 @@ Each stage is exported once, and the graphs are nested by hand: behind each exit
 holds all that comes behind the exit. So the file grows, and takes time to write, linearly with the exits; an ``If``
 made from ``torch.cond`` is traced again for each exit that it is in.
 
-For any number of rows the branch gathers the rows that stay, and scatters their answers back; logits, score and exit
-index are columns of one tensor on the way, so that one scatter does. For a batch of one there is no index at all.
+For any number of rows those that stay are gathered before the branch, and their answers scattered back behind it,
+where tensors can be freed and written in place; logits, score and exit index are columns of one tensor on the way, so
+that one scatter does. For a batch of one there is no index at all.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
 
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
+from cet.deploy.host_loop import StageEntry
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
-from cet.deploy.onnx_scores import negated, sureness
-from cet.deploy.segments import ExportedStages
-from cet.model.heads import ExitHead
+from cet.deploy.onnx_scores import negated, scores
+from cet.deploy.segments import ExportedStages, SegmentModule
+from cet.ops.definitions import SCORES
 from cet.partition.export import CUTTING, quiet
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+Kind = tuple[ir.DataType, Sequence[int | str]]
 
 OPSET = 20
 IR_VERSION = 10
@@ -75,22 +78,41 @@ class OnnxWriter:
 
     def with_exits(self, description: Description) -> bytes:
         """The model with its exits, as it is described."""
-        return _Model(self._stages, self._graph, description).with_exits()
+        return _Model(self._stages, self._graph, description, self._stages.segments).with_exits()
 
     def without_exits(self, description: Description) -> bytes:
         """The backbone alone, from the same stages: what the exits are measured against."""
-        return _Model(self._stages, self._graph, description).without_exits()
+        return _Model(self._stages, self._graph, description, self._stages.segments).without_exits()
+
+    def each_stage(self, description: Description) -> list[tuple[StageEntry, bytes]]:
+        """Each segment as a model of its own, which answers all rows that it is given."""
+        stages = self._stages
+        names = [stages.input_format.names[index] for index in stages.entry_tensors]
+        written = []
+        inputs, outputs = iter(self._graph.inputs), iter(self._graph.outputs)
+        for segment in stages.segments:
+            own = ir.convenience.extract(self._graph, *_own_values(segment, len(stages.sized), inputs, outputs))
+            entry, content = _Model(stages, own, description, [segment]).stage(names)
+            made = iter(entry.outputs)
+            names = [next(made) if kind == "made" else names[index] for kind, index in segment.handed_on]
+            written.append((entry, content))
+        return written
 
 
 class _Model:
     """One model while it is written."""
 
-    def __init__(self, stages: ExportedStages, graph: ir.Graph, description: Description) -> None:
+    def __init__(
+        self,
+        stages: ExportedStages,
+        graph: ir.Graph,
+        description: Description,
+        segments: Sequence[SegmentModule],
+    ) -> None:
         self.description = description
-        self._segments = stages.segments
-        self._heads = stages.model.heads
+        self._segments = segments
         self._graph = graph.clone()
-        self._parts = _split(self._graph, stages)
+        self._parts = _split(self._graph, segments, len(stages.sized))
         self._graph.outputs.clear()
         self._weights = Weights()
         self._constants: dict[Value, Value] = {}
@@ -101,17 +123,20 @@ class _Model:
         self._inputs = [_value(given.name, _dtype(given.dtype), given.shape) for given in description.inputs]
         by_name = {value.name: value for value in self._inputs}
         names = stages.input_format.names
-        self._entry = [by_name[names[index]] for index in stages.entry if names[index] in by_name]
+        self._entry = [by_name[names[index]] for index in stages.entry_tensors]
         self._sized = [by_name[names[index]] for index in stages.sized]
-        self._negated = negated(description.score)
-        never = -np.inf if self._negated else np.inf
+        self._negated = negated(description.score, description.batch is not None)
+        self._is_low_when_sure = SCORES[description.score].is_low_when_sure
+        never = -np.inf if self._is_low_when_sure else np.inf
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
         self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
 
     def with_exits(self) -> bytes:
-        block, outputs = self._any_rows() if self.description.batch is None else self._one_row(0, self._entry)
-        return self._to_bytes(block, outputs, self.description.thresholds_are_input)
+        block, answers = self._any_rows() if self.description.batch is None else self._one_row(0, self._entry)
+        thresholds = [self._given_thresholds] if self.description.thresholds_are_input else []
+        outputs = [*zip(OUTPUTS, answers, self._kinds, strict=True)]
+        return self._to_bytes(block, [*self._inputs, *thresholds], outputs, thresholds)
 
     def without_exits(self) -> bytes:
         whole = Block(self._weights, "")
@@ -119,7 +144,52 @@ class _Model:
         for depth in range(len(self._segments)):
             block, logits, values = self._segment(depth, values)
             whole.nodes += block.nodes
-        return self._to_bytes(whole, [logits], False)
+        return self._to_bytes(whole, self._inputs, [(OUTPUTS[0], logits, self._kinds[0])])
+
+    def stage(self, names: Sequence[str]) -> tuple[StageEntry, bytes]:
+        """The only segment, which takes tensors of these names."""
+        ((segment, part),) = zip(self._segments, self._parts, strict=True)
+        exit_name = self.description.exits[segment.exit_index]
+        # A tensor that crosses the cut before it tells its sizes as well as the input that it is.
+        rows = dict.fromkeys((str(value.name) for value in self._sized), None) | dict(
+            zip(names, segment.taken_row_dims, strict=True)
+        )
+        given = [*(str(value.name) for value in self._sized), *names]
+        taken = {
+            name: _value(name, _dtype_of(inside), self._sizes(name, inside.shape, rows[name]))
+            for name, inside in zip(given, part.inputs, strict=True)
+        }
+        shapes = [value.shape for value in part.outputs[1:]]  # nodes forget them on their way
+        self._sized = [taken[str(value.name)] for value in self._sized]
+        block, logits, score, crossing = self._scored(0, [taken[name] for name in names])
+        if self._negated:
+            score = block.op("Neg", score)
+        outputs = [
+            (OUTPUTS[0], logits, self._kinds[0]),
+            (OUTPUTS[2], block.op("Squeeze", score, block.integers(1)), self._kinds[2]),
+        ]
+        pairs = zip(crossing, segment.handed_on, segment.row_dims, strict=True)
+        for value, (kind, index), row_dim in pairs:
+            if kind == "made":
+                name = f"{exit_name}/{index}"
+                own = block.op("Identity", value) if any(value is made for _, made, _ in outputs) else value
+                outputs.append((name, own, (_dtype_of(value), self._sizes(name, shapes[index], row_dim))))
+        used = [value for value in taken.values() if value.uses() or any(value is made for _, made, _ in outputs)]
+        content = self._to_bytes(block, used, outputs)
+        entry = StageEntry(
+            file=f"{segment.exit_index}.onnx",
+            exit_index=segment.exit_index,
+            inputs={str(value.name): rows[str(value.name)] for value in used},
+            outputs=tuple(name for name, *_ in outputs[2:]),
+        )
+        return entry, content
+
+    def _sizes(self, name: str, shape: ir.Shape | None, row_dim: int | None) -> list[int | str]:
+        """The sizes of a tensor on its way between stages; a name where they may vary."""
+        assert shape is not None
+        rows = self.description.batch or BATCH
+        sizes = [size if isinstance(size, int) else f"{name}_{dim}" for dim, size in enumerate(shape)]
+        return [rows if dim == row_dim else size for dim, size in enumerate(sizes)]
 
     def _segment(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, list[Value]]:
         """The nodes of a segment; its logits, and what crosses the cut behind it."""
@@ -135,54 +205,52 @@ class _Model:
         sources = {"made": made, "taken": values}
         return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
 
-    def _scored(
-        self, depth: int, values: Sequence[Value], *, keepdims: bool
-    ) -> tuple[Block, Value, Value, list[Value]]:
-        """The nodes of a segment; its logits, how sure its rows are, and what crosses the cut behind it."""
+    def _scored(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, Value, list[Value]]:
+        """The nodes of a segment; its logits, scores ``(n, 1)``, and what crosses the cut behind it."""
         block, logits, crossing = self._segment(depth, values)
-        exit_index = self._segments[depth].exit_index
         temperatures = self.description.temperatures
-        sure = sureness(
+        producer = logits.producer()
+        score = scores(
             block,
             logits,
             self.description.score,
-            1.0 if temperatures is None else temperatures[exit_index],
-            # A linear layer rules no class out.
-            excludes=exit_index == len(self._heads) or type(self._heads[exit_index]) is not ExitHead,
-            keepdims=keepdims,
+            1.0 if temperatures is None else temperatures[self._segments[depth].exit_index],
+            excludes=producer is None or producer.op_type != "Gemm",  # a linear layer rules no class out
+            one_row=self.description.batch is not None,
         )
-        return block, block.cast(logits, self.description.logits_dtype), sure, crossing
+        return block, block.cast(logits, self.description.logits_dtype), score, crossing
 
-    def _leaves(self, block: Block, sure: Value, exit_index: int) -> Value:
+    def _leaves(self, block: Block, score: Value, exit_index: int) -> Value:
         """Whether rows leave: of NaN no comparison is true."""
         if self.description.thresholds_are_input:
             limit = block.op("Gather", self._given_thresholds, block.constant(np.int64(exit_index)))
             limit = block.op("Neg", limit) if self._negated else limit
         else:
             limit = block.number(-self._thresholds[exit_index] if self._negated else self._thresholds[exit_index])
-        return block.op("GreaterOrEqual", sure, limit)
+        is_low_when_sure = self._is_low_when_sure and not self._negated
+        return block.op("LessOrEqual" if is_low_when_sure else "GreaterOrEqual", score, limit)
 
     def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
         """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
-        block, logits, sure, crossing = self._scored(depth, values, keepdims=False)
+        block, logits, score, crossing = self._scored(depth, values)
         exit_index = self._segments[depth].exit_index
         last = depth + 1 == len(self._segments)
         leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
         answers = [
             logits if last else leaving.op("Identity", logits),
             leaving.op("Identity", block.integers(exit_index)),
-            leaving.op("Neg", sure) if self._negated else leaving.op("Identity", sure),
+            leaving.op("Squeeze", score, block.integers(1)),
         ]
         if last:
             return block, answers
-        leaves = self._leaves(block, sure, exit_index)
+        leaves = self._leaves(block, score, exit_index)
         return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
         block, packed = self._packed(0, self._entry)
         widths = block.integers(self.description.num_classes, 1, 1)
-        logits, sure, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
-        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, sure)]
+        logits, column, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
+        flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, column)]
         score = block.op("Neg", flat[1]) if self._negated else flat[1]
         dtypes = _dtype(self.description.logits_dtype), INT64, FLOAT
         return block, [
@@ -196,30 +264,26 @@ class _Model:
         return "float64" if self.description.logits_dtype == "float64" else "float32"
 
     def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
-        """Logits, how sure rows are, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, logits, sure, crossing = self._scored(depth, values, keepdims=True)
+        """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
+        block, logits, score, crossing = self._scored(depth, values)
         exit_index = self._segments[depth].exit_index
-        both = block.op("Concat", block.cast(logits, self._width), block.cast(sure, self._width), axis=1)
+        both = block.op("Concat", block.cast(logits, self._width), block.cast(score, self._width), axis=1)
         packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
         if depth + 1 == len(self._segments):
             return block, packed
-        stays = block.op("Not", self._leaves(block, sure, exit_index))
+        stays = block.op("Not", self._leaves(block, score, exit_index))
         index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
-
-        kept = Block(self._weights, f"{block.prefix}stays/")
-        rows = kept.op("Squeeze", index, block.integers(0))
+        rows = block.op("Squeeze", index, block.integers(0))
         going_on = [
-            value if dim is None else kept.op("Gather", value, rows, axis=dim)
+            value if dim is None else block.op("Gather", value, rows, axis=dim)
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
+        nobody = Block(self._weights, f"{block.prefix}nobody/")
+        none = nobody.op("Identity", block.constant(np.empty((0, self.description.num_classes + 2), self._width)))
         deeper, answers = self._packed(depth + 1, going_on)
-        kept.nodes += deeper.nodes
-        answered = kept.op("ScatterND", packed, kept.op("Transpose", index), answers)
-        nobody = Block(self._weights, f"{block.prefix}leaves/")
-        left = nobody.op("Identity", packed)
-        (packed,) = self._if(block, somebody, (kept, [answered]), (nobody, [left]))
-        return block, packed
+        (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
+        return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
 
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
@@ -230,19 +294,29 @@ class _Model:
         }
         return list(block.ops("If", condition, outputs=len(then[1]), **branches))
 
-    def _to_bytes(self, block: Block, outputs: Sequence[Value], thresholds_are_input: bool) -> bytes:
+    @property
+    def _kinds(self) -> list[Kind]:
+        """Dtype and shape of logits, exit index and score."""
         rows, classes = self.description.batch or BATCH, self.description.num_classes
-        kinds = ((_dtype(self.description.logits_dtype), (rows, classes)), (INT64, (rows,)), (FLOAT, (rows,)))
+        return [(_dtype(self.description.logits_dtype), (rows, classes)), (INT64, (rows,)), (FLOAT, (rows,))]
+
+    def _to_bytes(
+        self,
+        block: Block,
+        inputs: Sequence[Value],
+        outputs: Sequence[tuple[str, Value, Kind]],
+        initializers: Sequence[Value] = (),
+    ) -> bytes:
         answers = []
-        for name, value, (dtype, shape) in zip(OUTPUTS, outputs, kinds, strict=False):
+        for name, value, (dtype, shape) in outputs:
             answer = value if value.producer() in block.nodes else block.op("Identity", value)
             answer.name, answer.type, answer.shape = name, ir.TensorType(dtype), ir.Shape(shape)
             answers.append(answer)
         graph = ir.Graph(
-            [*self._inputs, *([self._given_thresholds] if thresholds_are_input else [])],
+            inputs,
             answers,
             nodes=block.nodes,
-            initializers=[self._given_thresholds] if thresholds_are_input else [],
+            initializers=initializers,
             opset_imports={"": OPSET},
             name="model",
         )
@@ -257,6 +331,11 @@ class _Model:
 def _dtype(name: str) -> ir.DataType:
     """What ONNX calls a dtype of NumPy."""
     return ir.DataType.from_numpy(np.dtype(name))
+
+
+def _dtype_of(value: Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
@@ -288,18 +367,23 @@ class _Part(NamedTuple):
     outputs: list[Value]
 
 
-def _split(graph: ir.Graph, stages: ExportedStages) -> list[_Part]:
+def _own_values(
+    segment: SegmentModule, num_sized: int, inputs: Iterator[Value], outputs: Iterator[Value]
+) -> tuple[list[Value], list[Value]]:
+    """The next inputs and outputs of a graph of all segments, which are those of this one."""
+    made = [kind for kind, _ in segment.handed_on if kind == "made"]
+    taken = [next(inputs) for _ in range(num_sized + len(segment.taken_row_dims))]
+    return taken, [next(outputs) for _ in ("logits", *made)]
+
+
+def _split(graph: ir.Graph, segments: Sequence[SegmentModule], num_sized: int) -> list[_Part]:
     """The segments in a graph; what several of them read belongs to the first, which stands around the others."""
     inputs, outputs = iter(graph.inputs), iter(graph.outputs)
     parts: list[_Part] = []
     owner: dict[ir.Node, int] = {}
-    for depth, segment in enumerate(stages.segments):
-        made = [kind for kind, _ in segment.handed_on if kind == "made"]
-        own = _Part(
-            [next(inputs) for _ in (*stages.sized, *segment.taken_row_dims)],
-            [],
-            [next(outputs) for _ in ("logits", *made)],
-        )
+    for depth, segment in enumerate(segments):
+        taken, made = _own_values(segment, num_sized, inputs, outputs)
+        own = _Part(taken, [], made)
         pending = [value.producer() for value in own.outputs]
         while pending:
             node = pending.pop()

@@ -51,6 +51,11 @@ class ExportedStages:
     program: ExportedProgram
 
     @property
+    def entry_tensors(self) -> list[int]:
+        """Which of the inputs that the first segment takes are tensors."""
+        return [index for index in self.entry if isinstance(self.inputs[index], Tensor)]
+
+    @property
     def logits_dtype(self) -> torch.dtype:
         """The dtype of the backbone's own logits."""
         dtype: torch.dtype = outputs_of(self.program)[-1].dtype

@@ -24,6 +24,14 @@ def wall_clock(call: Call, repeats: int) -> float:
     return time.perf_counter() - start
 
 
+def thread_clock(call: Call, repeats: int) -> float:
+    """The seconds that a processor works for the calling thread during ``repeats`` calls, others left out."""
+    start = time.thread_time()
+    for _ in range(repeats):
+        call()
+    return time.thread_time() - start
+
+
 def cuda_events(call: Call, repeats: int) -> float:
     """The seconds that ``repeats`` calls take on the current CUDA stream, from an idle device to an idle device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -1,0 +1,82 @@
+"""The loop over stages that a host runs where a runtime cannot branch. Nothing here imports torch.
+
+One model per stage answers all rows that it is given; between two stages the loop lets rows leave. What a stage is
+run by is left to the format: see :class:`StagesModel`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cet.deploy.description import Description
+from cet.deploy.loaded import Array, LoadedModel, Thresholds
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """What a manifest says of a stage.
+
+    Attributes:
+        file: that holds it, beside the manifest.
+        exit_index: the exit behind it.
+        inputs: the tensors that it takes by name, the model's or those of earlier stages, each with the dimension that
+            holds the rows; None: common to all rows.
+        outputs: the tensors that it makes for later stages, behind ``logits`` ``(n, K)`` and ``score`` ``(n,)``.
+        sha256: of the file, in hexadecimal digits.
+    """
+
+    file: str
+    exit_index: int
+    inputs: Mapping[str, int | None]
+    outputs: tuple[str, ...]
+    sha256: str = ""
+
+
+class StagesModel(LoadedModel):
+    """A model whose stages are run one after another, and whose rows leave between them."""
+
+    def __init__(self, description: Description, stages: Sequence[StageEntry]) -> None:
+        super().__init__(description)
+        self.stages = tuple(stages)
+        self._names = [given.name for given in description.inputs]
+        later: dict[str, int | None] = {}
+        self._needed: list[dict[str, int | None]] = []  # behind each stage, by later ones
+        for stage in reversed(self.stages):
+            self._needed.insert(0, dict(later))
+            later = {name: dim for name, dim in later.items() if name not in stage.outputs} | dict(stage.inputs)
+
+    @abstractmethod
+    def run_stage(self, index: int, values: Mapping[str, Array]) -> Sequence[Array]:
+        """Logits, scores and the other outputs of a stage, in its order, of the tensors that it takes."""
+
+    def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        values = dict(zip(self._names, arrays, strict=True))
+        rows: Array | None = None  # which rows go on; None: all of them
+        for index, stage in enumerate(self.stages):
+            logits, score, *made = self.run_stage(index, values)
+            if index == 0:
+                answers, exits, scores = logits, np.full(len(logits), stage.exit_index), score
+            else:
+                where = slice(None) if rows is None else rows
+                answers[where], exits[where], scores[where] = logits, stage.exit_index, score
+            if index + 1 == len(self.stages):
+                break
+            values |= zip(stage.outputs, made, strict=True)
+            threshold = thresholds[stage.exit_index]
+            if threshold is None:
+                continue
+            leaves = score <= threshold if self.description.is_low_when_sure else score >= threshold  # false for NaN
+            if leaves.all():
+                break
+            if leaves.any():
+                kept = np.flatnonzero(~leaves)
+                rows = kept if rows is None else rows[kept]
+                values = {
+                    name: values[name] if dim is None else values[name].take(kept, axis=dim)
+                    for name, dim in self._needed[index].items()
+                }
+        return answers, exits, scores
