@@ -43,9 +43,10 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# On as many processes as there are cores; each test keeps to one thread, so that they do not slow each other.
+# On as many processes as there are cores; each test keeps to one thread, and threads of its own wait without turning,
+# so that they do not slow each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup
@@ -60,14 +61,14 @@ sanitize: setup
 	CET_BUILD_CPP=1 CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitize/lib \
 	  $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k "not compiled and not promises and not memory" $(ARGS)
 
 # New examples in each run; what fails is printed with the decorator that repeats it.
 FUZZ_EXAMPLES := 2000
 
 fuzz: setup
-	CET_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
+	CET_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --capture=no $(OP_TESTS) -k any --hypothesis-profile=fuzz $(ARGS)
 
 # Threads, forks, shapes, adapters, hooks and modes in random order; what fails is printed with its seed.
 CET_SOAK_SECONDS := 3600

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -123,6 +125,34 @@ def test_folders_that_are_not_whole_are_refused(folder: Path, tmp_path: Path) ->
         shutil.rmtree(bad)
     with pytest.raises(FileNotFoundError, match=r"holds no manifest\.json; give the folder that cet.export wrote"):
         cet.load_exported(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stages: stages.pop(), r"end at the exits \[0\], not in order and up to the last"),
+        (lambda stages: stages.clear(), r"end at the exits \[\]"),
+        (lambda stages: stages.reverse(), r"end at the exits \[2, 0\]"),
+        (lambda stages: stages[0].update(exit_index=9), r"end at the exits \[9, 2\]"),
+        (lambda stages: stages[1].update(inputs={"zz": 0}), "stage 2.onnx takes what no stage before it makes"),
+        (lambda stages: stages[0].update(file=3), "stage 3 takes what"),
+    ],
+)
+def test_a_manifest_that_would_leave_rows_without_their_answer_is_refused(
+    folder: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    bad = tmp_path / "bad.stages"
+    shutil.copytree(folder, bad)
+    manifest = json.loads((bad / MANIFEST).read_text())
+    change(manifest["stages"])
+    (bad / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(cet.ExportError, match=f"manifest.json is damaged .*{message}.*; export the model again"):
+        cet.load_exported(bad)
+
+
+def test_a_single_stage_is_no_model(folder: Path) -> None:
+    with pytest.raises(cet.ExportError, match=r"0.onnx is one stage of a model; give the folder that it is in"):
+        cet.load_exported(folder / "0.onnx")
 
 
 def test_no_folder_of_others_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ class OnnxModel(LoadedModel):
 
     def __init__(self, session: Any, path: str) -> None:
         metadata = session.get_modelmeta().custom_metadata_map
+        if KEY in metadata and tuple(output.name for output in session.get_outputs()) != OUTPUTS:
+            raise ExportError(f"{path} is one stage of a model; give the folder that it is in")
         super().__init__(Description.from_json(metadata.get(KEY), path))
         self.session = session
         self._names = [given.name for given in self.description.inputs]

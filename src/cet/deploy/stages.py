@@ -63,11 +63,25 @@ def read_manifest(content: bytes, path: str) -> tuple[Description, list[StageEnt
         description = Description.from_json(json.dumps(manifest["model"]), name)
         entries = [StageEntry(**entry) for entry in manifest["stages"]]
         entries = [replace(entry, outputs=tuple(entry.outputs), inputs=dict(entry.inputs)) for entry in entries]
+        _check(entries, description)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ExportError):
             raise
         raise ExportError(f"{name} is damaged ({error}); export the model again") from error
     return description, entries
+
+
+def _check(entries: Sequence[StageEntry], description: Description) -> None:
+    """Refuse stages from which some row would get no answer, or that of the wrong exit."""
+    exits = [entry.exit_index for entry in entries]
+    wanted = [*(k for k in range(len(description.thresholds)) if k in exits), len(description.exits) - 1]
+    if exits != wanted:
+        raise ValueError(f"its stages end at the exits {exits}, not in order and up to the last")
+    known = {given.name for given in description.inputs}
+    for entry in entries:
+        if not isinstance(entry.file, str) or not entry.inputs.keys() <= known:
+            raise ValueError(f"stage {entry.file} takes what no stage before it makes")
+        known |= {*entry.outputs}
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxStages:
