@@ -87,7 +87,7 @@ def export(
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     require("export to ONNX", ["onnx", "onnxscript", "onnxruntime"], extra="onnx")
     check_file(Path(os.path.realpath(path)))
-    call = model.example_inputs if example_inputs is None else _as_call(example_inputs)
+    call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
     stages = export_segments(model, call, opened, rows)
@@ -167,7 +167,8 @@ def dtype_name(what: str, dtype: torch.dtype) -> str:
     return _NUMPY_DTYPES[dtype]
 
 
-def _as_call(example_inputs: Any) -> Call:
+def as_call(example_inputs: Any) -> Call:
+    """The call ``(args, kwargs)`` that an example stands for."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}

@@ -165,6 +165,11 @@ class StageCache:
         return tuple(self._current_state().programs)
 
     @property
+    def state(self) -> object:
+        """Stands for the present state of the backbone: one and the same object while nothing has changed."""
+        return self._current_state()
+
+    @property
     def obstacle(self) -> str | None:
         """Why the backbone must not be cut as it is now."""
         return self._current_state().obstacle
