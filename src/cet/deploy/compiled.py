@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -98,21 +99,14 @@ class Seal:
         self._policy = model.policy
         args, kwargs = model.example_inputs
         self._cache = model.bind(args, kwargs)[0].cache
-        self._state = self._cache.state
+        self._state, self._fingerprint = self._cache.state
         self._heads = Fingerprint(model.heads)
-        self._tables = [table for table in weight_tables(model) if table]
-        # Held, so that no other tensor gets their addresses.
-        self._tensors = [tensor for table in self._tables for tensor in table.values() if tensor is not None]
+        self._tensors = _tensors(model)  # held, so that no other tensor gets their addresses
         self._storages = [tensor.detach() for tensor in self._tensors]
         self._values = self._values_now()
 
     def _values_now(self) -> list[int]:
-        values: list[int] = []
-        for table in self._tables:
-            for tensor in table.values():
-                if tensor is not None:
-                    values += (id(tensor), tensor.data_ptr(), tensor._version)
-        return values
+        return [*map(Tensor.data_ptr, self._tensors), *map(_VERSION, self._tensors)]
 
     def check(self, cache: Any) -> None:
         """Refuse a model that has changed.
@@ -127,12 +121,22 @@ class Seal:
             raise RuntimeError(f"the policy of the model {_AGAIN}")
         if not self._heads.is_current():
             raise RuntimeError(f"the heads of the model {_AGAIN}")
-        if self._cache.backbone is not model.backbone or self._cache.state is not self._state:
+        state, fingerprint = self._cache.state
+        if self._cache.backbone is not model.backbone or state is not self._state:
             raise RuntimeError(f"the backbone {_AGAIN}")
-        if self._values_now() != self._values:
+        same = self._values_now() == self._values
+        if fingerprint is not self._fingerprint:
+            same = same and [*map(id, _tensors(model))] == [*map(id, self._tensors)]
+            self._fingerprint = fingerprint if same else self._fingerprint
+        if not same:
             raise RuntimeError(f"the weights of the model {_AGAIN}")
 
 
+def _tensors(model: EarlyExit) -> list[Tensor]:
+    return [tensor for table in weight_tables(model) for tensor in table.values() if tensor is not None]
+
+
+_VERSION = attrgetter("_version")
 _AGAIN = "changed since cet.compile; call cet.compile again"
 
 

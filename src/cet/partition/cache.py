@@ -165,9 +165,11 @@ class StageCache:
         return tuple(self._current_state().programs)
 
     @property
-    def state(self) -> object:
-        """Stands for the present state of the backbone: one and the same object while nothing has changed."""
-        return self._current_state()
+    def state(self) -> tuple[object, Fingerprint]:
+        """Stands for the present state of the backbone: one and the same object while nothing has changed; and its
+        fingerprint, another one where parameters were replaced."""
+        state = self._current_state()
+        return state, state.fingerprint
 
     @property
     def obstacle(self) -> str | None:
