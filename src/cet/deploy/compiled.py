@@ -24,7 +24,7 @@ from cet.model.early_exit import EarlyExit
 from cet.model.output import ExitOutput
 from cet.model.traced import weight_tables
 from cet.partition.fingerprint import Fingerprint
-from cet.partition.inputs import Call
+from cet.partition.inputs import Call, InputFormat
 
 PYTORCH, ONNX = "pytorch", "onnxruntime"
 
@@ -43,13 +43,18 @@ class CompiledModel:
     """
 
     def __init__(
-        self, model: EarlyExit, loaded: LoadedModel | None, timings: Timings[str], reasons: Mapping[str, str]
+        self,
+        model: EarlyExit,
+        loaded: LoadedModel | None,
+        input_format: InputFormat,
+        timings: Timings[str],
+        reasons: Mapping[str, str],
     ) -> None:
         self.model = model
         self.runtime = PYTORCH if loaded is None else ONNX
         self.timings, self.reasons = timings, reasons
         self.num_rows = None if loaded is None else loaded.description.batch
-        self._loaded = loaded
+        self._loaded, self._format = loaded, input_format
         self._seal = None if loaded is None else Seal(model)
         self._checked: list[Any] = []
         self._taken = [] if loaded is None else [given.name for given in loaded.description.inputs]
@@ -68,21 +73,25 @@ class CompiledModel:
         loaded = self._loaded
         if loaded is None or self._seal is None:
             return self.model.predict(*args, **kwargs)
-        way, inputs = self.model.bind(args, kwargs)
-        self._seal.check(way.cache)
-        rows = way.input_format.num_rows(inputs)
+        way, given = self.model.bind(args, kwargs)
+        self._seal.check()
+        if way.input_format is not self._format:  # with an optional input more or less
+            return self.model.predict(*args, **kwargs)
+        inputs = given
+        if len(self._taken) != len(given):
+            inputs = [value for name, value in zip(way.input_format.names, given, strict=True) if name in self._taken]
+        kinds = [(value.shape, value.dtype, value.device) for value in inputs]
+        if kinds == self._checked:  # calls of one kind are looked at once
+            arrays = [value.detach().numpy() for value in inputs]
+            logits, exit_index, score = loaded.run(arrays, loaded.thresholds)
+            from_numpy = torch.from_numpy
+            return ExitOutput(from_numpy(logits), from_numpy(exit_index), from_numpy(score))
+        rows = way.input_format.num_rows(given)
         if rows == 0 or (self.num_rows is not None and rows != self.num_rows):
             return self.model.predict(*args, **kwargs)
-        if len(self._taken) != len(inputs):
-            inputs = [value for name, value in zip(way.input_format.names, inputs, strict=True) if name in self._taken]
-        kinds = [(value.shape, value.dtype, value.device) for value in inputs]
-        if kinds != self._checked:  # calls of one kind are looked at once
-            answer = loaded.answer(inputs)
-            self._checked = kinds
-            return answer
-        arrays = [value.detach().numpy() for value in inputs]
-        logits, exit_index, score = loaded.run(arrays, loaded.thresholds)
-        return ExitOutput(torch.from_numpy(logits), torch.from_numpy(exit_index), torch.from_numpy(score))
+        answer = loaded.answer(inputs)
+        self._checked = kinds
+        return answer
 
     def __str__(self) -> str:
         times = {name: self.timings.time(name).median * 1e3 for name in self.timings.seconds}
@@ -103,12 +112,10 @@ class Seal:
         self._heads = Fingerprint(model.heads)
         self._tensors = _tensors(model)  # held, so that no other tensor gets their addresses
         self._storages = [tensor.detach() for tensor in self._tensors]
-        self._values = self._values_now()
+        self._versions = [*map(_VERSION, self._tensors)]
+        self._addresses = [*map(_ADDRESS, self._tensors)]
 
-    def _values_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._tensors), *map(_VERSION, self._tensors)]
-
-    def check(self, cache: Any) -> None:
+    def check(self) -> None:
         """Refuse a model that has changed.
 
         Raises:
@@ -120,15 +127,23 @@ class Seal:
         if model.policy is not self._policy and model.policy != self._policy:
             raise RuntimeError(f"the policy of the model {_AGAIN}")
         if not self._heads.is_current():
-            raise RuntimeError(f"the heads of the model {_AGAIN}")
+            heads = Fingerprint(model.heads)
+            if not self._heads.matches(heads):
+                raise RuntimeError(f"the heads of the model {_AGAIN}")
+            self._compare_tensors()
+            self._heads = heads
         state, fingerprint = self._cache.state
         if self._cache.backbone is not model.backbone or state is not self._state:
             raise RuntimeError(f"the backbone {_AGAIN}")
-        same = self._values_now() == self._values
         if fingerprint is not self._fingerprint:
-            same = same and [*map(id, _tensors(model))] == [*map(id, self._tensors)]
-            self._fingerprint = fingerprint if same else self._fingerprint
-        if not same:
+            self._compare_tensors()
+            self._fingerprint = fingerprint
+        if [*map(_VERSION, self._tensors)] != self._versions or [*map(_ADDRESS, self._tensors)] != self._addresses:
+            raise RuntimeError(f"the weights of the model {_AGAIN}")
+
+    def _compare_tensors(self) -> None:
+        """Refuse parameters and buffers that are others than those that are held."""
+        if [*map(id, _tensors(self._model))] != [*map(id, self._tensors)]:
             raise RuntimeError(f"the weights of the model {_AGAIN}")
 
 
@@ -136,7 +151,7 @@ def _tensors(model: EarlyExit) -> list[Tensor]:
     return [tensor for table in weight_tables(model) for tensor in table.values() if tensor is not None]
 
 
-_VERSION = attrgetter("_version")
+_VERSION, _ADDRESS = attrgetter("_version"), Tensor.data_ptr
 _AGAIN = "changed since cet.compile; call cet.compile again"
 
 
@@ -166,19 +181,20 @@ def compile(model: EarlyExit, example_inputs: Any = None) -> CompiledModel:
         raise RuntimeError("model is in train mode; call model.eval() before cet.compile")
     args, kwargs = call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     model.predict(*args, **kwargs)  # first, for its own error on a wrong input
+    input_format = model.bind(args, kwargs)[0].input_format
     calls: dict[str, Callable[[], object]] = {PYTORCH: partial(model.predict, *args, **kwargs)}
     reasons: dict[str, str] = {}
     loaded: LoadedModel | None = None
     no_timings = Timings[str]({})
     try:
         loaded = _in_onnx_runtime(model, call)
-        calls[ONNX] = partial(CompiledModel(model, loaded, no_timings, {}).predict, *args, **kwargs)
+        calls[ONNX] = partial(CompiledModel(model, loaded, input_format, no_timings, {}).predict, *args, **kwargs)
     except (ExportError, AnswerMismatchError, ModuleNotFoundError) as error:
         reasons[ONNX] = str(error)
     timings = time_calls(calls, wall_clock, seconds=_SECONDS)
     if loaded is not None and timings.ratio(ONNX, PYTORCH).median >= 1:
         loaded = None
-    return CompiledModel(model, loaded, timings, reasons)
+    return CompiledModel(model, loaded, input_format, timings, reasons)
 
 
 def _in_onnx_runtime(model: EarlyExit, call: Call) -> LoadedModel:
