@@ -178,6 +178,12 @@ def test_one_row_and_what_has_no_form_elsewhere(monkeypatch: pytest.MonkeyPatch)
     for given in (x[:1], x[1:2], x):  # the last by the model itself
         assert torch.equal(one.predict(given).exit_index, model.predict(given).exit_index)
     assert one.num_rows == 1
+    one.predict(x[:1])
+    with torch.no_grad():
+        model.backbone[2].weight.add_(1)
+    for given in (x[:1], x):  # of the kind that was answered before, and of another
+        with pytest.raises(RuntimeError, match=r"the weights of the model changed since cet.compile"):
+            one.predict(given)
     with pytest.raises(RuntimeError, match=r"train mode; call model.eval\(\) before cet.compile"):
         cet.compile(model.train())
     with pytest.raises(TypeError, match=r"model is Sequential; give a cet.EarlyExit"):

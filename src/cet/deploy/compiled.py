@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class CompiledModel:
         self._loaded, self._format = loaded, input_format
         self._seal = None if loaded is None else Seal(model)
         self._checked: list[Any] = []
+        self._plain: list[Any] = []
         self._taken = [] if loaded is None else [given.name for given in loaded.description.inputs]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,31 +74,44 @@ class CompiledModel:
         loaded = self._loaded
         if loaded is None or self._seal is None:
             return self.model.predict(*args, **kwargs)
-        way, given = self.model.bind(args, kwargs)
         self._seal.check()
+        if not kwargs and self._plain and _kinds(args) == self._plain:  # calls of one kind are looked at once
+            return self._run(args)
+        way, given = self.model.bind(args, kwargs)
         if way.input_format is not self._format:  # with an optional input more or less
             return self.model.predict(*args, **kwargs)
         inputs = given
         if len(self._taken) != len(given):
             inputs = [value for name, value in zip(way.input_format.names, given, strict=True) if name in self._taken]
-        kinds = [(value.shape, value.dtype, value.device) for value in inputs]
-        if kinds == self._checked:  # calls of one kind are looked at once
-            arrays = [value.detach().numpy() for value in inputs]
-            logits, exit_index, score = loaded.run(arrays, loaded.thresholds)
-            from_numpy = torch.from_numpy
-            return ExitOutput(from_numpy(logits), from_numpy(exit_index), from_numpy(score))
+        kinds = _kinds(inputs)
+        if kinds == self._checked:
+            return self._run(inputs)
         rows = way.input_format.num_rows(given)
         if rows == 0 or (self.num_rows is not None and rows != self.num_rows):
             return self.model.predict(*args, **kwargs)
         answer = loaded.answer(inputs)
         self._checked = kinds
+        as_given = not kwargs and len(args) == len(inputs) and all(map(is_, args, inputs))
+        self._plain = kinds if as_given else []
         return answer
+
+    def _run(self, inputs: Sequence[Any]) -> ExitOutput:
+        """Answer a call whose inputs are of the kinds that were checked."""
+        loaded = self._loaded
+        assert loaded is not None
+        logits, exit_index, score = loaded.run([value.detach().numpy() for value in inputs], loaded.thresholds)
+        from_numpy = torch.from_numpy
+        return ExitOutput(from_numpy(logits), from_numpy(exit_index), from_numpy(score))
 
     def __str__(self) -> str:
         times = {name: self.timings.time(name).median * 1e3 for name in self.timings.seconds}
         lines = [f"{self.runtime} answers, the fastest for the example:"]
         lines += [f"  {name}: {time:.3f} ms" for name, time in sorted(times.items(), key=lambda item: item[1])]
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.reasons.items())])
+
+
+def _kinds(inputs: Sequence[Any]) -> list[Any]:
+    return [(value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None for value in inputs]
 
 
 class Seal:
