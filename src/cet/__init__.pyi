@@ -11,6 +11,8 @@ from .calibration.cost import exit_costs as exit_costs
 from .calibration.metrics import BoundedLoss as BoundedLoss
 from .calibration.report import CalibrationReport as CalibrationReport
 from .calibration.report import Certificate as Certificate
+from .deploy.compiled import CompiledModel as CompiledModel
+from .deploy.compiled import compile as compile
 from .deploy.description import ExportError as ExportError
 from .deploy.export import export as export
 from .deploy.loading import load_exported as load_exported

@@ -75,7 +75,8 @@ def class_indices(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -
 
     These are taken: integers ``(B,)`` of any size and booleans; one-hot rows ``(B, K)``; and, for two classes, 0 and 1
     of any dtype and of shape ``(B,)`` or ``(B, 1)``, as binary cross-entropy takes them. The values of int64 labels
-    ``(B,)`` on a GPU are not looked at, because that would wait for the device; those of other labels are.
+    ``(B,)`` on a GPU are not looked at, because that would wait for the device, nor are those in a graph that
+    ``torch.compile`` records; those of other labels are.
 
     Args:
         x: the inputs, of which at least one tensor has ``B`` rows.
@@ -107,6 +108,8 @@ def class_indices(x: Inputs, y: Any, num_classes: int | None, whose: str = "") -
     if y.is_floating_point():
         _check_whole(y, num_classes, whose)
     indices: Tensor = y.long()
+    if torch.compiler.is_dynamo_compiling():  # a graph holds no values
+        return indices
     if num_classes is not None and (y.device.type == "cpu" or indices is not y):
         outside = indices[(indices != UNLABELLED) & ((indices < 0) | (indices >= num_classes))]
         if outside.numel():

@@ -96,7 +96,7 @@ def export(
     check_file(Path(os.path.realpath(path)))
     if name == "stages":
         check_replaceable(path, MANIFEST)
-    call = model.example_inputs if example_inputs is None else _as_call(example_inputs)
+    call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
     stages = export_segments(model, call, opened, rows)
@@ -195,7 +195,8 @@ def dtype_name(what: str, dtype: torch.dtype) -> str:
     return _NUMPY_DTYPES[dtype]
 
 
-def _as_call(example_inputs: Any) -> Call:
+def as_call(example_inputs: Any) -> Call:
+    """The call ``(args, kwargs)`` that an example stands for."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}

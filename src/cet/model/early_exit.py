@@ -32,6 +32,7 @@ from cet.model.heads import ExitHead, HeadSpec
 from cet.model.masks import looks_like_mask
 from cet.model.output import ExitOutput, Explanation, LossOutput
 from cet.model.taps import is_inside_reentrant_checkpoint, observing
+from cet.model.traced import before_a_graph, entered_outside_of_graphs, may_begin_a_graph, number_of, traced_answer
 from cet.model.transformers import SignedForward, example_inputs_for, layer_paths
 from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache
@@ -124,6 +125,8 @@ class EarlyExit(nn.Module):
         runner: RunnerName | None = None,
     ) -> None:
         super().__init__()
+        self.number = number_of(self)
+        self.weight_tables: list[dict[str, Any]] = []
         self.runner = runner
         requested = requested_heads(exits)
         modules = [submodule(check_backbone(backbone), path) for path in requested]
@@ -177,7 +180,18 @@ class EarlyExit(nn.Module):
     def _replicate_for_data_parallel(self) -> Self:
         replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__.pop("forward", None)  # it calls the original
+        replica.number = number_of(replica)
         return replica
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.number, self.weight_tables = number_of(self), []
+
+    @entered_outside_of_graphs
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if may_begin_a_graph() and not (self.training or torch.compiler.is_compiling()):
+            args, kwargs = before_a_graph(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "backbone":
@@ -273,9 +287,9 @@ class EarlyExit(nn.Module):
         if labels is not None and "labels" in self.input_format.names:
             kwargs["labels"], labels = labels, None
         if labels is None:
-            return self.exit_logits(*args, **kwargs) if self.training else self._answer(args, kwargs)[0]
+            return self.exit_logits(*args, **kwargs) if self.training else self._answered(args, kwargs)
         labels = class_indices(args or kwargs, labels, self.num_classes)
-        exits = self.exit_logits(*args, **kwargs) if self.training else (self._answer(args, kwargs)[0],)
+        exits = self.exit_logits(*args, **kwargs) if self.training else (self._answered(args, kwargs),)
         losses = [F.cross_entropy(logits.float(), labels) for logits in exits]
         return LossOutput(loss=torch.stack(losses).mean(), logits=exits[-1])
 
@@ -287,7 +301,7 @@ class EarlyExit(nn.Module):
             RuntimeError: in train mode.
         """
         self._require_eval("predict")
-        logits, exit_index, score = self._answer(args, kwargs, with_scores=True)
+        logits, exit_index, score = self.answer(args, kwargs)
         assert exit_index is not None
         assert score is not None
         return ExitOutput(logits, exit_index, score)
@@ -409,7 +423,13 @@ class EarlyExit(nn.Module):
         if self.training:
             raise RuntimeError(f"model is in train mode; call model.eval() before {method}")
 
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = False) -> Answers:
+    def _answered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return self.answer(args, kwargs, with_scores=False)[0]
+
+    def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = True) -> Answers:
+        """The answers of a call in eval mode, with gradients where they are recorded."""
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return traced_answer(self, args, kwargs)
         way, inputs = self.bind(args, kwargs)
         batch_size = way.input_format.num_rows(inputs)
         if batch_size == 0:
@@ -531,6 +551,12 @@ class EarlyExit(nn.Module):
                 f"the backbone's forward takes no {', '.join(map(repr, new))}, which is ignored",
                 stacklevel=level_of_caller(),
             )
+
+    def first_batched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first of a call's inputs that holds one row per sample, by its name alone."""
+        formats = [way.input_format for way in self._ways]
+        batched = {name for f in formats for name, held in zip(f.names, f.is_batched, strict=True) if held}
+        return next(value for name, value in self.input_format.by_name(args, kwargs) if name in batched)
 
     def _way(self, input_format: InputFormat) -> InputWay:
         return InputWay(

@@ -42,6 +42,10 @@ class _Tap(ExitHook):
 @contextmanager
 def observing(observers: _Observers) -> Iterator[None]:
     """Hand what these submodules return within the block, in this thread, to their observers."""
+    if torch.compiler.is_dynamo_compiling():
+        with _observing_in_a_graph(observers):
+            yield
+        return
     tap = _Tap(observers)
     _calls.observed.append(observers)
     try:
@@ -51,6 +55,41 @@ def observing(observers: _Observers) -> Iterator[None]:
             yield
     finally:
         _calls.observed.pop()
+
+
+class _Recording:
+    """The observers of the call that is being recorded by ``torch.compile``."""
+
+    observers: _Observers | None = None
+
+
+_recording = _Recording()
+
+
+class _RecordedTap(ExitHook):
+    """A hook that stays once a call was recorded, and does nothing otherwise: a graph can hold no change of hooks."""
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            observers = _recording.observers
+            if observers is not None and module in observers:
+                observers[module](output)
+
+
+@contextmanager
+def _observing_in_a_graph(observers: _Observers) -> Iterator[None]:
+    for module in observers:
+        _tap(module)
+    before = _recording.observers
+    _recording.observers = observers
+    yield
+    _recording.observers = before
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tap(module: nn.Module) -> None:
+    if not any(isinstance(hook, _RecordedTap) for hook in module._forward_hooks.values()):
+        module.register_forward_hook(_RecordedTap())
 
 
 def is_inside_reentrant_checkpoint() -> bool:

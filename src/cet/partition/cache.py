@@ -165,6 +165,13 @@ class StageCache:
         return tuple(self._current_state().programs)
 
     @property
+    def state(self) -> tuple[object, Fingerprint]:
+        """Stands for the present state of the backbone: one and the same object while nothing has changed; and its
+        fingerprint, another one where parameters were replaced."""
+        state = self._current_state()
+        return state, state.fingerprint
+
+    @property
     def obstacle(self) -> str | None:
         """Why the backbone must not be cut as it is now."""
         return self._current_state().obstacle

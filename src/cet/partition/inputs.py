@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,11 @@ class InputFormat:
         of the dtype and on the device of ``weight``."""
         kwargs = {name: _from_json(value, weight) for name, value in description["kwargs"].items()}
         return kwargs or tuple(_from_json(value, weight) for value in description["args"])
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The inputs of a call of any kind, by name."""
+        arguments = self._arguments(args, kwargs)
+        return zip(_names(arguments), pytree.tree_leaves(arguments), strict=True)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Inputs by parameter name, in the order of the signature, without those that equal their default."""

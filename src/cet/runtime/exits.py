@@ -35,6 +35,8 @@ def head_logits(head: nn.Module, features: Tensor, mask: Tensor | None) -> Tenso
     """Call a head, with the mask if it takes one. What it returns shares no memory with the features, which stages
     may write to, and which may be the user's own."""
     logits: Tensor = head(features) if mask is None else head(features, mask)
+    if torch.compiler.is_dynamo_compiling():  # where nobody can ask what is an alias of what
+        return logits if linear_head(head) is not None else logits.clone()
     if isinstance(logits, Tensor) and torch._C._is_alias_of(logits, features):  # type: ignore[attr-defined]
         return logits.clone()
     return logits

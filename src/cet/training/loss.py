@@ -161,9 +161,9 @@ class ConsistentExitLoss:
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The logits of all exits, by one pass."""
         assert self.perturb is not None
-        versions = [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+        versions = _versions(x)
         perturbed_x = self.perturb(x)
-        if versions != [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]:
+        if versions != _versions(x):
             raise ValueError("perturb changes its input in place, and so the clean input too; return a new tensor")
         _check_same_kind(x, perturbed_x)
         args, kwargs = _stack(x, perturbed_x, num_rows, multi_exit)
@@ -175,7 +175,8 @@ class ConsistentExitLoss:
         parameters = list(model.parameters())
         if parameters and torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in parameters):
             raise ValueError("every parameter of the model is frozen, so no exit can learn; call requires_grad_(True)")
-        if self.consistency_weight == 0 and y.device.type == "cpu" and len(y) and bool((y == UNLABELLED).all()):
+        looks = self.consistency_weight == 0 and y.device.type == "cpu" and not torch.compiler.is_dynamo_compiling()
+        if looks and len(y) and bool((y == UNLABELLED).all()):
             raise ValueError(
                 "no row of the batch has a label, and with consistency_weight 0 nothing else can be learnt from; give "
                 "labelled rows in each batch, as cet.training.LabelledShare does, or consistency_weight > 0"
@@ -243,6 +244,13 @@ def check_finite(loss: Tensor, x: Inputs) -> None:
         f"the loss is {loss.item()}; give a lower learning_rate or finite inputs, and train float16 models in float32 "
         "or bfloat16"
     )
+
+
+def _versions(x: Inputs) -> list[int]:
+    """How often each tensor was changed in place; nothing where a graph is recorded, which does not know."""
+    if torch.compiler.is_dynamo_compiling():
+        return []
+    return [leaf._version for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
 def _check_outputs(outputs: Any, num_rows: int) -> tuple[Tensor, ...]:
