@@ -189,7 +189,7 @@ class EarlyExit(nn.Module):
 
     @entered_outside_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if may_begin_a_graph() and not (self.training or torch.compiler.is_compiling()):
+        if not self.training and may_begin_a_graph():
             args, kwargs = before_a_graph(self, args, kwargs)
         return super().__call__(*args, **kwargs)
 

@@ -48,8 +48,9 @@ def entered_outside_of_graphs(method: Function) -> Function:
 
 
 def may_begin_a_graph() -> bool:
-    """Whether `torch.compile` looks at calls in this thread."""
-    return get_eval_frame_callback() not in (None, False)
+    """Whether `torch.compile` looks at calls in this thread, and has begun no graph yet."""
+    # In this order: a graph that has begun takes no such question.
+    return not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
