@@ -47,6 +47,7 @@ def entered_outside_of_graphs(method: Function) -> Function:
     return method
 
 
+@entered_outside_of_graphs
 def may_begin_a_graph() -> bool:
     """Whether `torch.compile` looks at calls in this thread, and has begun no graph yet."""
     # In this order: a graph that has begun takes no such question.
