@@ -15,7 +15,7 @@ from cet.kernels.launch import alignment, block_size, num_processors, on_device_
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 256  # logits of a program, where a row has fewer
 _BLOCK = 1024
-_SUM_TILE = 512  # partial sums that are loaded at once; of more, registers are spilled on sm_80
+_SUM_TILE = 256  # partial sums that are loaded at once; of more, registers are spilled in some kernels
 _PROGRAMS_PER_PROCESSOR = 8  # of those that stride over their entries: enough to hide what they wait for
 
 # Those of cet.ops.consistent_exit_loss.definition.
