@@ -62,7 +62,7 @@ def test_rows_are_copied_16_bytes_at_a_time(kernels: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize(
     ("case", "kernel", "loads"),
     [
-        ("sensor rows", "exit_gate_kernel", 8),
+        ("sensor rows", "exit_gate_kernel", 4),
         ("tokens", "exit_gate_kernel", 4),
         ("one long recording", "exit_gate_kernel", 4),
         ("1000 classes", "gate_kernel", 1),
