@@ -50,7 +50,8 @@ class Stage:
         limit: seconds.
         tool: what Python runs under.
         environment: more variables.
-        beside: whether the next stage of its group runs at the same time; never where something is timed.
+        beside: whether the next stage of its group runs at the same time; never where something is timed, as nothing is
+            in a rehearsal.
     """
 
     name: str
@@ -91,7 +92,7 @@ def stages(work: Path, device: str) -> list[Stage]:
             str(work / "results"),
             *options,
         ]
-        return Stage(script, group, command, limit)
+        return Stage(script, group, command, limit if on_gpu else 120, beside=not on_gpu)
 
     def tests(name: str, group: str, limit: int, *arguments: str) -> Stage:
         workers = ["-n", "8"] if on_gpu else ["--collect-only", "-p", "no:randomly"]
@@ -114,7 +115,7 @@ def stages(work: Path, device: str) -> list[Stage]:
         else ("--models", "sensor_cnn")
     )
     return [
-        Stage("machine", "0", ["-m", "benchmarks.smoke", str(checks), device, "machine"], 30),
+        Stage("machine", "0", ["-m", "benchmarks.smoke", str(checks), device, "machine"], 30, beside=not on_gpu),
         Stage("cuda_part", "0", ["-c", "from benchmarks.gpu_first import build_cuda; build_cuda()"], 60),
         Stage("smoke", "A", ["-m", "benchmarks.smoke", str(checks), device], 110),
         sanitized("memcheck"),

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels.launch import alignment, block_size, on_device_of
+from cet.kernels.launch import alignment, block_size, num_processors, on_device_of
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 256  # logits of a program, where a row has fewer
 _BLOCK = 1024
-_SUM_BLOCK = 256
+_SUM_TILE = 256  # partial sums that are loaded at once; of more, registers are spilled in some kernels
+_PROGRAMS_PER_PROCESSOR = 8  # of those that stride over their entries: enough to hide what they wait for
 
 # Those of cet.ops.consistent_exit_loss.definition.
 _UNLABELLED = tl.constexpr(-100)
@@ -44,16 +45,97 @@ def count_labelled_kernel(labels_ptr, work_ptr, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_logits(logits_ptr, s_row, o_row, m_row, o_class, CLASSES: tl.constexpr, ALIGN: tl.constexpr):
-    """As float32, with -Inf in excess columns."""
-    o_logit = o_row[:, None] * (s_row // ALIGN * ALIGN) + o_class[None, :]
-    mask = m_row[:, None] & (o_class < CLASSES)[None, :]
-    return tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf")).to(tl.float32)
+def rows_of_block(i_block, rows, CLASSES: tl.constexpr, ALIGN: tl.constexpr, LEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Which rows these are, which of them there are, and how many entries before the first one of a row its blocks of
+    classes begin: where a row may begin anywhere, with these all blocks begin at 16 bytes."""
+    o_row = i_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    lead = 0
+    if LEADS:
+        tl.static_assert(ROWS == 1)
+        lead = (i_block.to(tl.int64) * CLASSES % ALIGN).to(tl.int32)
+    return o_row, o_row < rows, lead
+
+
+@triton.jit
+def classes_of_block(at, i_class, CLASSES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The classes of a block's columns, and the mask of its entries."""
+    o_class = i_class - at[2] + tl.arange(0, BLOCK_K)
+    return o_class, at[1][:, None] & ((o_class >= 0) & (o_class < CLASSES))[None, :]
+
+
+@triton.jit
+def offsets_of_block(at, s_row, i_class, ALIGN: tl.constexpr, LEADS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``(ROWS, BLOCK_K)``, in a form that shows the compiler what they are multiples of."""
+    o_start = (at[0] * s_row - at[2]) // ALIGN * ALIGN if LEADS else at[0] * (s_row // ALIGN * ALIGN)
+    return o_start[:, None] + (i_class + tl.arange(0, BLOCK_K))[None, :]
+
+
+@triton.jit
+def is_inside(at, i_class, CLASSES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether a block needs no mask, under which a thread would access its entries one by one if rows are odd.
+
+    A row of more than one block is alone in its program, and is there.
+    """
+    return (i_class >= at[2]) & (i_class - at[2] + BLOCK_K <= CLASSES)
+
+
+@triton.jit
+def load_logits(
+    logits_ptr,
+    s_row,
+    at,
+    i_class,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A block of classes as float32, with -Inf in excess columns."""
+    o_logit = offsets_of_block(at, s_row, i_class, ALIGN, LEADS, BLOCK_K)
+    _, mask = classes_of_block(at, i_class, CLASSES, BLOCK_K)
+    if CLASSES <= BLOCK_K:
+        b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf"))
+    elif is_inside(at, i_class, CLASSES, BLOCK_K):
+        b_logits = tl.load(logits_ptr + o_logit)
+    else:
+        b_logits = tl.load(logits_ptr + o_logit, mask=mask, other=float("-inf"))
+    return b_logits.to(tl.float32)
+
+
+@triton.jit
+def store_gradient(
+    grad_ptr,
+    at,
+    i_class,
+    b_difference,
+    b_factor,
+    scale,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Differences of probabilities ``(ROWS, K)`` times a factor per row and a scale: in float16, where small gradients
+    would be lost, always the same one, and :func:`scale_kernel` does the rest."""
+    if grad_ptr.dtype.element_ty == tl.float16:
+        scale = _HALF_GRADIENT_SCALE
+    b_grad = (b_difference * (b_factor * scale)[:, None]).to(grad_ptr.dtype.element_ty)
+    if LEADS:
+        o_grad = offsets_of_block(at, CLASSES, i_class, ALIGN, LEADS, BLOCK_K)
+    else:
+        o_grad = (at[0] * CLASSES)[:, None] + (i_class + tl.arange(0, BLOCK_K))[None, :]
+    _, mask = classes_of_block(at, i_class, CLASSES, BLOCK_K)
+    if CLASSES <= BLOCK_K:
+        tl.store(grad_ptr + o_grad, b_grad, mask=mask)
+    elif is_inside(at, i_class, CLASSES, BLOCK_K):
+        tl.store(grad_ptr + o_grad, b_grad)
+    else:
+        tl.store(grad_ptr + o_grad, b_grad, mask=mask)
 
 
 @triton.jit
 def softmax_of_block(b_logits):
-    """Of each row the largest logit, its class (the first such), and the sum of exponentials relative to it."""
+    """Of each row the largest logit, its column (the first such), and the sum of exponentials relative to it."""
     b_max = tl.max(b_logits, axis=1)
     b_offset = tl.where(b_max == float("-inf"), 0.0, b_max)
     return b_max, tl.argmax(b_logits, axis=1), tl.sum(tl.exp(b_logits - b_offset[:, None]), axis=1)
@@ -63,23 +145,21 @@ def softmax_of_block(b_logits):
 def softmax_of_rows(
     logits_ptr,
     s_row,
-    o_row,
-    m_row,
+    at,
     CLASSES: tl.constexpr,
     ALIGN: tl.constexpr,
-    ROWS: tl.constexpr,
+    LEADS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """:func:`softmax_of_block` of all blocks of a row together (Milakov and Gimelshein 2018, arXiv 1805.02867)."""
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_argmax = tl.zeros([ROWS], tl.int32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    for i_class in range(0, CLASSES, BLOCK_K):
-        o_class = i_class + tl.arange(0, BLOCK_K)
-        b_max2, b_argmax2, b_sum2 = softmax_of_block(
-            load_logits(logits_ptr, s_row, o_row, m_row, o_class, CLASSES, ALIGN)
-        )
-        b_argmax = tl.where(b_max2 > b_max, i_class + b_argmax2, b_argmax)
+    """:func:`softmax_of_block` of all blocks of a row together (Milakov and Gimelshein 2018, arXiv 1805.02867), with
+    the class in place of the column."""
+    b_max = tl.full([at[0].shape[0]], float("-inf"), tl.float32)
+    b_argmax = tl.zeros([at[0].shape[0]], tl.int32)
+    b_sum = tl.zeros([at[0].shape[0]], tl.float32)
+    for i_class in range(0, CLASSES + at[2], BLOCK_K):
+        b_logits = load_logits(logits_ptr, s_row, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+        b_max2, b_column, b_sum2 = softmax_of_block(b_logits)
+        b_argmax = tl.where(b_max2 > b_max, i_class - at[2] + b_column, b_argmax)
         b_top = tl.maximum(b_max, b_max2)
         b_offset = tl.where(b_top == float("-inf"), 0.0, b_top)
         b_sum = b_sum * tl.exp(b_max - b_offset) + b_sum2 * tl.exp(b_max2 - b_offset)
@@ -94,35 +174,83 @@ def log_normalizer(softmax):
 
 
 @triton.jit
+def probabilities(b_logits, softmax):
+    return tl.exp(b_logits - softmax[0][:, None]) / softmax[2][:, None]
+
+
+@triton.jit
 def mean_probability(
-    clean, normalizers, o_row, m_row, o_class, EXITS: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr
+    clean,
+    normalizers,
+    at,
+    i_class,
+    EXITS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Of the exits' softmaxes on the clean input, ``(ROWS, BLOCK_K)``."""
-    b_sum = tl.exp(load_logits(clean.ptrs[0], clean.strides[0], o_row, m_row, o_class, CLASSES, ALIGN) - normalizers[0])
+    b_logits = load_logits(clean.ptrs[0], clean.strides[0], at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+    b_sum = tl.exp(b_logits - normalizers[0])
     for i in tl.static_range(1, EXITS):
-        b_logits = load_logits(clean.ptrs[i], clean.strides[i], o_row, m_row, o_class, CLASSES, ALIGN)
+        b_logits = load_logits(clean.ptrs[i], clean.strides[i], at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
         b_sum += tl.exp(b_logits - normalizers[i])
     return b_sum / EXITS
 
 
 @triton.jit
-def store_gradient(grad_ptr, o_grad, b_difference, b_factor, scale, mask):
-    """Differences of probabilities ``(ROWS, K)`` times a factor per row and a scale: in float16, where small gradients
-    would be lost, always the same one, and :func:`scale_kernel` does the rest."""
-    if grad_ptr.dtype.element_ty == tl.float16:
-        scale = _HALF_GRADIENT_SCALE
-    b_grad = b_difference * (b_factor * scale)[:, None]
-    tl.store(grad_ptr + o_grad, b_grad.to(grad_ptr.dtype.element_ty), mask=mask)
+def mean_teacher(
+    clean,
+    at,
+    EXITS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LEADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The normalizers of all exits; of their mean what is the last two of :func:`softmax_of_rows` of a single one."""
+    normalizers = ()
+    for i in tl.static_range(EXITS):
+        softmax = softmax_of_rows(clean.ptrs[i], clean.strides[i], at, CLASSES, ALIGN, LEADS, BLOCK_K)
+        normalizers += (log_normalizer(softmax),)
+    b_largest = tl.full([at[0].shape[0]], 0.0, tl.float32)
+    b_likeliest = tl.zeros([at[0].shape[0]], tl.int32)
+    for i_class in range(0, CLASSES + at[2], BLOCK_K):
+        b_mean = mean_probability(clean, normalizers, at, i_class, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
+        _, mask = classes_of_block(at, i_class, CLASSES, BLOCK_K)
+        b_mean = tl.where(mask, b_mean, 0.0)
+        b_top = tl.max(b_mean, axis=1)
+        b_likeliest = tl.where(b_top > b_largest, i_class - at[2] + tl.argmax(b_mean, axis=1), b_likeliest)
+        b_largest = tl.maximum(b_largest, b_top)
+    return normalizers, (b_largest, b_likeliest, 1.0 / b_largest)
 
 
 @triton.jit
-def sum_of_blocks(partials_ptr, blocks, BLOCK: tl.constexpr):
-    """In an order that depends on their number alone."""
-    b_sum = tl.zeros([BLOCK], tl.float32)
+def sum_up(
+    partials_ptr, losses, config, labelled, rows, blocks, EXITS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The last sums as one tile, ``TERMS`` being four for each exit and more: each takes as long as one of them would,
+    and adds in an order that depends on the number of blocks alone."""
+    o_term = tl.arange(0, TERMS)
+    m_term = o_term < 4 * EXITS
+    b_sums = tl.zeros([TERMS, BLOCK], tl.float32)
     for i_block in range(0, blocks, BLOCK):
         o_block = i_block + tl.arange(0, BLOCK)
-        b_sum += tl.load(partials_ptr + o_block, mask=o_block < blocks, other=0.0)
-    return tl.sum(b_sum, axis=0)
+        mask = m_term[:, None] & (o_block < blocks)[None, :]
+        b_sums += tl.load(partials_ptr + o_term.to(tl.int64)[:, None] * blocks + o_block[None, :], mask=mask, other=0.0)
+    i_kind, i_exit = o_term // EXITS, o_term % EXITS
+    of_labelled = (i_kind == 0) | (i_kind == 3)
+    b_term = tl.sum(b_sums, axis=1) / tl.where(of_labelled, labelled, rows.to(tl.float32))
+    tl.store(losses.supervised_ptr + i_exit, b_term, mask=i_kind == 0)
+    tl.store(losses.consistency_ptr + i_exit, b_term, mask=i_kind == 1)
+    tl.store(losses.confident_ptr + i_exit, b_term, mask=i_kind == 2)
+    tl.store(losses.supervised_perturbed_ptr + i_exit, b_term, mask=i_kind == 3)
+    b_weight = tl.where(i_kind == 0, 1.0, 0.0)
+    b_weight = tl.where(i_kind == 1, config.consistency_weight, b_weight)
+    b_weight = tl.where(i_kind == 3, config.supervise_perturbed, b_weight)
+    b_loss = tl.where(b_weight > 0.0, b_weight * b_term, 0.0)  # a term of weight 0 may be infinite
+    tl.store(losses.loss_ptr, tl.sum(tl.where(m_term, b_loss * pick(config.exit_weights, i_exit, EXITS), 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -141,20 +269,22 @@ def consistent_exit_loss_kernel(
     FINAL_TEACHER: tl.constexpr,
     MEAN_TEACHER: tl.constexpr,
     ALIGN: tl.constexpr,
+    LEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
 ):
     """One exit of ``ROWS`` rows; the exits of the same rows run side by side, and share the final one in the cache.
 
-    The program that comes last adds up what all have written; why it sees that is told at
-    :func:`cet.kernels.exit_gate.finish`.
+    The program that comes last adds up what all have written: before its addition to the ticket each releases what it
+    wrote, and with its own the last one acquires that.
     """
     i_exit = tl.program_id(0) % EXITS
     i_block = tl.program_id(0) // EXITS
     blocks = tl.num_programs(0) // EXITS
-    o_row = i_block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
+    at = rows_of_block(i_block, rows, CLASSES, ALIGN, LEADS, ROWS)
+    o_row, m_row, lead = at
     clean_ptr = pick(clean.ptrs, i_exit, EXITS)
     student_ptr = pick(perturbed.ptrs, i_exit, EXITS)
     s_clean = pick(clean.strides, i_exit, EXITS)
@@ -163,37 +293,23 @@ def consistent_exit_loss_kernel(
     s_teacher = clean.strides[EXITS - 1] if FINAL_TEACHER else s_clean
 
     if CLASSES <= BLOCK_K:
-        o_class = tl.arange(0, BLOCK_K)
-        b_clean = load_logits(clean_ptr, s_clean, o_row, m_row, o_class, CLASSES, ALIGN)
-        b_student = load_logits(student_ptr, s_student, o_row, m_row, o_class, CLASSES, ALIGN)
+        b_clean = load_logits(clean_ptr, s_clean, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
+        b_student = load_logits(student_ptr, s_student, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
         b_teacher = b_clean
         if FINAL_TEACHER:
-            b_teacher = load_logits(teacher_ptr, s_teacher, o_row, m_row, o_class, CLASSES, ALIGN)
+            b_teacher = load_logits(teacher_ptr, s_teacher, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
         clean_softmax = softmax_of_block(b_clean)
         student = softmax_of_block(b_student)
         teacher = softmax_of_block(b_teacher)
     else:
-        clean_softmax = softmax_of_rows(clean_ptr, s_clean, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
-        student = softmax_of_rows(student_ptr, s_student, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
+        clean_softmax = softmax_of_rows(clean_ptr, s_clean, at, CLASSES, ALIGN, LEADS, BLOCK_K)
+        student = softmax_of_rows(student_ptr, s_student, at, CLASSES, ALIGN, LEADS, BLOCK_K)
         teacher = clean_softmax
         if FINAL_TEACHER:
-            teacher = softmax_of_rows(teacher_ptr, s_teacher, o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
-
+            teacher = softmax_of_rows(teacher_ptr, s_teacher, at, CLASSES, ALIGN, LEADS, BLOCK_K)
     normalizers = ()
     if MEAN_TEACHER:
-        for i in tl.static_range(EXITS):
-            softmax = softmax_of_rows(clean.ptrs[i], clean.strides[i], o_row, m_row, CLASSES, ALIGN, ROWS, BLOCK_K)
-            normalizers += (log_normalizer(softmax),)
-        b_largest = tl.full([ROWS], 0.0, tl.float32)
-        b_likeliest = tl.zeros([ROWS], tl.int32)
-        for i_class in range(0, CLASSES, BLOCK_K):
-            o_class = i_class + tl.arange(0, BLOCK_K)
-            b_mean = mean_probability(clean, normalizers, o_row, m_row, o_class, EXITS, CLASSES, ALIGN)
-            b_mean = tl.where((o_class < CLASSES)[None, :], b_mean, 0.0)
-            b_top = tl.max(b_mean, axis=1)
-            b_likeliest = tl.where(b_top > b_largest, i_class + tl.argmax(b_mean, axis=1), b_likeliest)
-            b_largest = tl.maximum(b_largest, b_top)
-        teacher = b_largest, b_likeliest, 1.0 / b_largest
+        normalizers, teacher = mean_teacher(clean, at, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
 
     weight = pick(config.exit_weights, i_exit, EXITS)
     labelled = tl.maximum(tl.load(work_ptr), 1).to(tl.float32)
@@ -210,16 +326,15 @@ def consistent_exit_loss_kernel(
     of_perturbed = of_consistency + config.supervise_perturbed / labelled
     consistency_share = tl.where(of_perturbed > 0.0, of_consistency / of_perturbed, 0.0)
     b_supervised_share = tl.where(b_label == _UNLABELLED, 0.0, b_one * (1.0 - consistency_share))
-    for i_class in range(0, CLASSES, BLOCK_K):
-        o_class = i_class + tl.arange(0, BLOCK_K)
+    for i_class in range(0, CLASSES + lead, BLOCK_K):
         if CLASSES > BLOCK_K:
-            b_clean = load_logits(clean_ptr, s_clean, o_row, m_row, o_class, CLASSES, ALIGN)
-            b_student = load_logits(student_ptr, s_student, o_row, m_row, o_class, CLASSES, ALIGN)
+            b_clean = load_logits(clean_ptr, s_clean, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+            b_student = load_logits(student_ptr, s_student, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
             b_teacher = b_clean
             if FINAL_TEACHER:
-                b_teacher = load_logits(teacher_ptr, s_teacher, o_row, m_row, o_class, CLASSES, ALIGN)
-        m_class = (o_class < CLASSES)[None, :]
-        b_is_label = o_class[None, :] == b_label[:, None]
+                b_teacher = load_logits(teacher_ptr, s_teacher, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+        o_class, mask = classes_of_block(at, i_class, CLASSES, BLOCK_K)
+        b_is_label = mask & (o_class[None, :] == b_label[:, None])
         b_label_logit += tl.sum(tl.where(b_is_label, b_clean, 0.0), axis=1)
         b_student_label_logit += tl.sum(tl.where(b_is_label, b_student, 0.0), axis=1)
         if HARD:
@@ -228,32 +343,31 @@ def consistent_exit_loss_kernel(
             b_target = b_is_target.to(tl.float32)
         else:
             if MEAN_TEACHER:
-                b_target = mean_probability(clean, normalizers, o_row, m_row, o_class, EXITS, CLASSES, ALIGN)
+                b_target = mean_probability(clean, normalizers, at, i_class, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
                 b_log_target = tl.log(b_target)
             else:
-                b_target = tl.exp(b_teacher - teacher[0][:, None]) / teacher[2][:, None]
+                b_target = probabilities(b_teacher, teacher)
                 b_log_target = b_teacher - log_normalizer(teacher)
             b_log_ratio = b_log_target - (b_student - log_normalizer(student))
             # A class that the teacher rules out adds nothing, whatever the student's logit.
-            b_divergence += tl.sum(tl.where(m_class & (b_target != 0.0), b_target * b_log_ratio, 0.0), axis=1)
+            b_divergence += tl.sum(tl.where(mask & (b_target != 0.0), b_target * b_log_ratio, 0.0), axis=1)
 
-        mask = m_row[:, None] & m_class
-        o_grad = o_row[:, None] * CLASSES + o_class[None, :]
         if perturbed.grad_ptrs is not None:
-            b_share = tl.exp(b_student - student[0][:, None]) / student[2][:, None]
+            b_share = probabilities(b_student, student)
             b_difference = (consistency_share * b_confident)[:, None] * (b_share - b_target)
             # Where the share is 0 the label may be none.
             b_difference += b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
             grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
-            store_gradient(
-                grad_ptr, o_grad, b_difference, tl.full([ROWS], 1.0, tl.float32), weight * of_perturbed, mask
-            )
+            b_factor = tl.full([ROWS], 1.0, tl.float32)
+            scale = weight * of_perturbed
+            store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
         if clean.grad_ptrs is not None:
-            b_share = tl.exp(b_clean - clean_softmax[0][:, None]) / clean_softmax[2][:, None]
-            b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_share - b_is_label.to(tl.float32))
+            b_difference = probabilities(b_clean, clean_softmax) - b_is_label.to(tl.float32)
+            b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_difference)
             b_factor = tl.where(b_label == _UNLABELLED, 1.0, b_one)
             grad_ptr = pick(clean.grad_ptrs, i_exit, EXITS)
-            store_gradient(grad_ptr, o_grad, b_difference, b_factor, weight / labelled, mask)
+            scale = weight / labelled
+            store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
 
     b_supervised = b_one * (clean_softmax[0] + tl.log(clean_softmax[2]) - b_label_logit)
     b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
@@ -268,30 +382,12 @@ def consistent_exit_loss_kernel(
 
     tl.debug_barrier()
     if tl.atomic_add(work_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        loss = tl.zeros([], tl.float32)
-        for i in tl.static_range(EXITS):
-            partial_ptr = partials_ptr + i * blocks
-            supervised = sum_of_blocks(partial_ptr, blocks, BLOCK_SUM) / labelled
-            consistency = sum_of_blocks(partial_ptr + EXITS * blocks, blocks, BLOCK_SUM) / rows
-            confident = sum_of_blocks(partial_ptr + 2 * EXITS * blocks, blocks, BLOCK_SUM) / rows
-            supervised_perturbed = sum_of_blocks(partial_ptr + 3 * EXITS * blocks, blocks, BLOCK_SUM) / labelled
-            tl.store(losses.supervised_ptr + i, supervised)
-            tl.store(losses.consistency_ptr + i, consistency)
-            tl.store(losses.confident_ptr + i, confident)
-            tl.store(losses.supervised_perturbed_ptr + i, supervised_perturbed)
-            # A term of weight 0 may be infinite.
-            of_exit = supervised
-            of_exit += tl.where(
-                config.supervise_perturbed > 0.0, config.supervise_perturbed * supervised_perturbed, 0.0
-            )
-            of_exit += tl.where(config.consistency_weight > 0.0, config.consistency_weight * consistency, 0.0)
-            loss += config.exit_weights[i] * of_exit
-        tl.store(losses.loss_ptr, loss)
+        sum_up(partials_ptr, losses, config, labelled, rows, blocks, EXITS, TERMS, BLOCK_SUM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def scale_kernel(gradient_ptrs, factors, scale_ptr, labelled_ptr, size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiplies gradients in place.
+    """Multiplies gradients in place; the programs of each take its blocks in turn.
 
     Mostly the scale is 1, and nothing is read or written. In float16 each gradient has a factor too, the sum of one
     number and of another over the number of labelled rows.
@@ -303,9 +399,11 @@ def scale_kernel(gradient_ptrs, factors, scale_ptr, labelled_ptr, size, COUNT: t
         scale *= pick(factors[0], i_gradient, COUNT) + pick(factors[1], i_gradient, COUNT) / labelled
     if scale != 1.0:
         gradient_ptr = pick(gradient_ptrs, i_gradient, COUNT)
-        o_entry = (tl.program_id(0) // COUNT).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        b_gradient = tl.load(gradient_ptr + o_entry, mask=o_entry < size).to(tl.float32) * scale
-        tl.store(gradient_ptr + o_entry, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_entry < size)
+        i_block = (tl.program_id(0) // COUNT).to(tl.int64)
+        for i_entry in range(i_block * BLOCK, size, tl.num_programs(0) // COUNT * BLOCK):
+            o_entry = i_entry + tl.arange(0, BLOCK)
+            b_gradient = tl.load(gradient_ptr + o_entry, mask=o_entry < size).to(tl.float32) * scale
+            tl.store(gradient_ptr + o_entry, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_entry < size)
 
 
 class _Logits(NamedTuple):
@@ -339,9 +437,14 @@ def consistent_exit_loss_into(
     exits, (rows, classes) = len(clean.ptrs), clean.ptrs[0].shape
     # Where the mean of the exits teaches, a program holds one more block of a row, and no more than these fit.
     is_mean = config.teacher == "mean"
+    itemsize, strides = clean.ptrs[0].element_size(), (*clean.strides, *perturbed.strides)
     class_block = _CLASS_BLOCK // 2 if is_mean else _CLASS_BLOCK
     block_k = block_size(classes, class_block if classes <= class_block else class_block // 2)
     row_block = max(1, _TILE // block_k)
+    # Rows begin at multiples of the one or, by the other, all at the same distance from such.
+    aligned, together = alignment(itemsize, *strides), alignment(itemsize, *(stride - classes for stride in strides))
+    leads = classes > block_k and together > aligned
+    terms = block_size(4 * exits, 1 << 30)
     blocks = triton.cdiv(rows, row_block)
     partials = losses.loss_ptr.new_empty(4, exits, blocks)
     labels = labels.contiguous()
@@ -362,10 +465,12 @@ def consistent_exit_loss_into(
             HARD=config.target == "hard",
             FINAL_TEACHER=config.teacher == "final",
             MEAN_TEACHER=is_mean,
-            ALIGN=alignment(clean.ptrs[0].element_size(), *clean.strides, *perturbed.strides),
+            ALIGN=together if leads else aligned,
+            LEADS=leads,
             ROWS=row_block,
             BLOCK_K=block_k,
-            BLOCK_SUM=_SUM_BLOCK,
+            TERMS=terms,
+            BLOCK_SUM=max(1, _SUM_TILE // terms),
             num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_mean else 16,
         )
 
@@ -398,7 +503,8 @@ def scale_into(
     given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
     size = given[0][1].numel()
     with on_device_of(scale):
-        scale_kernel[(triton.cdiv(size, _BLOCK) * len(given),)](
+        most = _PROGRAMS_PER_PROCESSOR * num_processors(scale.device) // len(given)
+        scale_kernel[(max(1, min(triton.cdiv(size, _BLOCK), most)) * len(given),)](
             tuple(gradient for _, gradient in given),
             None if factors is None else tuple(zip(*(factors[i] for i, _ in given), strict=True)),
             scale,

@@ -24,7 +24,7 @@ from cet.kernels.scores import exits, merge_stats, score_of, softmax_stats
 _MAX_CLASSES = 128  # whose logits, and their block of the weight, fit in registers
 _CLASS_BLOCK = 4096  # logits whose statistics are taken at once
 _TILE = 4096  # features that a program has in flight
-_SHARE_BYTES = 1 << 15  # of a row, for one program: 700, which a large GPU runs at once, fill half of its L2
+_SHARE_BYTES = 1 << 14  # of a row, for one program: 700, which a large GPU runs at once, fill a fourth of its L2
 _MAX_SLICES = 16  # programs for a row; the smallest part of a GPU that cet is for runs as many at once
 
 
@@ -301,11 +301,13 @@ class _Shape(NamedTuple):
             return alignment(itemsize, self.channels, self.s_inner, self.s_outer, self.s_row)
         return alignment(itemsize, self.inner if self.s_inner == 1 else 1, self.s_channel, self.s_outer, self.s_row)
 
-    def blocks(self, most_channels: int) -> tuple[int, int]:
-        """Blocks of channels and positions: a tile, with runs of 128 where memory is contiguous."""
+    def blocks(self, most_channels: int, slices: int) -> tuple[int, int]:
+        """Blocks of channels and positions: a tile, with runs of 128 where memory is contiguous. So many slices have a
+        block of channels each, where these are few but not so few that their runs are short."""
         if self.s_channel == 1:
             block_c = block_size(self.channels, max(32, min(128, most_channels)))
             return block_c, block_size(self.inner, _TILE // block_c)
+        most_channels = min(most_channels, _power_within(max(1, self.channels // slices)))
         block_p = block_size(self.inner, max(128, _TILE // most_channels))
         return block_size(self.channels, min(_TILE // block_p, most_channels)), block_p
 
@@ -343,7 +345,12 @@ def _slices(size: int, share: int, most: int) -> int:
     if launch.runs_one_by_one():
         return 1
     wanted = 1 << (triton.cdiv(max(1, size), share) - 1).bit_length()
-    return min(_MAX_SLICES, wanted, 1 << (most.bit_length() - 1))
+    return min(_MAX_SLICES, wanted, _power_within(most))
+
+
+def _power_within(extent: int) -> int:
+    """The largest power of two that is no more."""
+    return 1 << (extent.bit_length() - 1)
 
 
 def _with_state(gate: Gate, blocks: int, slices: int, moves: Sequence[object] = ()) -> Gate:
@@ -400,10 +407,12 @@ def exit_gate_into(
         return
     features, shape = _as_shape(features, layout)
     block_k = block_size(classes, _MAX_CLASSES)
-    block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k))
-    warps = 4 if block_c * block_p >= 1024 else 1
     row_bytes = shape.channels * shape.outer * shape.inner * features.element_size()
-    slices = _slices(row_bytes, _SHARE_BYTES, triton.cdiv(shape.channels, block_c))
+    slices = _slices(row_bytes, _SHARE_BYTES, _MAX_SLICES)
+    block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k), slices=slices)
+    slices = min(slices, _power_within(triton.cdiv(shape.channels, block_c)))
+    # Programs that share rows take more registers; and no more of them may run at once than the cache has room for.
+    warps = 1 if block_c * block_p < 1024 else 4 if slices == 1 else 8
     gate = _with_state(gate, rows, slices, moves)
     partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, slices, block_k)
     unit_blocks = tuple(block_size(move.units, 128 * warps) for move, _ in moves)

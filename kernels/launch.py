@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -29,6 +30,12 @@ def runs_one_by_one() -> bool:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device and its current stream: make it that of the tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of one where there is none, so that few programs are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def alignment(itemsize: int, *extents: int) -> int:

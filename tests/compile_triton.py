@@ -128,6 +128,8 @@ CASES: dict[str, Callable[[int], None]] = {
     "loss, 7 classes": lambda rows: loss(rows, 7, 4, FLOAT, "soft", "mean"),
     "loss, 1000 classes": lambda rows: loss(rows, 1000, 4, BFLOAT, "hard", "final"),
     "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "mean"),
+    "loss, 50257 classes": lambda _: loss(64, 50257, 3, BFLOAT, "soft", "mean"),
+    "loss, 4097 classes": lambda _: loss(64, 4097, 2, FLOAT, "hard", "final"),
     "gradients": lambda _: scale(FLOAT),
     "gradients in float16": lambda _: scale(HALF),
 }

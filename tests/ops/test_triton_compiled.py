@@ -62,11 +62,13 @@ def test_rows_are_copied_16_bytes_at_a_time(kernels: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize(
     ("case", "kernel", "loads"),
     [
-        ("sensor rows", "exit_gate_kernel", 8),
+        ("sensor rows", "exit_gate_kernel", 4),
         ("tokens", "exit_gate_kernel", 4),
         ("one long recording", "exit_gate_kernel", 4),
         ("1000 classes", "gate_kernel", 1),
         ("loss, 1000 classes", "consistent_exit_loss_kernel", 3),
+        ("loss, 32000 classes", "consistent_exit_loss_kernel", 12),
+        ("loss, 4097 classes", "consistent_exit_loss_kernel", 5),
     ],
 )
 def test_features_and_logits_are_read_16_bytes_at_a_time(
@@ -74,6 +76,18 @@ def test_features_and_logits_are_read_16_bytes_at_a_time(
 ) -> None:
     (found,) = [k for k in kernels if k["case"] == case and k["kernel"] == kernel]
     assert wide(found)["LDG"] >= loads
+
+
+def test_odd_rows_of_many_classes_are_read_in_words_by_programs_that_share_a_processor(
+    kernels: list[dict[str, Any]],
+) -> None:
+    """Eight bytes in bfloat16, of which a thread has four entries; all but what is at the ends of a row."""
+    found = {k["case"]: k for k in kernels if k["kernel"] == "consistent_exit_loss_kernel"}
+    assert found["loss, 50257 classes"]["instructions"]["LDG.E.64"] >= 12
+    assert found["loss, 50257 classes"]["instructions"]["STG.E.64"] == 2
+    assert wide(found["loss, 4097 classes"])["STG"] == 2
+    for case in ("loss, 4097 classes", "loss, 50257 classes"):
+        assert 2 * found[case]["registers"] * 32 * found[case]["warps"] <= 2**16
 
 
 def test_another_number_of_rows_compiles_nothing(kernels: list[dict[str, Any]]) -> None:

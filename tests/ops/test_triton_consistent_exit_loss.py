@@ -101,3 +101,35 @@ def test_transforms_are_refused(backend: str) -> None:  # noqa: F811
     perturbed, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     with pytest.raises(ValueError, match=r"^consistent_exit_loss: backend 'triton' knows no torch\.func"):
         torch.func.grad(lambda x: ops.consistent_exit_loss([x], [perturbed], labels).loss)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("target", "teacher", "room"), [("soft", "mean", 0), ("hard", "final", 0), ("soft", "self", 1), ("soft", "self", 3)]
+)
+def test_rows_of_several_blocks_may_begin_anywhere(
+    backend: str,  # noqa: F811
+    target: Any,
+    teacher: Any,
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of odd length, so that the blocks of each row begin before it; with room between rows; gradients in strides."""
+    from cet.kernels import consistent_exit_loss as kernels
+
+    monkeypatch.setattr(kernels, "_CLASS_BLOCK", 16)
+    monkeypatch.setattr(kernels, "_TILE", 1)
+    monkeypatch.setattr(kernels, "_BLOCK", 4)
+    monkeypatch.setattr(kernels, "_SUM_TILE", 32)
+    rows, classes = 3, 21
+    logits = [torch.randn(rows, classes + room)[:, :classes].requires_grad_() for _ in range(4)]
+    labels = torch.tensor([0, 20, -100])
+
+    def run() -> tuple[Any, tuple[torch.Tensor, ...]]:
+        losses = ops.consistent_exit_loss(logits[:2], logits[2:], labels, target=target, teacher=teacher)
+        return losses, torch.autograd.grad(3.0 * losses.loss, logits)
+
+    got, gradients = run()
+    with ops.use_backend("reference"):
+        want, expected = run()
+    for a, b in zip((*got, *gradients), (*want, *expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
