@@ -435,14 +435,16 @@ def consistent_exit_loss_into(
     """``config`` is a LossConfig of :mod:`cet.ops`. Gradients are contiguous, None where they are not wanted. Of
     ``work``, ``(2,)`` int32, the first entry becomes the number of labelled rows."""
     exits, (rows, classes) = len(clean.ptrs), clean.ptrs[0].shape
-    # Where the mean of the exits teaches, a program holds one more block of a row, and no more than these fit.
     is_mean = config.teacher == "mean"
     itemsize, strides = clean.ptrs[0].element_size(), (*clean.strides, *perturbed.strides)
-    class_block = _CLASS_BLOCK // 2 if is_mean else _CLASS_BLOCK
-    block_k = block_size(classes, class_block if classes <= class_block else class_block // 2)
-    row_block = max(1, _TILE // block_k)
     # Rows begin at multiples of the one or, by the other, all at the same distance from such.
     aligned, together = alignment(itemsize, *strides), alignment(itemsize, *(stride - classes for stride in strides))
+    # Where the mean of the exits teaches, a program holds one more block of a row, and where rows begin anywhere it
+    # masks the ends of each: no more than these fit.
+    is_small = is_mean or (classes > _CLASS_BLOCK and together > aligned)
+    class_block = _CLASS_BLOCK // 2 if is_small else _CLASS_BLOCK
+    block_k = block_size(classes, class_block if classes <= class_block else class_block // 2)
+    row_block = max(1, _TILE // block_k)
     leads = classes > block_k and together > aligned
     terms = block_size(4 * exits, 1 << 30)
     blocks = triton.cdiv(rows, row_block)
@@ -471,7 +473,7 @@ def consistent_exit_loss_into(
             BLOCK_K=block_k,
             TERMS=terms,
             BLOCK_SUM=max(1, _SUM_TILE // terms),
-            num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_mean else 16,
+            num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_small else 16,
         )
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 CAPABILITIES = (80, 90, 100)
-ALONE = {("loss, 4097 classes", 80)}
-"""Odd rows of many classes on the oldest GPUs: 91 registers of 16 warps; with 8 warps, some would be spilled."""
 ROW_COPIES = ["row copy", "row copy, channels last", "row copy, padded"]
 
 
@@ -41,9 +39,7 @@ def test_nothing_is_spilled(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, kernel["case"]
         assert not [name for name in kernel["instructions"] if name[:3] in ("LDL", "STL")], kernel["case"]
-        at_a_time = 1 if (kernel["case"], kernel["capability"]) in ALONE else 2
-        room = 2**16 // at_a_time
-        assert kernel["registers"] * 32 * kernel["warps"] <= room, f"{kernel['case']}: not {at_a_time} at a time"
+        assert kernel["registers"] * 32 * kernel["warps"] <= 2**15, f"{kernel['case']}: not even two programs at a time"
 
 
 def wide(kernel: dict[str, Any]) -> dict[str, int]:
