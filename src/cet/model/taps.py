@@ -11,6 +11,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
+from cet.ops.backend import constant_in_graphs
 from cet.partition.fingerprint import ExitHook
 
 _Observers = Mapping[nn.Module, Callable[[Any], None]]
@@ -86,7 +87,7 @@ def _observing_in_a_graph(observers: _Observers) -> Iterator[None]:
     _recording.observers = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _tap(module: nn.Module) -> None:
     if not any(isinstance(hook, _RecordedTap) for hook in module._forward_hooks.values()):
         module.register_forward_hook(_RecordedTap())

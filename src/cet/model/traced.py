@@ -10,15 +10,20 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import mark_unbacked
-from torch._dynamo.eval_frame import skip_code
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+)
 from torch.utils import _pytree as pytree
 
+from cet.ops.backend import constant_in_graphs
 from cet.partition.inputs import Call
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -43,8 +48,23 @@ def number_of(model: nn.Module) -> int:
 
 def entered_outside_of_graphs(method: Function) -> Function:
     """Let a method run as it is where `torch.compile` would begin a graph with it, and the graph begin behind it."""
-    skip_code(method.__code__)
+    # As torch._dynamo.eval_frame.skip_code, without the import.
+    set_code_exec_strategy(method.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     return method
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """As :func:`torch.compiler.disable`, which imports all of torch.compile, at the first call."""
+
+    made: list[Any] = []
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+        return made[0](*args, **kwargs)
+
+    return entered_outside_of_graphs(call)  # type: ignore[return-value]
 
 
 @entered_outside_of_graphs
@@ -54,7 +74,7 @@ def may_begin_a_graph() -> bool:
     return not torch.compiler.is_compiling() and get_eval_frame_callback() not in (None, False)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_of_graphs
 def before_a_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Bring up to date what a graph reads of a model, and return aliases of the call's tensors that tell
     `torch.compile` not to fix the graph to their sizes."""
@@ -66,6 +86,8 @@ def before_a_graph(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _of_any_size(tensor: Tensor) -> Tensor:
+    from torch._dynamo.decorators import mark_unbacked
+
     alias = tensor.view_as(tensor)
     mark_unbacked(alias, [*range(alias.ndim)])
     return alias
@@ -89,7 +111,7 @@ def traced_answer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return answer
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _known_call(
     number: int, template: Call
 ) -> tuple[int, int, torch.dtype, torch.dtype | None, tuple[tuple[int, str], ...]]:
@@ -140,7 +162,7 @@ torch.library.define(
 
 # Not by torch.library.custom_op, whose checks at each call take longer than a small net.
 @torch.library.impl("cet::early_exit", "CompositeExplicitAutograd")
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_of_graphs
 def _run(
     tensors: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -10,12 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from cet._C import Kernels
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 Backend = Literal["reference", "cpp", "triton"]
 
@@ -172,7 +174,14 @@ def chosen_backend() -> Backend | None:
     return CHOSEN.get()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function as :func:`torch.compiler.assume_constant_result` does, which would import all of torch.compile:
+    as much again as torch itself takes."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def traced_backend(device_type: str) -> Backend:
     """What a traced call is recorded as: the custom operator, or, for ``"reference"``, its plain operations."""
     chosen = CHOSEN.get()
