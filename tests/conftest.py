@@ -33,7 +33,8 @@ settings.load_profile("test")
 # In TF32, PyTorch's default for convolutions, a row's answer depends on its batch mates in the third digit.
 torch.backends.cudnn.allow_tf32 = False
 
-collect_ignore = [] if torch.cuda.is_available() else ["energy/test_energy_cuda.py", "runtime/test_runners_cuda.py"]
+ON_A_GPU, WITHOUT_ONE = ["energy/test_energy_cuda.py", "runtime/test_runners_cuda.py"], ["ops/test_traffic.py"]
+collect_ignore = WITHOUT_ONE if torch.cuda.is_available() else ON_A_GPU
 pytest_plugins = ("nvml.fixtures",)
 
 Built = tuple[Family, cet.EarlyExit]

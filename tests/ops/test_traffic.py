@@ -23,8 +23,6 @@ from cet import ops
 from conftest import triton_backend as backend  # noqa: F401
 from interleaving import interleaved
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is no interpreter to count in")
-
 SECTOR = 32  # bytes, the least that is read or written
 RESIDENT, SHARE = 16, 2048
 CACHE = 4 * RESIDENT * SHARE
