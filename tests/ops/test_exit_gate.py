@@ -332,7 +332,7 @@ def test_a_choice_can_be_used_again_and_hides_no_error() -> None:
 
 def test_triton_cannot_be_told_to_interpret_once_it_is_imported() -> None:
     script = """
-        import os, cet, cet.ops
+        import os, triton, cet.ops
         os.environ["TRITON_INTERPRET"] = "1"
         cet.ops.use_backend("triton")
     """
