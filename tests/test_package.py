@@ -45,6 +45,12 @@ def test_import_loads_neither_torch_nor_the_training_extra() -> None:
     assert found.strip() == "[]"
 
 
+def test_joules_of_any_program_are_measured_without_torch() -> None:
+    code = "import sys, cet.energy.run, cet.cli.energy.run; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "False"
+
+
 def test_a_source_distribution_has_all_kernels_whatever_could_be_built_here(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "src", "csrc", "kernels"):

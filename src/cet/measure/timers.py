@@ -7,8 +7,10 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # `cet energy run` measures any program, and does without torch
+    import torch
 
 Call = Callable[[], object]
 
@@ -34,6 +36,8 @@ def thread_clock(call: Call, repeats: int) -> float:
 
 def cuda_events(call: Call, repeats: int) -> float:
     """The seconds that ``repeats`` calls take on the current CUDA stream, from an idle device to an idle device."""
+    import torch
+
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
@@ -69,6 +73,8 @@ def warm_up(call: Call, timer: Timer, seconds: float) -> float:
 
 def cache_eviction(device: torch.device) -> Call:
     """Return a function that reads and writes twice the size of the last cache of ``device``."""
+    import torch
+
     size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _cpu_cache_size()
     buffer = torch.zeros(2 * size, dtype=torch.uint8, device=device)
     return lambda: buffer.add_(1)
