@@ -20,6 +20,7 @@ from cet.ops.backend import kernels, preferring_triton, why_no_triton
 from cet.ops.consistent_exit_loss.definition import HALF_GRADIENT_SCALE, UNLABELLED
 from cet.ops.definitions import SCORE_NAMES, SCORES
 from cet.ops.padded import gather_and_scatter_rows, padded_exit_step, padded_gate
+from cet.runtime.scores import POLICY_SCORES
 from conftest import kernels_only
 
 ROOT = Path(__file__).parents[2]
@@ -275,4 +276,4 @@ def test_the_command_line_offers_every_score() -> None:
     from cet.cli.calibrate import command
 
     (option,) = (parameter for parameter in command.params if parameter.name == "score")
-    assert tuple(option.type.choices) == SCORE_NAMES  # type: ignore[attr-defined]
+    assert tuple(option.type.choices) == POLICY_SCORES  # type: ignore[attr-defined]
