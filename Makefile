@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test lint docs sanitize fuzz soak demo benchmark gpu clean
+.PHONY: help setup test test-slow lint docs sanitize fuzz soak demo benchmark gpu clean
 
 help:
 	@echo "make setup      the environment of all that follows, in .venv, and the kernels, where a source has changed"
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
+	@echo "make test-slow  more cases of what the tests try too"
 	@echo "make docs       the pages as a site, into build/site; a warning is an error"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
@@ -47,6 +48,9 @@ lint: setup
 # so that they do not slow each other.
 test: lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup

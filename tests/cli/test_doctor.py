@@ -103,7 +103,7 @@ def test_a_section_that_fails_says_so_and_the_others_answer(
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("form", ["table", "json"])
+@pytest.mark.parametrize("form", [pytest.param("table", marks=pytest.mark.slow), "json"])
 def test_it_answers_whatever_the_environment_holds(nvml_library: Path, environment: dict[str, str], form: str) -> None:
     env = {**os.environ, "LD_LIBRARY_PATH": str(nvml_library.parent), **environment}
     done = subprocess.run([CET, "doctor", "--format", form], env=env, capture_output=True, text=True)

@@ -59,7 +59,12 @@ def total(document: dict[str, Any], name: str = "joules") -> dict[str, Any]:
 class TestNoNvml:
     """No NVML library (12), driver not loaded (9)."""
 
-    @pytest.fixture(params=[pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
+    @pytest.fixture(
+        params=[
+            pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
+            pytest.param(pynvml.NVML_ERROR_DRIVER_NOT_LOADED, marks=pytest.mark.slow),
+        ]
+    )
     def script(self, cet: Commands, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
         if request.param == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
             return (fault("nvmlInitWithFlags", request.param),)
@@ -254,8 +259,8 @@ class TestFunctionNotFound:
         ("function", "field"),
         [
             ("nvmlDeviceGetTemperature", ("state", "temperature")),
-            ("nvmlDeviceGetCurrentClocksEventReasons", ("state", "throttle")),
-            ("nvmlDeviceGetEnforcedPowerLimit", ("facts", "power_limit")),
+            pytest.param("nvmlDeviceGetCurrentClocksEventReasons", ("state", "throttle"), marks=pytest.mark.slow),
+            pytest.param("nvmlDeviceGetEnforcedPowerLimit", ("facts", "power_limit"), marks=pytest.mark.slow),
             ("nvmlDeviceGetMigMode", None),
         ],
     )

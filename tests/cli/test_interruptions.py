@@ -76,7 +76,7 @@ class TestReader:
     def test_what_is_printed_is_dropped(self, args: Sequence[str]) -> None:
         assert self.unread(lambda **more: subprocess.Popen([CET, *args], stderr=-1, text=True, **more)) == (0, "")
 
-    @pytest.mark.parametrize("command", ENERGY)
+    @pytest.mark.parametrize("command", ["run", "compare", pytest.param("profile", marks=pytest.mark.slow)])
     def test_a_measurement_ends_as_it_would(self, cet: Commands, command: str) -> None:
         first, *args = ENERGY[command]
         code, err = self.unread(lambda **more: cet.start(first, "--output", str(cet.output), *args, **more))
@@ -97,7 +97,7 @@ class TestFullDisk:
         assert code == 20
         check_one_sentence(err, "stdout cannot be written (No space left on device)")
 
-    @pytest.mark.parametrize("command", ["profile", "watch"])
+    @pytest.mark.parametrize("command", [pytest.param("profile", marks=pytest.mark.slow), "watch"])
     def test_of_the_stdout_of_a_measurement(self, cet: Commands, command: str) -> None:
         args = ENERGY.get(command, (command, "--interval", "0.05", "--duration", "0.1"))
         with open("/dev/full", "w") as full:
@@ -107,7 +107,12 @@ class TestFullDisk:
 
     @pytest.mark.parametrize(
         ("command", "option"),
-        [("run", "--output"), ("run", "--prometheus"), ("profile", "--output"), ("compare", "--prometheus")],
+        [
+            ("run", "--output"),
+            ("run", "--prometheus"),
+            pytest.param("profile", "--output", marks=pytest.mark.slow),
+            ("compare", "--prometheus"),
+        ],
     )
     def test_of_an_output(self, cet: Commands, command: str, option: str) -> None:
         first, *args = ENERGY[command]

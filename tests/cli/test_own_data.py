@@ -524,6 +524,7 @@ class TestInterruptions:
         check_one_sentence(done, "a.csv cannot be written (File too large)", code=20)
         assert {path.name for path in tmp_path.iterdir()} == {"mine"}
 
+    @pytest.mark.slow
     def test_a_folder_that_cannot_be_written(self, files: Path, mine: Path, tmp_path: Path) -> None:
         locked = tmp_path / "locked"
         locked.mkdir(mode=0o555)

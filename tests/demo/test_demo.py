@@ -239,6 +239,7 @@ def test_finished_run_is_read_again_by_resume(folder: RunFolder, report: Report)
     assert recorder.notes == {}
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_and_ends_with_the_same_figures(folder: RunFolder, report: Report, tmp_path: Path) -> None:
     code = f"{BY_SUBPROCESS}start_tiny({str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", code], env=single_threaded()) as process:

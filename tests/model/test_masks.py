@@ -213,8 +213,12 @@ def logits_of_samples_alone(model: cet.EarlyExit, case: Case, samples: list[Tens
 
 @pytest.mark.parametrize("name", CASES)
 def test_early_logits_do_not_change_with_the_padding(name: str) -> None:
+    """And nothing is told of masks that are used."""
     case = CASES[name]
-    model, samples = build(case)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, samples = build(case)
+    assert not [w for w in caught if issubclass(w.category, UserWarning) and "mask" in str(w.message)]
     expected = logits_of_samples_alone(model, case, samples)
     longest = max(case.lengths)
     for length in (longest, longest + longest // 2):
@@ -340,14 +344,6 @@ def test_a_row_without_anything_real_touches_no_other() -> None:
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_nothing_is_told_where_the_mask_is_used(name: str) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        build(CASES[name])
-    assert not [w for w in caught if issubclass(w.category, UserWarning) and "mask" in str(w.message)]
 
 
 def test_an_input_that_looks_like_a_mask_and_is_not_used_is_named() -> None:

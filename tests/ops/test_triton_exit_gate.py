@@ -148,7 +148,7 @@ def real_order(order: Tensor, num_kept: Tensor, count: int) -> tuple[list[int], 
     return order[0, :kept].tolist(), order[1, : count - kept].tolist()
 
 
-@pytest.mark.parametrize("count", [0, 3, 36])
+@pytest.mark.parametrize("count", [0, pytest.param(3, marks=pytest.mark.slow), 36])
 @pytest.mark.parametrize("way", WAYS)
 def test_padding_is_not_decided(backend: str, launches: list[str], way: str, count: int) -> None:  # noqa: F811
     shape, layout, pool, classes, expected = WAYS[way]

@@ -107,7 +107,7 @@ def test_closed_exits_give_the_backbones_output(running: Any) -> None:
     assert [len(capture.buckets) for capture in model.captures] == [1]
 
 
-@pytest.mark.parametrize("poison", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("poison", [NAN, math.inf, pytest.param(-math.inf, marks=pytest.mark.slow)])
 def test_a_poisoned_row_stays_and_touches_no_other_nor_a_later_batch(running: Any, poison: float) -> None:
     inputs_of, model = running
     inputs = inputs_of(7)

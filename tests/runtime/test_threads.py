@@ -89,7 +89,7 @@ def exit_logits_from_threads(num_threads: int, mode: str) -> None:
     for index in range(num_threads):
         x = R(3 + index, 6, 40)
         call = model if mode == "train" else model.exit_logits
-        works.append(repeated(lambda x=x, call=call: call(x), exit_logits_of_eager_backbone(model, x), 150))
+        works.append(repeated(lambda x=x, call=call: call(x), exit_logits_of_eager_backbone(model, x), 60))
     run_together(works)
 
 

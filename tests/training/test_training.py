@@ -143,7 +143,7 @@ def test_training_leaves_the_global_generator_and_the_folder_alone(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_run_goes_on_to_the_same_weights(
     split: Split, trained: cet.EarlyExit, tmp_path: Path, epoch: int
 ) -> None:

@@ -177,7 +177,7 @@ def measured_costs(
         if unit == "J" and not meter.domains:
             reasons = "; ".join(missing.reason for missing in meter.unavailable)
             raise EnergyError(f"joules cannot be measured here: {reasons}; use milliseconds or FLOPs")
-        quick = Settings(rounds=5) if unit == "J" else Settings(rounds=5, window=0.2, update_periods=1, warmup=0.2)
+        quick = Settings(rounds=5) if unit == "J" else Settings(rounds=5, window=0.1, update_periods=1, warmup=0.1)
         exits = model.exit_names[:-1]
         return profile(model, batches, meter, settings or quick, exits=exits, progress=progress).costs(unit)
 
