@@ -1,4 +1,5 @@
-// Notices that dictionaries, lists, classes and functions have changed, without a look at what they hold.
+// Notices that dictionaries, lists, classes and functions have changed, without a look at what they hold, and objects
+// and tensors have become of another kind.
 #pragma once
 
 #include <Python.h>
@@ -16,8 +17,18 @@ namespace cet {
 class Watch {
  public:
   // `entries` holds (container, skipped keys or None): a dict with the keys whose values may change, a list, a class
-  // or a function, of which code and defaults are watched.
-  explicit Watch(const pybind11::list& entries) {
+  // or a function, of which code and defaults are watched. Of `objects` the classes are watched, of `tensors` what
+  // `property`, a descriptor of their class, gives.
+  Watch(const pybind11::list& entries, const pybind11::list& objects, const pybind11::list& tensors,
+        pybind11::object property)
+      : property_(std::move(property)) {
+    if (Py_TYPE(property_.ptr())->tp_descr_get == nullptr) throw pybind11::type_error("property is no descriptor");
+    for (const pybind11::handle object : objects) {
+      classes_.emplace_back(pybind11::reinterpret_borrow<pybind11::object>(object), pybind11::type::of(object));
+    }
+    for (const pybind11::handle tensor : tensors) {
+      properties_.emplace_back(pybind11::reinterpret_borrow<pybind11::object>(tensor), property_of(tensor));
+    }
     for (const pybind11::handle entry : entries) {
       const auto pair = pybind11::cast<pybind11::tuple>(entry);
       Watched watched;
@@ -32,6 +43,12 @@ class Watch {
     for (Watched& watched : watched_) {
       if (!same(watched)) return false;
     }
+    for (const auto& [object, type] : classes_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+    }
+    for (const auto& [tensor, value] : properties_) {
+      if (!property_of(tensor).is(value)) return false;
+    }
     return true;
   }
 
@@ -41,6 +58,13 @@ class Watch {
     std::vector<std::pair<PyObject*, PyObject*>> items;  // of a list: (nullptr, item)
     uint64_t version = 0;
   };
+
+  pybind11::object property_of(const pybind11::handle tensor) const {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    PyObject* value = Py_TYPE(property_.ptr())->tp_descr_get(property_.ptr(), tensor.ptr(), type);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+  }
 
   static std::array<PyObject*, 3> parts_of(PyObject* function) {
     return {PyFunction_GET_CODE(function), PyFunction_GET_DEFAULTS(function), PyFunction_GET_KW_DEFAULTS(function)};
@@ -120,12 +144,16 @@ class Watch {
   }
 
   std::vector<Watched> watched_;
+  std::vector<std::pair<pybind11::object, pybind11::object>> classes_, properties_;
+  pybind11::object property_;
 };
 
 inline void bind_watch(pybind11::module_& module) {
-  pybind11::class_<Watch>(module, "Watch", "Notices changes of dictionaries, lists, classes and functions.")
-      .def(pybind11::init<const pybind11::list&>(), pybind11::arg("entries"))
-      .def("unchanged", &Watch::unchanged, "Whether every container still holds the same objects.");
+  pybind11::class_<Watch>(module, "Watch", "Notices changes of dictionaries, lists, classes, functions and tensors.")
+      .def(pybind11::init<const pybind11::list&, const pybind11::list&, const pybind11::list&, pybind11::object>(),
+           pybind11::arg("entries"), pybind11::arg("objects"), pybind11::arg("tensors"), pybind11::arg("property"))
+      .def("unchanged", &Watch::unchanged,
+           "Whether every container holds the same objects, and objects and tensors are of the same kind still.");
 }
 
 }  // namespace cet

@@ -109,12 +109,9 @@ class Fingerprint:
             self._walk_module((name,), module, structure_only=structure_only)
         for index, constant in enumerate(constants):
             self._record(("", "inputs", index), constant, 1)
-        self._modules = [*self._registered, *self.unregistered]
-        self._types = [type(module) for module in self._modules]
-        self._parameters = [p for module in self._modules for p in module.parameters(recurse=False)]
-        if structure_only:
-            self._parameters = []
-        self._dtypes = [parameter.dtype for parameter in self._parameters]
+        modules = [*self._registered, *self.unregistered]
+        parameters = [p for module in modules for p in module.parameters(recurse=False)] if not structure_only else []
+        self._dtypes = [parameter.dtype for parameter in parameters]
         weight = next(backbone.parameters(), None)
         self._weight, self.device = weight, None if weight is None else weight.device
         self._versions = [tensor._version for tensor in self.tensors]
@@ -122,7 +119,8 @@ class Fingerprint:
         self._has_hooks = any(self._hooks_before)
         self._norm_modes = [module.training for module in self._batch_norms]
         self._expired = False
-        self._watch = _watch([(c, self._skipped(path)) for path, c in self.containers.items()])
+        containers = [(container, self._skipped(path)) for path, container in self.containers.items()]
+        self._watch = _watch(containers, modules, parameters)
 
     @property
     def shared(self) -> list[Tensor]:
@@ -136,10 +134,8 @@ class Fingerprint:
             not self._expired
             and bool(self._watch.unchanged())
             and self._has_same_hooks()
-            and [*map(_dtype_of, self._parameters)] == self._dtypes
             and (self._weight is None or self._weight.device == self.device)
             and (not self.tensors or [tensor._version for tensor in self.tensors] == self._versions)
-            and [*map(type, self._modules)] == self._types
             and (not self._batch_norms or [module.training for module in self._batch_norms] == self._norm_modes)
             and (not self._snapshots or all(now() == before for now, before in self._snapshots))
         )
@@ -374,12 +370,18 @@ def changed_paths(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> froz
 class _Comparison:
     """What the compiled watch does, by comparison of whole containers."""
 
-    def __init__(self, entries: list[tuple[Any, frozenset[Any] | None]]) -> None:
+    def __init__(
+        self, entries: list[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]
+    ) -> None:
+        self._objects, self._types = objects, [*map(type, objects)]
+        self._tensors, self._dtypes = tensors, [*map(_dtype_of, tensors)]
         self._containers = [container for container, _ in entries]
         self._copies = [_contents(container) for container in self._containers]
         self._skipped = [skipped or frozenset() for _, skipped in entries]
 
     def unchanged(self) -> bool:
+        if [*map(type, self._objects)] != self._types or [*map(_dtype_of, self._tensors)] != self._dtypes:
+            return False
         for container, before, skipped in zip(self._containers, self._copies, self._skipped, strict=True):
             now = _contents(container)
             if len(now) != len(before):
@@ -400,7 +402,8 @@ def _contents(container: Any) -> Any:
     return dict(vars(container)) if isinstance(container, type) else container.copy()
 
 
-def _watch(entries: list[tuple[Any, frozenset[Any] | None]]) -> Any:
+def _watch(entries: list[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]) -> Any:
+    """Notices when containers hold something else, objects are of another class, or tensors of another dtype."""
     if importlib.util.find_spec("cet._C") is None:
-        return _Comparison(entries)
-    return importlib.import_module("cet._C").Watch(entries)
+        return _Comparison(entries, objects, tensors)
+    return importlib.import_module("cet._C").Watch(entries, objects, tensors, Tensor.dtype)
