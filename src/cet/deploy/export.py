@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from cet.deploy.check import Comparison, compare
 from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.loading import format_of
+from cet.deploy.manifest import Manifest
 from cet.deploy.report import ExportReport, time_exits
 from cet.deploy.segments import ExportedStages, export_segments
+from cet.deploy.stage_modules import stage_modules, whole_module
 from cet.deploy.stages import MANIFEST
 from cet.files import check_file, check_replaceable, write_atomically, write_folder_atomically
 from cet.measure.host import require, versions
@@ -92,16 +94,17 @@ def export(
         )
     if class_labels is not None and len(class_labels) != model.num_classes:
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
-    require("export to ONNX", ["onnx", "onnxscript", "onnxruntime"], extra="onnx")
+    target = _TARGETS[name]
+    require(f"export to {target.title}", target.packages, extra=target.extra)
     check_file(Path(os.path.realpath(path)))
     if name == "stages":
         check_replaceable(path, MANIFEST)
     call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
-    stages = export_segments(model, call, opened, rows)
+    stages = export_segments(model, call, opened, rows, sizes_vary=target.sizes_vary)
     description = describe(stages, rows, thresholds == "input", class_labels)
-    content, comparison, timings = (_onnx if name == "onnx" else _onnx_stages)(stages, description)
+    content, comparison, timings = target.write(stages, description)
     if isinstance(content, bytes):
         write_atomically(path, content)
     else:
@@ -140,6 +143,39 @@ def _onnx_stages(stages: ExportedStages, description: Description) -> tuple[dict
     comparison = compare(loaded, stages)
     full = session_of(writer.without_exits(description))
     return with_manifest(description, written), comparison, time_exits(loaded, partial(full.run, None), stages)
+
+
+def _executorch(stages: ExportedStages, description: Description) -> tuple[bytes, Comparison, Timings[str]]:
+    """The file, what came of comparing it, and its speed."""
+    from cet.deploy.executorch import ExecutorchModel, StageMethod, read_program
+    from cet.deploy.executorch_writer import MOST_ROWS, write
+
+    most_rows = MOST_ROWS if description.batch is None else None
+    modules = stage_modules(stages, description, most_rows)
+    content = write(modules, Manifest(description, tuple(module.entry for module in modules), most_rows))
+    loaded = ExecutorchModel(content, "the model")
+    loaded.description = replace(description, thresholds_are_input=True)  # they are the loop's
+    comparison = compare(loaded, stages)
+    whole = StageMethod(read_program(write([whole_module(stages, most_rows)]), "the model"), "full", "the model")
+    return content, comparison, time_exits(loaded, lambda named: whole([*named.values()]), stages)
+
+
+class _Target(NamedTuple):
+    """How models are written in a format."""
+
+    title: str
+    extra: str
+    packages: tuple[str, ...]
+    sizes_vary: bool
+    write: Callable[[ExportedStages, Description], tuple[bytes | dict[str, bytes], Comparison, Timings[str]]]
+
+
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_TARGETS = {
+    "onnx": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx),
+    "stages": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx_stages),
+    "executorch": _Target("ExecuTorch", "executorch", ("executorch",), False, _executorch),
+}
 
 
 def describe(

@@ -8,41 +8,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from cet.deploy.description import Description
+from cet.deploy.description import BATCH
 from cet.deploy.loaded import Array, LoadedModel, Thresholds
-
-
-@dataclass(frozen=True)
-class StageEntry:
-    """What a manifest says of a stage.
-
-    Attributes:
-        file: that holds it, beside the manifest.
-        exit_index: the exit behind it.
-        inputs: the tensors that it takes by name, the model's or those of earlier stages, each with the dimension that
-            holds the rows; None: common to all rows.
-        outputs: the tensors that it makes for later stages, behind ``logits`` ``(n, K)`` and ``score`` ``(n,)``.
-        sha256: of the file, in hexadecimal digits.
-    """
-
-    file: str
-    exit_index: int
-    inputs: Mapping[str, int | None]
-    outputs: tuple[str, ...]
-    sha256: str = ""
+from cet.deploy.manifest import Manifest
 
 
 class StagesModel(LoadedModel):
     """A model whose stages are run one after another, and whose rows leave between them."""
 
-    def __init__(self, description: Description, stages: Sequence[StageEntry]) -> None:
-        super().__init__(description)
-        self.stages = tuple(stages)
-        self._names = [given.name for given in description.inputs]
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest.description)
+        self.stages, self._most_rows = manifest.stages, manifest.most_rows
+        self._names = [given.name for given in self.description.inputs]
+        self._batched = [given.shape[:1] == (BATCH,) for given in self.description.inputs]
         later: dict[str, int | None] = {}
         self._needed: list[dict[str, int | None]] = []  # behind each stage, by later ones
         for stage in reversed(self.stages):
@@ -54,6 +35,20 @@ class StagesModel(LoadedModel):
         """Logits, scores and the other outputs of a stage, in its order, of the tensors that it takes."""
 
     def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        most, rows = self._most_rows, 1
+        if most is not None and True in self._batched:
+            rows = len(arrays[self._batched.index(True)])
+        if most is None or rows <= most:
+            return self._run(arrays, thresholds)
+        parts = [
+            self._run([a[at : at + most] if b else a for a, b in zip(arrays, self._batched, strict=True)], thresholds)
+            for at in range(0, rows, most)
+        ]
+        logits, exit_index, score = (np.concatenate(answers) for answers in zip(*parts, strict=True))
+        return logits, exit_index, score
+
+    def _run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        """The same of as many rows as the stages take at once."""
         values = dict(zip(self._names, arrays, strict=True))
         rows: Array | None = None  # which rows go on; None: all of them
         for index, stage in enumerate(self.stages):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cet.deploy.loaded import LoadedModel
 
-FORMATS = {".onnx": "onnx", ".stages": "stages"}
+FORMATS = {".onnx": "onnx", ".stages": "stages", ".pte": "executorch"}
 """The formats by the suffix of a file or folder."""
 
-_READERS = {"onnx": "cet.deploy.onnx", "stages": "cet.deploy.stages"}
+_READERS = {"onnx": "cet.deploy.onnx", "stages": "cet.deploy.stages", "executorch": "cet.deploy.executorch"}
 
 
 def format_of(path: str | os.PathLike[str], wanted: str | None = None) -> str:

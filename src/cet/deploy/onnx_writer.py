@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
 
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
-from cet.deploy.host_loop import StageEntry
+from cet.deploy.manifest import StageEntry
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
 from cet.deploy.onnx_scores import negated, scores
@@ -87,15 +87,11 @@ class OnnxWriter:
     def each_stage(self, description: Description) -> list[tuple[StageEntry, bytes]]:
         """Each segment as a model of its own, which answers all rows that it is given."""
         stages = self._stages
-        names = [stages.input_format.names[index] for index in stages.entry_tensors]
         written = []
         inputs, outputs = iter(self._graph.inputs), iter(self._graph.outputs)
-        for segment in stages.segments:
+        for segment, (taken, made) in zip(stages.segments, stages.tensor_names, strict=True):
             own = ir.convenience.extract(self._graph, *_own_values(segment, len(stages.sized), inputs, outputs))
-            entry, content = _Model(stages, own, description, [segment]).stage(names)
-            made = iter(entry.outputs)
-            names = [next(made) if kind == "made" else names[index] for kind, index in segment.handed_on]
-            written.append((entry, content))
+            written.append(_Model(stages, own, description, [segment]).stage(taken, made))
         return written
 
 
@@ -146,10 +142,9 @@ class _Model:
             whole.nodes += block.nodes
         return self._to_bytes(whole, self._inputs, [(OUTPUTS[0], logits, self._kinds[0])])
 
-    def stage(self, names: Sequence[str]) -> tuple[StageEntry, bytes]:
-        """The only segment, which takes tensors of these names."""
+    def stage(self, names: Sequence[str], made: Sequence[str]) -> tuple[StageEntry, bytes]:
+        """The only segment, which takes and makes tensors of these names."""
         ((segment, part),) = zip(self._segments, self._parts, strict=True)
-        exit_name = self.description.exits[segment.exit_index]
         # A tensor that crosses the cut before it tells its sizes as well as the input that it is.
         rows = dict.fromkeys((str(value.name) for value in self._sized), None) | dict(
             zip(names, segment.taken_row_dims, strict=True)
@@ -171,10 +166,10 @@ class _Model:
         pairs = zip(crossing, segment.handed_on, segment.row_dims, strict=True)
         for value, (kind, index), row_dim in pairs:
             if kind == "made":
-                name = f"{exit_name}/{index}"
-                own = block.op("Identity", value) if any(value is made for _, made, _ in outputs) else value
+                name = made[index]
+                own = block.op("Identity", value) if any(value is known for _, known, _ in outputs) else value
                 outputs.append((name, own, (_dtype_of(value), self._sizes(name, shapes[index], row_dim))))
-        used = [value for value in taken.values() if value.uses() or any(value is made for _, made, _ in outputs)]
+        used = [value for value in taken.values() if value.uses() or any(value is known for _, known, _ in outputs)]
         content = self._to_bytes(block, used, outputs)
         entry = StageEntry(
             file=f"{segment.exit_index}.onnx",

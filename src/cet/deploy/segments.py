@@ -51,6 +51,18 @@ class ExportedStages:
     program: ExportedProgram
 
     @property
+    def tensor_names(self) -> list[tuple[list[str], list[str]]]:
+        """For each segment, names of the tensors that it takes, and of those that it makes for later ones."""
+        names = [self.input_format.names[index] for index in self.entry_tensors]
+        found = []
+        for segment in self.segments:
+            exit_name, count = self.model.exit_names[segment.exit_index], segment.num_made
+            made = [f"{exit_name}/{index}" for index in range(count)]
+            found.append((names, made))
+            names = [(made if kind == "made" else names)[index] for kind, index in segment.handed_on]
+        return found
+
+    @property
     def entry_tensors(self) -> list[int]:
         """Which of the inputs that the first segment takes are tensors."""
         return [index for index in self.entry if isinstance(self.inputs[index], Tensor)]
@@ -63,7 +75,7 @@ class ExportedStages:
 
 
 def export_segments(
-    model: EarlyExit, call: Call, thresholds: Sequence[float | None], batch: int | None
+    model: EarlyExit, call: Call, thresholds: Sequence[float | None], batch: int | None, *, sizes_vary: bool = True
 ) -> ExportedStages:
     """Export the stages between open exits.
 
@@ -72,6 +84,7 @@ def export_segments(
         call: an example call with at least one row.
         thresholds: one per early exit; exits whose threshold is None are left out.
         batch: the number of rows, or None for any.
+        sizes_vary: whether other sizes may vary too, where the stages allow it.
 
     Raises:
         ExportError: when the model cannot be cut for such inputs, or a stage cannot be exported, with the reason.
@@ -86,7 +99,7 @@ def export_segments(
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"the backbone fails on example_inputs ({reason}); give one that it takes") from error
-        return _Exporter(model, staged, thresholds, batch).export()
+        return _Exporter(model, staged, thresholds, batch).export(sizes_vary)
 
 
 def exportable_copy(model: EarlyExit) -> EarlyExit:
@@ -150,12 +163,12 @@ class SegmentModule(nn.Module):
         sized, tensors = self.example
         given = [tensor.clone() for tensor in tensors]
         versions = [tensor._version for tensor in given]
-        self._run(sized, given)
+        self.run(sized, given)
         self._written = frozenset(
             i for i, (tensor, before) in enumerate(zip(given, versions, strict=True)) if tensor._version != before
         )
         given = [tensor.clone() for tensor in tensors]
-        _, self.crossing = self._run(sized, given)
+        _, self.crossing = self.run(sized, given)
         self.handed_on: list[tuple[str, int]] = []
         for value in self.crossing:
             taken = next((i for i, tensor in enumerate(given) if tensor is value), None)
@@ -163,16 +176,21 @@ class SegmentModule(nn.Module):
             self.handed_on.append(("made", made) if taken is None else ("taken", taken))
 
     def forward(self, sized: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with OpaqueOps():
-            features, crossing = self._run(sized, tensors)
-            k = self._segment.exit_index
-            if k == len(self.heads):
-                return (features,)
-            logits = head_logits(self.heads[k], features, self._segment.mask(crossing))
+        features, crossing = self.run(sized, tensors)
+        k = self._segment.exit_index
+        if k == len(self.heads):
+            return (features,)
+        logits = head_logits(self.heads[k], features, self._segment.mask(crossing))
         made = [value for value, (kind, _) in zip(crossing, self.handed_on, strict=True) if kind == "made"]
         return (logits, *made)
 
-    def _run(self, sized: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+    @property
+    def num_made(self) -> int:
+        """How many tensors it makes for later segments."""
+        return sum(kind == "made" for kind, _ in self.handed_on)
+
+    def run(self, sized: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+        """The features of the exit, before its head, and what crosses the cut behind it."""
         values: list[Any] = list(self._constants)
         for index, (place, tensor) in enumerate(zip(self._places, tensors, strict=True)):
             values[place] = tensor.clone() if index in self._written else tensor
@@ -192,7 +210,8 @@ class _AllSegments(nn.Module):
     def forward(self, *examples: tuple[Sequence[Tensor], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         outputs: list[Tensor] = []
         for at, (segment, example) in enumerate(zip(self.segments, examples, strict=True)):
-            outputs += segment(*example)
+            with OpaqueOps():
+                outputs += segment(*example)
             self.traced.add(at)
         return tuple(outputs)
 
@@ -212,9 +231,9 @@ class _Exporter:
         self.inputs = with_rows(self.given, self.is_batched, batch or EXAMPLE_ROWS)
         self.segments = segments_of(self.program, tuple(thresholds))
 
-    def export(self) -> ExportedStages:
+    def export(self, sizes_vary: bool) -> ExportedStages:
         """The segments: for sizes that vary, or, where a segment holds for the example's alone, for these."""
-        vary = sizes_that_vary(self.program, self.inputs, self.is_batched, self.input_format.names)
+        vary = sizes_vary and sizes_that_vary(self.program, self.inputs, self.is_batched, self.input_format.names)
         return (vary and self._export(*vary)) or self._export({}, {}) or self._refuse()
 
     def _export(self, names: Mapping[Place, str], ranges: Mapping[str, Range]) -> ExportedStages | None:
@@ -300,12 +319,17 @@ class _Exporter:
             with quiet():
                 return torch.export.export(together, examples, dynamic_shapes=(tuple(shapes),), strict=False)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             name = self.model.exit_names[segments[len(together.traced)].exit_index]
-            raise ExportError(
-                f"torch.export cannot trace the stage that ends in exit {name!r} ({reason}); give it code without "
-                "branches on values"
-            ) from error
+            raise tracing_error(name, error) from error
+
+
+def tracing_error(exit_name: str, error: Exception) -> ExportError:
+    """Says why the stage that ends in an exit cannot be traced."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ExportError(
+        f"torch.export cannot trace the stage that ends in exit {exit_name!r} ({reason}); give it code without "
+        "branches on values"
+    )
 
 
 def with_rows(inputs: Sequence[Any], is_batched: Sequence[bool], rows: int) -> list[Any]:

@@ -1,0 +1,139 @@
+"""Segments as modules of their own, each with the score of its exit: what runtimes with one method per stage take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cet.deploy.description import Description
+from cet.deploy.manifest import StageEntry
+from cet.deploy.segments import ExportedStages, SegmentModule, tracing_error
+from cet.ops.definitions import ScoreName
+from cet.ops.exit_gate.definition import score_definition
+from cet.partition.export import CUTTING, quiet
+
+
+@dataclass(frozen=True)
+class StageModule:
+    """A stage that takes its tensors one by one.
+
+    Attributes:
+        entry: what the manifest says of it.
+        module: returns logits ``(n, K)``, scores ``(n,)`` float32, and the tensors that it makes for later stages.
+        example: the tensors that it takes, in the order of the manifest.
+        dynamic_shapes: of each of these, as :func:`torch.export.export` takes them.
+    """
+
+    entry: StageEntry
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    dynamic_shapes: tuple[dict[int, Any], ...]
+
+    def traced(self) -> ExportedProgram:
+        """Its graph.
+
+        Raises:
+            ExportError: where it cannot be traced, with the reason.
+        """
+        try:
+            with CUTTING, quiet(), torch.no_grad():
+                return torch.export.export(
+                    self.module, self.example, dynamic_shapes=(self.dynamic_shapes,), strict=False
+                )
+        except Exception as error:
+            raise tracing_error(self.entry.file, error) from error
+
+
+def stage_modules(stages: ExportedStages, description: Description, most_rows: int | None) -> list[StageModule]:
+    """The segments, with the score of the policy behind each.
+
+    Args:
+        stages: whose other sizes are those of the example.
+        description: of the file.
+        most_rows: how many rows they take at once; None where their number is fixed.
+    """
+    temperatures = description.temperatures
+    used = iter(bool(node.users) for node in _placeholders(stages.program))
+    modules = []
+    for segment, (names, made) in zip(stages.segments, stages.tensor_names, strict=True):
+        taken = [index for index in range(len(names)) if next(used)]
+        k = segment.exit_index
+        scored = _Scored(segment, taken, description.score, 1.0 if temperatures is None else temperatures[k])
+        rows = [segment.taken_row_dims[index] for index in taken]
+        entry = StageEntry(f"stage_{k}", k, {names[index]: segment.taken_row_dims[index] for index in taken}, (*made,))
+        modules.append(_module(entry, scored, [segment.example[1][index] for index in taken], rows, most_rows))
+    return modules
+
+
+def whole_module(stages: ExportedStages, most_rows: int | None) -> StageModule:
+    """The backbone alone, from the same stages: what the exits are measured against."""
+    first = stages.segments[0]
+    entry = StageEntry("full", stages.segments[-1].exit_index, {}, ())
+    return _module(entry, _Whole(stages.segments), first.example[1], first.taken_row_dims, most_rows)
+
+
+def _module(
+    entry: StageEntry,
+    module: nn.Module,
+    example: Sequence[Tensor],
+    row_dims: Sequence[int | None],
+    most_rows: int | None,
+) -> StageModule:
+    if most_rows is None:
+        return StageModule(entry, module.eval(), tuple(example), tuple({} for _ in example))
+    # Traced with as many rows as there may be: where PyTorch asks on the way whether there are fewer than some number,
+    # the answer bounds them from below alone.
+    rows = torch.arange(most_rows)
+    enough = [
+        tensor if dim is None else tensor.index_select(dim, rows.clamp(max=tensor.shape[dim] - 1))
+        for tensor, dim in zip(example, row_dims, strict=True)
+    ]
+    size = Dim("rows", max=most_rows)
+    shapes = tuple({} if dim is None else {dim: size} for dim in row_dims)
+    return StageModule(entry, module.eval(), tuple(enough), shapes)
+
+
+class _Scored(nn.Module):
+    """A segment and the score of its exit, as a function of those of its tensors that it reads."""
+
+    def __init__(self, segment: SegmentModule, taken: Sequence[int], score: ScoreName, temperature: float) -> None:
+        super().__init__()
+        self.segment = segment
+        self._taken, self._score, self._temperature = taken, score, temperature
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        tensors = list(self.segment.example[1])
+        for index, tensor in zip(self._taken, given, strict=True):
+            tensors[index] = tensor
+        logits, *made = self.segment([], tensors)
+        outputs = [logits, score_definition(logits, self._score, self._temperature)]
+        for tensor in made:  # no runtime returns one tensor twice, or one that it was given
+            known = any(tensor is other for other in (*outputs, *given))
+            outputs.append(tensor.clone() if known else tensor)
+        return tuple(outputs)
+
+
+class _Whole(nn.Module):
+    """All segments without heads."""
+
+    def __init__(self, segments: Sequence[SegmentModule]) -> None:
+        super().__init__()
+        self.segments = nn.ModuleList(segments)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        values: Sequence[Any] = tensors
+        for segment in self.segments:
+            features, values = segment.run([], values)  # type: ignore[operator]
+        result: Tensor = features
+        return result
+
+
+def _placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The nodes of the tensors that a graph takes."""
+    given = {name for name in program.graph_signature.user_inputs if isinstance(name, str)}
+    return [node for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
