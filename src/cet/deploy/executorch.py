@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cet.deploy.description import KEY, ExportError
-from cet.deploy.host_loop import StagesModel
-from cet.deploy.loaded import Array
+from cet.deploy.host_loop import MethodsModel
+from cet.deploy.loaded import Array, check_is_file
 from cet.deploy.manifest import Manifest
 from cet.measure.host import require
 from cet.partition.export import quiet
 
 
-class ExecutorchModel(StagesModel):
-    """An exported ``.pte`` file in ExecuTorch."""
+def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsModel:
+    """Read a ``.pte`` file that :func:`cet.export` wrote.
 
-    def __init__(self, content: bytes, path: str) -> None:
-        program = read_program(content, path)
-        if KEY not in program.method_names:
-            raise ExportError(f"{path} was not written by cet.export; give a file that was")
-        (manifest,) = program.load_method(KEY).execute([])
-        super().__init__(Manifest.from_json(manifest, path))
-        self._methods = [StageMethod(program, stage.file, path) for stage in self.stages]
-        self._lock = threading.Lock()  # the methods of a program share their memory
+    Args:
+        path: the file.
+        threads: how many threads ExecuTorch may use from now on, for all programs of this process; None: as before.
 
-    def run_stage(self, index: int, values: Mapping[str, Array]) -> Sequence[Array]:
-        arrays = [values[name] for name in self.stages[index].inputs]
-        with self._lock:
-            return self._methods[index](arrays)
+    Raises:
+        ExportError: where the file is damaged, of another kind or of a newer format.
+        ModuleNotFoundError: where ExecuTorch is not installed.
+        OSError: where the file cannot be read.
+    """
+    check_is_file(path)
+    return model_of(Path(path).read_bytes(), os.fspath(path), threads)
 
 
-def read_program(content: bytes, path: str) -> Any:
+def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
+    """The model in a ``.pte`` file, whose path is for errors."""
+    program = read(content, path, threads)
+    if KEY not in program.method_names:
+        raise ExportError(f"{path} was not written by cet.export; give a file that was")
+    (manifest,) = program.load_method(KEY).execute([])
+    return MethodsModel(Manifest.from_json(manifest, path), partial(StageMethod, program, path=path))
+
+
+def read(content: bytes, path: str, threads: int | None = None) -> Any:
     """A program of ExecuTorch.
 
     Raises:
@@ -46,7 +53,10 @@ def read_program(content: bytes, path: str) -> Any:
     """
     require("a .pte file", ["executorch"], extra="executorch")
     with quiet():
+        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
+    if threads is not None:
+        portable_lib._unsafe_reset_threadpool(threads)
     try:
         return Runtime.get().load_program(content)
     except RuntimeError as error:
@@ -54,7 +64,7 @@ def read_program(content: bytes, path: str) -> Any:
 
 
 class StageMethod:
-    """A method of a program, of arrays.
+    """A method of a program, as a function of arrays.
 
     Raises:
         ExportError: where it is missing, or needs what this runtime lacks.
@@ -70,29 +80,10 @@ class StageMethod:
             ) from error
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        from_numpy = sys.modules["torch"].from_numpy
-        outputs = self._method.execute([from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays])
+        outputs = self._method.execute([torch.from_numpy(_own(array)) for array in arrays])
         return [output.numpy() for output in outputs]
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> ExecutorchModel:
-    """Read a ``.pte`` file that :func:`cet.export` wrote.
-
-    Args:
-        path: the file.
-        threads: how many threads all of ExecuTorch may use in this process from now on; None: as before.
-
-    Raises:
-        ExportError: where the file is damaged, of another kind or of a newer format.
-        ModuleNotFoundError: where ExecuTorch is not installed.
-        OSError: where the file cannot be read.
-    """
-    name = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name} is no file; give the path that cet.export wrote")
-    loaded = ExecutorchModel(Path(path).read_bytes(), name)
-    if threads is not None:
-        from executorch.extension.pybindings import portable_lib
-
-        portable_lib._unsafe_reset_threadpool(threads)
-    return loaded
+def _own(array: Array) -> Array:
+    """Memory that a tensor may be made of."""
+    return array if array.flags.c_contiguous and array.flags.writeable else np.array(array, order="C")

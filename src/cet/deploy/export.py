@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -145,19 +146,21 @@ def _onnx_stages(stages: ExportedStages, description: Description) -> tuple[dict
     return with_manifest(description, written), comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
-def _executorch(stages: ExportedStages, description: Description) -> tuple[bytes, Comparison, Timings[str]]:
-    """The file, what came of comparing it, and its speed."""
-    from cet.deploy.executorch import ExecutorchModel, StageMethod, read_program
-    from cet.deploy.executorch_writer import MOST_ROWS, write
-
-    most_rows = MOST_ROWS if description.batch is None else None
+def _one_file_of_stages(
+    name: str, stages: ExportedStages, description: Description
+) -> tuple[bytes, Comparison, Timings[str]]:
+    """The file of a format whose stages are methods of one program, what came of comparing it, and its speed."""
+    writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
+    most_rows = None if description.batch is not None else writer.MOST_ROWS
     modules = stage_modules(stages, description, most_rows)
-    content = write(modules, Manifest(description, tuple(module.entry for module in modules), most_rows))
-    loaded = ExecutorchModel(content, "the model")
+    manifest = Manifest(description, tuple(module.entry for module in modules), most_rows)
+    content = writer.write(modules, manifest)
+    loaded = reader.model_of(content, "the model")
     loaded.description = replace(description, thresholds_are_input=True)  # they are the loop's
     comparison = compare(loaded, stages)
-    whole = StageMethod(read_program(write([whole_module(stages, most_rows)]), "the model"), "full", "the model")
-    return content, comparison, time_exits(loaded, lambda named: whole([*named.values()]), stages)
+    whole = whole_module(stages, most_rows)
+    full = reader.StageMethod(reader.read(writer.write([whole]), "the model"), whole.entry.file, "the model")
+    return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
 
 
 class _Target(NamedTuple):
@@ -174,7 +177,12 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TARGETS = {
     "onnx": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx),
     "stages": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx_stages),
-    "executorch": _Target("ExecuTorch", "executorch", ("executorch",), False, _executorch),
+    "executorch": _Target(
+        "ExecuTorch", "executorch", ("executorch",), False, partial(_one_file_of_stages, "executorch")
+    ),
+    "litert": _Target(
+        "LiteRT", "litert", ("litert-torch", "ai-edge-litert"), False, partial(_one_file_of_stages, "litert")
+    ),
 }
 
 

@@ -6,8 +6,9 @@ run by is left to the format: see :class:`StagesModel`.
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -75,3 +76,25 @@ class StagesModel(LoadedModel):
                     for name, dim in self._needed[index].items()
                 }
         return answers, exits, scores
+
+
+Method = Callable[[Sequence[Array]], Sequence[Array]]
+
+
+class MethodsModel(StagesModel):
+    """Stages that are methods of one program.
+
+    Args:
+        manifest: of the program.
+        method_of: the method of a name, which takes and returns arrays.
+    """
+
+    def __init__(self, manifest: Manifest, method_of: Callable[[str], Method]) -> None:
+        super().__init__(manifest)
+        self._methods = [method_of(stage.file) for stage in self.stages]
+        self._lock = threading.Lock()  # the methods of a program share its memory
+
+    def run_stage(self, index: int, values: Mapping[str, Array]) -> Sequence[Array]:
+        arrays = [values[name] for name in self.stages[index].inputs]
+        with self._lock:
+            return self._methods[index](arrays)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -145,6 +147,16 @@ class LoadedModel(ABC):
                     f"size {name} is {size}, and the model takes from {least} to {largest or 'any'}; pad or cut it"
                 )
         return sizes.get(BATCH, 1)
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Refuse a path where no file is.
+
+    Raises:
+        FileNotFoundError: then.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{os.fspath(path)} is no file; give the path that cet.export wrote")
 
 
 def _other_shape(expected: Input, array: Array) -> ValueError:

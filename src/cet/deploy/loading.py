@@ -8,10 +8,8 @@ from pathlib import Path
 
 from cet.deploy.loaded import LoadedModel
 
-FORMATS = {".onnx": "onnx", ".stages": "stages", ".pte": "executorch"}
+FORMATS = {".onnx": "onnx", ".stages": "stages", ".pte": "executorch", ".tflite": "litert"}
 """The formats by the suffix of a file or folder."""
-
-_READERS = {"onnx": "cet.deploy.onnx", "stages": "cet.deploy.stages", "executorch": "cet.deploy.executorch"}
 
 
 def format_of(path: str | os.PathLike[str], wanted: str | None = None) -> str:
@@ -49,6 +47,6 @@ def load_exported(
         ModuleNotFoundError: where its runtime is not installed.
         OSError: where it cannot be read.
     """
-    reader = import_module(_READERS[format_of(path, format)])
+    reader = import_module(f"cet.deploy.{format_of(path, format)}")
     loaded: LoadedModel = reader.load(path, threads)
     return loaded

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError
-from cet.deploy.loaded import Array, LoadedModel, Thresholds
+from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
 from cet.measure.host import require
 
 
@@ -68,8 +67,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxModel:
         OSError: where the file cannot be read.
     """
     name = os.fspath(path)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name} is no file; give the path that cet.export wrote")
+    check_is_file(path)
     return OnnxModel(read_session(name, name, threads), name)
 
 

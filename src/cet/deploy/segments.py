@@ -150,7 +150,7 @@ class SegmentModule(nn.Module):
         self._sizes = sizes
         self._constants = [None if isinstance(value, Tensor) else value for value in values]
         self._places = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
-        self._rows = next((i, dim) for i, dim in enumerate(row_dims) if dim is not None)
+        self._hold_rows = [(index, dim) for index, dim in enumerate(row_dims) if dim is not None]
         self._written: frozenset[int] = frozenset()
         self.exit_index, self.row_dims = segment.exit_index, segment.row_dims
         # Copies: sizes of one tensor would be traced as one symbol in all segments, whose rows differ in number.
@@ -175,7 +175,7 @@ class SegmentModule(nn.Module):
             made = sum(kind == "made" for kind, _ in self.handed_on)
             self.handed_on.append(("made", made) if taken is None else ("taken", taken))
 
-    def forward(self, sized: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, sized: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         features, crossing = self.run(sized, tensors)
         k = self._segment.exit_index
         if k == len(self.heads):
@@ -189,12 +189,13 @@ class SegmentModule(nn.Module):
         """How many tensors it makes for later segments."""
         return sum(kind == "made" for kind, _ in self.handed_on)
 
-    def run(self, sized: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
-        """The features of the exit, before its head, and what crosses the cut behind it."""
+    def run(self, sized: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[Any]]:
+        """The features of the exit, before its head, and what crosses the cut behind it; None for what it only hands
+        on."""
         values: list[Any] = list(self._constants)
         for index, (place, tensor) in enumerate(zip(self._places, tensors, strict=True)):
-            values[place] = tensor.clone() if index in self._written else tensor
-        where, dim = self._rows
+            values[place] = tensor.clone() if tensor is not None and index in self._written else tensor
+        where, dim = next((index, dim) for index, dim in self._hold_rows if values[index] is not None)
         sizes = [size if isinstance(size, int) else sized[size[0]].shape[size[1]] for size in self._sizes]
         return self._segment.run(values[where].shape[dim], sizes, values)
 

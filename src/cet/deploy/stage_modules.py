@@ -84,18 +84,18 @@ def _module(
     row_dims: Sequence[int | None],
     most_rows: int | None,
 ) -> StageModule:
-    if most_rows is None:
-        return StageModule(entry, module.eval(), tuple(example), tuple({} for _ in example))
-    # Traced with as many rows as there may be: where PyTorch asks on the way whether there are fewer than some number,
-    # the answer bounds them from below alone.
-    rows = torch.arange(most_rows)
-    enough = [
-        tensor if dim is None else tensor.index_select(dim, rows.clamp(max=tensor.shape[dim] - 1))
-        for tensor, dim in zip(example, row_dims, strict=True)
-    ]
-    size = Dim("rows", max=most_rows)
-    shapes = tuple({} if dim is None else {dim: size} for dim in row_dims)
-    return StageModule(entry, module.eval(), tuple(enough), shapes)
+    if most_rows is not None:
+        # Traced with as many rows as there may be: where PyTorch asks on the way whether there are fewer than some
+        # number, the answer bounds them from below alone.
+        rows = torch.arange(most_rows)
+        example = [
+            tensor if dim is None else tensor.index_select(dim, rows.clamp(max=tensor.shape[dim] - 1))
+            for tensor, dim in zip(example, row_dims, strict=True)
+        ]
+    vary = most_rows is not None and most_rows > 1
+    size = Dim("rows", max=most_rows) if vary else None
+    shapes = tuple({} if dim is None or size is None else {dim: size} for dim in row_dims)
+    return StageModule(entry, module.eval(), tuple(example), shapes)
 
 
 class _Scored(nn.Module):
@@ -107,7 +107,7 @@ class _Scored(nn.Module):
         self._taken, self._score, self._temperature = taken, score, temperature
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        tensors = list(self.segment.example[1])
+        tensors: list[Tensor | None] = [None] * len(self.segment.taken_row_dims)
         for index, tensor in zip(self._taken, given, strict=True):
             tensors[index] = tensor
         logits, *made = self.segment([], tensors)

@@ -1,0 +1,73 @@
+"""Writes stages as one ``.tflite`` file with a signature for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cet.deploy.description import KEY, ExportError
+from cet.deploy.manifest import Manifest
+from cet.deploy.stage_modules import StageModule
+from cet.partition.export import CUTTING, quiet
+
+MOST_ROWS = 1
+"""``litert-torch`` has no form for sizes that vary, so that the rows of a batch are answered one by one."""
+
+_IDENTIFIER = b"TFL3"
+
+
+def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> bytes:
+    """A ``.tflite`` file with one signature per stage, and the manifest among its metadata under ``cet``.
+
+    Raises:
+        ExportError: where a stage cannot be converted, with the reason.
+    """
+    for stage in stages:
+        if any(tensor.dtype.itemsize == 8 and tensor.is_floating_point() for tensor in stage.example):
+            raise ExportError(f"{stage.entry.file} takes float64, which LiteRT lacks; export model.float()")
+    try:
+        content = _converted(stages)
+    except Exception as together:
+        for stage in stages:
+            try:
+                _converted([stage])
+            except Exception as error:
+                raise _refusal(stage.entry.file, error) from error
+        raise _refusal("all stages together", together) from together
+    return content if manifest is None else _with_metadata(content, manifest.to_json().encode())
+
+
+def _converted(stages: Sequence[StageModule]) -> bytes:
+    with CUTTING, quiet():
+        from litert_torch import Converter
+        from litert_torch.progress import console
+
+        was_quiet, console.quiet = console.quiet, True
+        try:
+            converter = Converter()
+            for stage in stages:
+                converter.add_signature(stage.entry.file, stage.traced().module(), stage.example)
+            return bytes(converter.convert().model_content())
+        finally:
+            console.quiet = was_quiet
+
+
+def _with_metadata(content: bytes, value: bytes) -> bytes:
+    import flatbuffers
+    from ai_edge_litert.schema_py_generated import BufferT, MetadataT, Model, ModelT
+
+    model = ModelT.InitFromObj(Model.GetRootAs(content))
+    buffer, metadata = BufferT(), MetadataT()
+    buffer.data = np.frombuffer(value, np.uint8)
+    metadata.name, metadata.buffer = KEY, len(model.buffers)
+    model.buffers.append(buffer)
+    model.metadata = [*(model.metadata or []), metadata]
+    builder = flatbuffers.Builder(len(content) + len(value) + 1024)
+    builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def _refusal(name: str, error: Exception) -> ExportError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ExportError(f"{name} has no form in LiteRT ({reason}); compute it with operators that litert-torch converts")
