@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     type=PATH,
     required=True,
     metavar="FILE",
-    help="Where the model goes: model.onnx, or model.stages for a folder of stages.",
+    help="Where the model goes: model.onnx, model.pte for ExecuTorch, model.tflite for LiteRT, or model.stages.",
 )
 @click.option(
     "--batch",
@@ -58,6 +58,7 @@ def command(
     Examples:
       cet export runs/mine --output model.onnx
       cet export net:build --output model.onnx --batch 1
+      cet export runs/mine --output model.pte
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists; give another file, or replace it with --overwrite")

@@ -71,6 +71,7 @@ class StageMethod:
     """
 
     def __init__(self, program: Any, name: str, path: str) -> None:
+        self._name = name
         self._program = program  # the method reads from its memory, and does not hold it
         try:
             self._method = program.load_method(name)
@@ -80,7 +81,13 @@ class StageMethod:
             ) from error
 
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
-        outputs = self._method.execute([torch.from_numpy(_own(array)) for array in arrays])
+        tensors = [torch.from_numpy(_own(array)) for array in arrays]
+        try:
+            outputs = self._method.execute(tensors)
+        except RuntimeError as error:
+            raise ExportError(
+                f"ExecuTorch fails in {self._name} ({error}), as where its lowering fixed a size; export with batch=1"
+            ) from error
         return [output.numpy() for output in outputs]
 
 

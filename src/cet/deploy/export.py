@@ -53,14 +53,15 @@ def export(
 
     Args:
         model: in eval mode.
-        path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. ``.stages``: a
-            folder with one ``.onnx`` file per stage and ``manifest.json``, for runtimes that cannot branch: a loop
-            on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two stages.
+        path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. For runtimes that
+            cannot branch, where a loop on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two
+            stages: ``.pte``, an ExecuTorch program with a method per stage; ``.tflite``, a LiteRT model with a
+            signature per stage; ``.stages``, a folder with one ``.onnx`` file per stage and ``manifest.json``.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
-            not given. Sizes besides the batch may vary later where the model's stages allow it.
-        format: ``"onnx"`` or ``"stages"``, where the suffix of ``path`` does not tell.
+            not given. Sizes besides the batch may vary later where the model's stages allow it, in ONNX alone.
+        format: ``"onnx"``, ``"stages"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path`` does not tell.
         batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
-            is faster for that.
+            is faster for that. ExecuTorch takes 64 rows at once and LiteRT one: the loop answers more in parts.
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
             ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
             be given.
@@ -104,7 +105,7 @@ def export(
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
     stages = export_segments(model, call, opened, rows, sizes_vary=target.sizes_vary)
-    description = describe(stages, rows, thresholds == "input", class_labels)
+    description = describe(stages, rows, thresholds == "input", class_labels, target.packages)
     content, comparison, timings = target.write(stages, description)
     if isinstance(content, bytes):
         write_atomically(path, content)
@@ -187,9 +188,13 @@ _TARGETS = {
 
 
 def describe(
-    stages: ExportedStages, batch: int | None, thresholds_are_input: bool, class_labels: Sequence[str] | None
+    stages: ExportedStages,
+    batch: int | None,
+    thresholds_are_input: bool,
+    class_labels: Sequence[str] | None,
+    writers: Sequence[str] = ("onnxscript",),
 ) -> Description:
-    """What a file that holds these stages says of itself.
+    """What a file that holds these stages, written by these packages, says of itself.
 
     Raises:
         ExportError: for inputs of a dtype that NumPy lacks, or constants that JSON cannot hold.
@@ -224,7 +229,7 @@ def describe(
         parameters=_parameters(model.backbone),
         ranges=stages.ranges,
         logits_dtype=dtype_name("the answer", stages.logits_dtype),
-        versions={name: number for name, number in versions(("cet", "torch", "onnxscript")).items() if number},
+        versions={name: number for name, number in versions(("cet", "torch", *writers)).items() if number},
     )
 
 

@@ -70,6 +70,7 @@ class StageMethod:
     """
 
     def __init__(self, interpreter: Any, name: str, path: str) -> None:
+        self._name = name
         try:
             self._run = interpreter.get_signature_runner(name)
             inputs = self._run.get_input_details()
@@ -86,5 +87,8 @@ class StageMethod:
         given = {
             name: array.astype(dtype, copy=False) for (name, dtype), array in zip(self._inputs, arrays, strict=True)
         }
-        made = self._run(**given)
+        try:
+            made = self._run(**given)
+        except RuntimeError as error:
+            raise ExportError(f"LiteRT fails in {self._name} ({error}); export the model again") from error
         return [made[name] for name in self._outputs]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from cet.deploy.description import KEY, ExportError
 from cet.deploy.manifest import Manifest
-from cet.deploy.stage_modules import StageModule
+from cet.deploy.stage_modules import StageModule, write_naming_stages
 from cet.partition.export import CUTTING, quiet
 
 MOST_ROWS = 1
@@ -24,17 +25,9 @@ def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> by
         ExportError: where a stage cannot be converted, with the reason.
     """
     for stage in stages:
-        if any(tensor.dtype.itemsize == 8 and tensor.is_floating_point() for tensor in stage.example):
-            raise ExportError(f"{stage.entry.file} takes float64, which LiteRT lacks; export model.float()")
-    try:
-        content = _converted(stages)
-    except Exception as together:
-        for stage in stages:
-            try:
-                _converted([stage])
-            except Exception as error:
-                raise _refusal(stage.entry.file, error) from error
-        raise _refusal("all stages together", together) from together
+        if any(tensor.dtype is torch.float64 for tensor in stage.example):
+            raise ExportError(f"{stage.title} takes float64, which LiteRT lacks; export model.float()")
+    content = write_naming_stages("LiteRT", stages, _converted)
     return content if manifest is None else _with_metadata(content, manifest.to_json().encode())
 
 
@@ -66,8 +59,3 @@ def _with_metadata(content: bytes, value: bytes) -> bytes:
     builder = flatbuffers.Builder(len(content) + len(value) + 1024)
     builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
     return bytes(builder.Output())
-
-
-def _refusal(name: str, error: Exception) -> ExportError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ExportError(f"{name} has no form in LiteRT ({reason}); compute it with operators that litert-torch converts")

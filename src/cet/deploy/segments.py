@@ -321,16 +321,13 @@ class _Exporter:
                 return torch.export.export(together, examples, dynamic_shapes=(tuple(shapes),), strict=False)
         except Exception as error:
             name = self.model.exit_names[segments[len(together.traced)].exit_index]
-            raise tracing_error(name, error) from error
+            raise tracing_error(f"the stage that ends in exit {name!r}", error) from error
 
 
-def tracing_error(exit_name: str, error: Exception) -> ExportError:
-    """Says why the stage that ends in an exit cannot be traced."""
+def tracing_error(what: str, error: Exception) -> ExportError:
+    """Says why a stage cannot be traced."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ExportError(
-        f"torch.export cannot trace the stage that ends in exit {exit_name!r} ({reason}); give it code without "
-        "branches on values"
-    )
+    return ExportError(f"torch.export cannot trace {what} ({reason}); give it code without branches on values")
 
 
 def with_rows(inputs: Sequence[Any], is_batched: Sequence[bool], rows: int) -> list[Any]:

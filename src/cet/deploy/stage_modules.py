@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cet.deploy.description import Description
+from cet.deploy.description import Description, ExportError
 from cet.deploy.manifest import StageEntry
 from cet.deploy.segments import ExportedStages, SegmentModule, tracing_error
-from cet.ops.definitions import ScoreName
-from cet.ops.exit_gate.definition import score_definition
+from cet.ops.definitions import SCORES, ScoreName
+from cet.ops.exit_gate.definition import log_probabilities
 from cet.partition.export import CUTTING, quiet
 
 
@@ -24,12 +24,14 @@ class StageModule:
 
     Attributes:
         entry: what the manifest says of it.
+        title: of the stage in an error.
         module: returns logits ``(n, K)``, scores ``(n,)`` float32, and the tensors that it makes for later stages.
         example: the tensors that it takes, in the order of the manifest.
         dynamic_shapes: of each of these, as :func:`torch.export.export` takes them.
     """
 
     entry: StageEntry
+    title: str
     module: nn.Module
     example: tuple[Tensor, ...]
     dynamic_shapes: tuple[dict[int, Any], ...]
@@ -46,7 +48,7 @@ class StageModule:
                     self.module, self.example, dynamic_shapes=(self.dynamic_shapes,), strict=False
                 )
         except Exception as error:
-            raise tracing_error(self.entry.file, error) from error
+            raise tracing_error(self.title, error) from error
 
 
 def stage_modules(stages: ExportedStages, description: Description, most_rows: int | None) -> list[StageModule]:
@@ -66,7 +68,8 @@ def stage_modules(stages: ExportedStages, description: Description, most_rows: i
         scored = _Scored(segment, taken, description.score, 1.0 if temperatures is None else temperatures[k])
         rows = [segment.taken_row_dims[index] for index in taken]
         entry = StageEntry(f"stage_{k}", k, {names[index]: segment.taken_row_dims[index] for index in taken}, (*made,))
-        modules.append(_module(entry, scored, [segment.example[1][index] for index in taken], rows, most_rows))
+        title = _title(stages, segment)
+        modules.append(_module(entry, title, scored, [segment.example[1][index] for index in taken], rows, most_rows))
     return modules
 
 
@@ -74,11 +77,12 @@ def whole_module(stages: ExportedStages, most_rows: int | None) -> StageModule:
     """The backbone alone, from the same stages: what the exits are measured against."""
     first = stages.segments[0]
     entry = StageEntry("full", stages.segments[-1].exit_index, {}, ())
-    return _module(entry, _Whole(stages.segments), first.example[1], first.taken_row_dims, most_rows)
+    return _module(entry, "the backbone", _Whole(stages.segments), first.example[1], first.taken_row_dims, most_rows)
 
 
 def _module(
     entry: StageEntry,
+    title: str,
     module: nn.Module,
     example: Sequence[Tensor],
     row_dims: Sequence[int | None],
@@ -95,7 +99,37 @@ def _module(
     vary = most_rows is not None and most_rows > 1
     size = Dim("rows", max=most_rows) if vary else None
     shapes = tuple({} if dim is None or size is None else {dim: size} for dim in row_dims)
-    return StageModule(entry, module.eval(), tuple(example), shapes)
+    return StageModule(entry, title, module.eval(), tuple(example), shapes)
+
+
+def write_naming_stages(
+    runtime: str, stages: Sequence[StageModule], write: Callable[[Sequence[StageModule]], bytes]
+) -> bytes:
+    """What ``write`` makes of all stages; where it fails, that of the first stage on which it fails alone is raised.
+
+    Raises:
+        ExportError: then, with the stage and the reason.
+    """
+    try:
+        return write(stages)
+    except ExportError:
+        raise
+    except Exception as together:
+        what, error = "the model", together
+        for stage in stages if len(stages) > 1 else ():
+            try:
+                write([stage])
+            except Exception as alone:
+                what, error = stage.title, alone
+                break
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(
+            f"{what} has no form in {runtime} ({reason}); compute it with operators that {runtime} has"
+        ) from error
+
+
+def _title(stages: ExportedStages, segment: SegmentModule) -> str:
+    return f"the stage that ends in exit {stages.model.exit_names[segment.exit_index]!r}"
 
 
 class _Scored(nn.Module):
@@ -104,18 +138,26 @@ class _Scored(nn.Module):
     def __init__(self, segment: SegmentModule, taken: Sequence[int], score: ScoreName, temperature: float) -> None:
         super().__init__()
         self.segment = segment
-        self._taken, self._score, self._temperature = taken, score, temperature
+        self._taken, self._temperature = taken, temperature
+        self._definition = _margin if score == "margin" else SCORES[score].definition
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         tensors: list[Tensor | None] = [None] * len(self.segment.taken_row_dims)
         for index, tensor in zip(self._taken, given, strict=True):
             tensors[index] = tensor
         logits, *made = self.segment([], tensors)
-        outputs = [logits, score_definition(logits, self._score, self._temperature)]
+        outputs = [logits, self._definition(log_probabilities(logits, self._temperature))]
         for tensor in made:  # no runtime returns one tensor twice, or one that it was given
             known = any(tensor is other for other in (*outputs, *given))
             outputs.append(tensor.clone() if known else tensor)
         return tuple(outputs)
+
+
+def _margin(log_p: Tensor) -> Tensor:
+    """The margin without the two largest by ``topk``, which becomes a sort that LiteRT lacks."""
+    p = log_p.exp()
+    is_first = torch.arange(p.shape[1]) == p.argmax(dim=1, keepdim=True)
+    return p.amax(dim=1) - p.masked_fill(is_first, -1.0).amax(dim=1)
 
 
 class _Whole(nn.Module):

@@ -20,10 +20,15 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def score_definition(logits: Tensor, score: ScoreName, temperature: float | Tensor) -> Tensor:
     """The definition of :func:`exit_score`; the temperature may be a tensor ``()``, which stays on its device."""
+    return SCORES[score].definition(log_probabilities(logits, temperature))
+
+
+def log_probabilities(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """What scores are made of: ``(B, K)`` float32."""
     logits = logits.float()
     # Differences are divided, never the logits: these may overflow, or lose the digits that differ.
     scaled = (logits - logits.detach().amax(dim=1, keepdim=True)) / temperature
-    return SCORES[score].definition(torch.log_softmax(scaled, dim=1))
+    return torch.log_softmax(scaled, dim=1)
 
 
 def gate_definition(
