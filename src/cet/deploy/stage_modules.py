@@ -139,22 +139,30 @@ class _Scored(nn.Module):
         super().__init__()
         self.segment = segment
         self._taken, self._temperature = taken, temperature
-        self._definition = _margin if score == "margin" else SCORES[score].definition
+        self._score = score
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         tensors: list[Tensor | None] = [None] * len(self.segment.taken_row_dims)
         for index, tensor in zip(self._taken, given, strict=True):
             tensors[index] = tensor
         logits, *made = self.segment([], tensors)
-        outputs = [logits, self._definition(log_probabilities(logits, self._temperature))]
+        outputs = [logits, _score(log_probabilities(logits, self._temperature), self._score)]
         for tensor in made:  # no runtime returns one tensor twice, or one that it was given
             known = any(tensor is other for other in (*outputs, *given))
             outputs.append(tensor.clone() if known else tensor)
         return tuple(outputs)
 
 
+def _score(log_p: Tensor, name: ScoreName) -> Tensor:
+    """A score by its definition, in operators that the runtimes compute as PyTorch does."""
+    if name == "entropy":
+        return SCORES[name].definition(log_p)
+    score = _margin(log_p) if name == "margin" else SCORES[name].definition(log_p)
+    return torch.where(log_p[:, 0].isnan(), torch.nan, score)  # the largest of NaNs is a number in LiteRT
+
+
 def _margin(log_p: Tensor) -> Tensor:
-    """The margin without the two largest by ``topk``, which becomes a sort that LiteRT lacks."""
+    """Without the two largest by ``topk``, which becomes a sort that LiteRT lacks."""
     p = log_p.exp()
     is_first = torch.arange(p.shape[1]) == p.argmax(dim=1, keepdim=True)
     return p.amax(dim=1) - p.masked_fill(is_first, -1.0).amax(dim=1)

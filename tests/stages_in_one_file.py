@@ -1,4 +1,4 @@
-"""What tests of formats with all stages in one file share: the model's answers at several numbers of rows, bad input."""
+"""What tests of formats with all stages in one file share: answers at several numbers of rows, bad input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...
     report = cet.export(model, path, {key: value[:4] for key, value in few.items()}, batch=batch, thresholds="input")
     assert report.num_bytes == path.stat().st_size
     loaded = cet.load_exported(path)
-    start, left = 0, set()
+    start, num_near, left = 0, 0, set()
     for rows in sizes:
         part = {key: value[start : start + rows] for key, value in inputs.items()}
         with torch.no_grad():
@@ -43,14 +43,13 @@ def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...
         np.testing.assert_allclose(got.logits[sure], expected.logits.numpy()[sure], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(got.score[sure], expected.score.numpy()[sure], rtol=1e-3, atol=1e-5)
         assert (got.exit_index.dtype, got.score.dtype) == (np.int64, np.float32)
-        assert near.float().mean() <= 0.25
+        num_near += int(near.sum())
         left |= set(expected.exit_index.tolist())
         start += rows
     assert len(left) > 1
+    assert num_near <= 0.1 * sum(sizes)
     loaded.thresholds = (None,) * (model.num_exits - 1)
-    assert set(loaded.predict(**{key: value[:3] for key, value in few.items()}).exit_index.tolist()) == {
-        model.num_exits - 1
-    }
+    assert loaded.predict(**{key: value[:1] for key, value in few.items()}).exit_index == model.num_exits - 1
     empty = loaded.predict(**{key: value[:0].numpy() for key, value in few.items()}) if batch == "dynamic" else None
     assert empty is None or empty.logits.shape == (0, model.num_classes)
 
@@ -124,17 +123,17 @@ def check_bad_files(file: Path, foreign: bytes, tmp_path: Path, runtime: str) ->
         with pytest.raises(cet.ExportError, match=rf"{runtime} cannot read .*bad.* \(.*\); export it again"):
             cet.load_exported(bad)
     bad.write_bytes(foreign)
-    with pytest.raises(cet.ExportError, match="was not written by cet.export; give a file that was"):
+    with pytest.raises(cet.ExportError, match=r"was not written by cet.export; give a file that was"):
         cet.load_exported(bad)
-    with pytest.raises(FileNotFoundError, match="is no file; give the path that cet.export wrote"):
+    with pytest.raises(FileNotFoundError, match=r"is no file; give the path that cet.export wrote"):
         cet.load_exported(tmp_path / f"missing{file.suffix}")
     shutil.copy(file, tmp_path / "named")
     with pytest.raises(ValueError, match="no known format"):
         cet.load_exported(tmp_path / "named")
 
 
-class Sorted(nn.Module):
+class Svd(nn.Module):
     """Has no kernel in either runtime."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.linalg.svd(x.T @ x)[1].sum()
+        return x + torch.linalg.svd(x.unflatten(1, (2, 2)))[1].sum(dim=1, keepdim=True)
