@@ -4,13 +4,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
-.PHONY: help setup test test-slow lint docs sanitize fuzz soak demo benchmark gpu clean
+.PHONY: help setup test test-slow lint docs edge sanitize fuzz soak demo benchmark gpu clean
 
 help:
 	@echo "make setup      the environment of all that follows, in .venv, and the kernels, where a source has changed"
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
 	@echo "make test-slow  more cases of what the tests try too"
+	@echo "make edge       ExecuTorch and LiteRT in an environment of their own, and the tests of their files (10 minutes)"
 	@echo "make docs       the pages as a site, into build/site; a warning is an error"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
@@ -51,6 +52,18 @@ test: lint
 
 test-slow: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal $(ARGS)
+
+# Their packages ask for other versions than those of requirements/constraints.txt, and so have an environment of their own.
+EDGE := build/edge
+
+$(EDGE)/.ready: pyproject.toml setup.py requirements/edge.txt
+	test -x $(EDGE)/bin/python || $(PYTHON) -m venv $(EDGE)
+	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/edge.txt --editable '.[executorch,litert]' pytest hypothesis transformers
+	touch $@
+
+edge: $(EDGE)/.ready
+	OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -m "slow or not slow" tests/deploy/test_executorch.py tests/deploy/test_litert.py $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup

@@ -21,6 +21,7 @@ import cet
 from cet.ops import backend as backends
 from families import FAMILIES, Family
 from interleaving import interleaved
+from oracle import spread_logits
 
 # Fuzzing: 20 examples each in a test run, CET_FUZZ_EXAMPLES each with --hypothesis-profile=fuzz, and
 # few under tools that slow all down.
@@ -109,9 +110,5 @@ def built(request: pytest.FixtureRequest) -> Built:
         warnings.simplefilter("ignore")
         backbone = family.build()
     model = cet.EarlyExit(backbone, family.exits, family.inputs(2)).eval()
-    with torch.no_grad():
-        for head, logits in zip(model.heads, model.exit_logits(**family.inputs(16)), strict=False):
-            spread = logits.std(dim=0).mean()
-            head.linear.bias.sub_(logits.mean(dim=0)).div_(spread)
-            head.linear.weight.div_(spread)
+    spread_logits(model, family.inputs(16))
     return family, model

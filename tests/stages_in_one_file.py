@@ -16,7 +16,7 @@ from cet.deploy.check import NEAR
 from cet.deploy.loaded import LoadedModel
 from cet.ops.definitions import ScoreName
 from families import FAMILIES
-from oracle import policy_between_scores
+from oracle import policy_between_scores, spread_logits
 
 
 def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...], batch: Any = "dynamic") -> None:
@@ -26,6 +26,7 @@ def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...
     inputs = family.inputs(max(64, sum(sizes)))
     few = {key: value[:64] for key, value in inputs.items()}
     model = cet.EarlyExit(family.build().eval(), family.exits, {key: value[:4] for key, value in few.items()}).eval()
+    spread_logits(model, few)
     model.policy = policy_between_scores(model, few, score, [0.5] * (model.num_exits - 1), (1.5,) * model.num_exits)
     report = cet.export(model, path, {key: value[:4] for key, value in few.items()}, batch=batch, thresholds="input")
     assert report.num_bytes == path.stat().st_size

@@ -248,6 +248,22 @@ def test_foreign_damaged_and_newer_files_are_refused(file: Path, tmp_path: Path)
         cet.load_exported(tmp_path / "missing.onnx")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "extra"), [("pte", r"needs executorch; pip install 'cet\[executorch\]'"), ("tflite", r"'cet\[litert\]'")]
+)
+def test_a_runtime_of_stages_that_is_missing_is_named(
+    suffix: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cet.measure.host.installed_version", lambda package: None)
+    path = tmp_path / f"m.{suffix}"
+    with pytest.raises(ModuleNotFoundError, match=extra):
+        cet.export(opened(), path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"")
+    with pytest.raises(ModuleNotFoundError, match=extra):
+        cet.load_exported(path)
+
+
 def test_a_runtime_that_is_missing_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cet.measure.host.installed_version", lambda package: None)
     with pytest.raises(ModuleNotFoundError, match=r"onnxruntime; pip install 'cet\[onnx\]'"):

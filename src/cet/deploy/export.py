@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cet.deploy.check import Comparison, compare
 from cet.deploy.description import Description, ExportError, Input
+from cet.deploy.host_loop import Method, StagesModel
 from cet.deploy.loading import format_of
 from cet.deploy.manifest import Manifest
 from cet.deploy.report import ExportReport, time_exits
@@ -151,6 +152,13 @@ def _one_file_of_stages(
     name: str, stages: ExportedStages, description: Description
 ) -> tuple[bytes, Comparison, Timings[str]]:
     """The file of a format whose stages are methods of one program, what came of comparing it, and its speed."""
+    content, loaded, full = in_runtime(name, stages, description)
+    comparison = compare(loaded, stages)
+    return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
+
+
+def in_runtime(name: str, stages: ExportedStages, description: Description) -> tuple[bytes, StagesModel, Method]:
+    """The file of such a format, what is read from it, with thresholds that move, and the backbone alone."""
     writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
     most_rows = None if description.batch is not None else writer.MOST_ROWS
     modules = stage_modules(stages, description, most_rows)
@@ -158,10 +166,9 @@ def _one_file_of_stages(
     content = writer.write(modules, manifest)
     loaded = reader.model_of(content, "the model")
     loaded.description = replace(description, thresholds_are_input=True)  # they are the loop's
-    comparison = compare(loaded, stages)
     whole = whole_module(stages, most_rows)
     full = reader.StageMethod(reader.read(writer.write([whole]), "the model"), whole.entry.file, "the model")
-    return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
+    return content, loaded, full
 
 
 class _Target(NamedTuple):

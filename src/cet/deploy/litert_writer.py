@@ -32,7 +32,7 @@ def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> by
 
 
 def _converted(stages: Sequence[StageModule]) -> bytes:
-    with CUTTING, quiet():
+    with CUTTING, quiet(), torch.no_grad():
         from litert_torch import Converter
         from litert_torch.progress import console
 
@@ -40,7 +40,7 @@ def _converted(stages: Sequence[StageModule]) -> bytes:
         try:
             converter = Converter()
             for stage in stages:
-                converter.add_signature(stage.entry.file, stage.traced().module(), stage.example)
+                converter.add_signature(stage.entry.file, stage.module, stage.example)
             return bytes(converter.convert().model_content())
         finally:
             console.quiet = was_quiet
