@@ -57,10 +57,12 @@ def export(
         path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. For runtimes that
             cannot branch, where a loop on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two
             stages: ``.pte``, an ExecuTorch program with a method per stage; ``.tflite``, a LiteRT model with a
-            signature per stage; ``.stages``, a folder with one ``.onnx`` file per stage and ``manifest.json``.
+            signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor; ``.stages``,
+            a folder with one ``.onnx`` file per stage and ``manifest.json``.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
             not given. Sizes besides the batch may vary later where the model's stages allow it, in ONNX alone.
-        format: ``"onnx"``, ``"stages"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path`` does not tell.
+        format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path`` does not
+            tell.
         batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
             is faster for that. ExecuTorch takes 64 rows at once and LiteRT one: the loop answers more in parts.
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
@@ -185,6 +187,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TARGETS = {
     "onnx": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx),
     "stages": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx_stages),
+    "aoti": _Target("AOTInductor", "", (), False, partial(_one_file_of_stages, "aoti")),
     "executorch": _Target(
         "ExecuTorch", "executorch", ("executorch",), False, partial(_one_file_of_stages, "executorch")
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cet.deploy.loaded import LoadedModel
 
-FORMATS = {".onnx": "onnx", ".stages": "stages", ".pte": "executorch", ".tflite": "litert"}
+FORMATS = {".onnx": "onnx", ".stages": "stages", ".pt2": "aoti", ".pte": "executorch", ".tflite": "litert"}
 """The formats by the suffix of a file or folder."""
 
 

@@ -1,0 +1,81 @@
+"""Runs exported ``.pt2`` files, the machine code of AOTInductor, by PyTorch. The backbone's code is not needed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cet.deploy.description import KEY, ExportError
+from cet.deploy.host_loop import MethodsModel
+from cet.deploy.loaded import Array, check_is_file
+from cet.deploy.manifest import Manifest
+from cet.partition.export import quiet
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsModel:
+    """Read a ``.pt2`` file that :func:`cet.export` wrote. It holds machine code, which reading it makes runnable: read
+    only files that you trust.
+
+    Args:
+        path: the file.
+        threads: how many threads PyTorch may use within an operator from now on, in all of this process; None: as
+            before.
+
+    Raises:
+        ExportError: where the file is damaged, of another kind, of a newer format, or of another kind of machine.
+        OSError: where the file cannot be read.
+    """
+    check_is_file(path)
+    return model_of(Path(path).read_bytes(), os.fspath(path), threads)
+
+
+def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
+    """The model in a ``.pt2`` file, whose path is for errors."""
+    archive = read(content, path, threads)
+    if KEY not in archive.extra_files:
+        raise ExportError(f"{path} was not written by cet.export; give a file that was")
+    manifest = Manifest.from_json(archive.extra_files[KEY], path)
+    return MethodsModel(manifest, partial(StageMethod, archive, path=path))
+
+
+def read(content: bytes, path: str, threads: int | None = None) -> Any:
+    """A package of AOTInductor.
+
+    Raises:
+        ExportError: where the file is damaged, naming ``path``.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with quiet():
+            from torch.export.pt2_archive._package import load_pt2
+
+            return load_pt2(io.BytesIO(content))
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"PyTorch cannot read {path} ({reason}); export it again, on such a machine") from error
+
+
+class StageMethod:
+    """A model of a package, as a function of arrays.
+
+    Raises:
+        ExportError: where it is missing.
+    """
+
+    def __init__(self, archive: Any, name: str, path: str) -> None:
+        if name not in archive.aoti_runners:
+            raise ExportError(f"{path} lacks the model {name!r}, which its manifest names; export it again")
+        # Its caller for Python takes apart nested inputs, at more than the cost of a small stage.
+        self._run = archive.aoti_runners[name].loader.boxed_run
+
+    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
+        outputs = self._run([torch.from_numpy(np.require(array, requirements=("C", "W"))) for array in arrays])
+        return [output.numpy() for output in outputs]
