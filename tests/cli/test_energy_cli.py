@@ -275,9 +275,12 @@ class TestRun:
         simulation.reset(real_time=True)
         simulation.gpu(0, tick=0.3)
         output = tmp_path / "run.json"
-        code, _, err = run("run", "--output", str(output), "--", "true")
-        assert code == 0
-        document = json.loads(output.read_text())
+        for _attempt in range(8):  # a busy machine may take longer to start a process
+            code, _, err = run("run", "--output", str(output), "--", "true")
+            assert code == 0
+            document = json.loads(output.read_text())
+            if document["measurements"][0]["window"]["seconds"] < 0.25:
+                break
         assert figure(document, "joules", domain="gpu:0")["value"] is None
         assert re.search(
             r"– gpu:0: the window of [\d.]+ ms is too short for a counter that moves", " ".join(err.split())

@@ -57,14 +57,15 @@ def export(
         path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. For runtimes that
             cannot branch, where a loop on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two
             stages: ``.pte``, an ExecuTorch program with a method per stage; ``.tflite``, a LiteRT model with a
-            signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor; ``.stages``,
-            a folder with one ``.onnx`` file per stage and ``manifest.json``.
+            signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor;
+            ``.stages``, a folder with one ``.onnx`` file per stage and ``manifest.json``.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
             not given. Sizes besides the batch may vary later where the model's stages allow it, in ONNX alone.
-        format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path`` does not
-            tell.
+        format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path``
+            does not tell.
         batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
-            is faster for that. ExecuTorch takes 64 rows at once and LiteRT one: the loop answers more in parts.
+            is faster for that. AOTInductor takes 512 rows at once, ExecuTorch 64 and LiteRT one: the loop answers more
+            in parts.
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
             ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
             be given.
