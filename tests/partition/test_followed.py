@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cet
+from cet.partition import fingerprint
 
 R = torch.randn
 X = R(12, 8, generator=torch.Generator().manual_seed(0))
@@ -341,3 +342,23 @@ def test_an_exit_may_have_either_name_of_its_module(exits: list[str], by_list: b
     model = cet.EarlyExit(InAList(by_list).eval(), exits, (X[:2],)).eval()
     torch.testing.assert_close(model.predict(X).logits, model.backbone(X))
     assert model.explain(X).stages == (*exits, "final")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_classes_and_dtypes_of_submodules_are_watched(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Louder(nn.Linear):
+        pass
+
+    if not compiled:
+        monkeypatch.setattr(fingerprint, "_watch", fingerprint._Comparison)
+    for change in (
+        lambda net: setattr(net.b, "__class__", Louder),
+        lambda net: setattr(net.b.weight, "data", net.b.weight.data.double()),
+        lambda net: net.b.half(),
+        lambda net: setattr(net, "c", nn.Linear(16, 5)),
+    ):
+        net = Net()
+        seen = fingerprint.Fingerprint(net)
+        assert seen.is_current()
+        change(net)
+        assert not seen.is_current()
