@@ -21,6 +21,7 @@ from cet.deploy.check import NEAR
 from families import FAMILIES, Family
 from oracle import policy_between_scores
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 ROWS = (1, 2, 7, 64, 333, aoti_writer.MOST_ROWS + 1)
 
 
@@ -96,6 +97,38 @@ print(json.dumps([logits.tolist(), score.tolist()]))
     answers = model.exit_answers(x=torch.randn(3, 3, 16), context=torch.randn(3, 4))
     for got, wanted in zip(json.loads(done.stdout), answers[0], strict=True):
         torch.testing.assert_close(torch.tensor(got), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_a_program_in_cpp_answers_as_the_model_does(tmp_path: Path) -> None:
+    """examples/cpp, built against the PyTorch that is installed."""
+    configure = [
+        "cmake",
+        "-S",
+        str(EXAMPLE),
+        "-B",
+        str(tmp_path),
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+    ]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    if "nlohmann_json" in done.stderr and done.returncode:
+        pytest.skip("needs nlohmann-json")
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
+    x = 3 * torch.randn(50, 4)
+    model = cet.EarlyExit(nn.Sequential(*layers).eval(), ["1", "3"], (x[:4],))
+    model.policy = policy_between_scores(model, {"input": x}, "entropy", [0.5, 0.5], (1.0,) * 3)
+    cet.export(model, tmp_path / "m.pt2")
+    x.numpy().tofile(tmp_path / "rows.f32")
+    command = [tmp_path / "early_exit", tmp_path / "m.pt2", tmp_path / "rows.f32"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    out = model.predict(x)
+    assert [int(line.split()[0]) for line in lines] == out.exit_index.tolist()
+    assert [int(line.split()[1]) for line in lines] == out.labels.tolist()
+    assert set(out.exit_index.tolist()) == {0, 1, 2}
 
 
 def test_what_is_no_such_file_is_refused(path: Path, model: cet.EarlyExit, tmp_path: Path) -> None:
