@@ -20,10 +20,12 @@ from benchmarks.models import NETS, multi_exit, random_inputs
 from benchmarks.operations import Benchmark, Measured, Point
 from cet.deploy.check import NEAR
 from cet.deploy.description import OUTPUTS, Description
-from cet.deploy.export import describe
+from cet.deploy.export import describe, in_runtime
+from cet.deploy.host_loop import Method, StagesModel
 from cet.deploy.onnx import OnnxModel, session_of
 from cet.deploy.onnx_writer import OnnxWriter
 from cet.deploy.segments import export_segments
+from cet.measure.host import installed_version
 from cet.partition.stages import logits_of
 
 ONE_ROW: dict[str, Fractions] = {
@@ -38,6 +40,8 @@ MANY_ROWS: dict[str, Fractions] = {
     "none_leaves": (0.0, 0.0, 0.0),
 }
 BATCHES = {"sensor_cnn": (1, 32, 256), "vit_tiny": (1, 16), "bert_tiny": (1, 16)}
+OTHER_RUNTIMES = {"executorch": "executorch", "litert": "litert-torch"}
+"""Formats, measured for one row where their packages are installed, as by ``make edge``."""
 POINTS = [
     {"net": net, "batch": batch, "scenario": scenario, "threads": threads}
     for threads in (1, 2)
@@ -69,6 +73,17 @@ def written(net: str, batch: int | None) -> Written:
     return Written(OnnxWriter(stages), describe(stages, batch, False, None))
 
 
+@cache
+def in_other_runtime(net: str, format: str, threads: int) -> tuple[StagesModel, Method]:
+    """A net's stages for one row in ExecuTorch or LiteRT, whose thresholds can be set; and the net without exits."""
+    model = built(net)
+    stages = export_segments(
+        model, ((random_inputs(NETS[net](), 4),), {}), (0.0,) * (model.num_exits - 1), 1, sizes_vary=False
+    )
+    _, loaded, full = in_runtime(format, stages, replace(describe(stages, 1, True, None), score="entropy"), threads)
+    return loaded, full
+
+
 def set_up(point: Point) -> Case:
     torch.set_num_threads(point["threads"])
     model = built(point["net"])
@@ -82,7 +97,7 @@ def set_up(point: Point) -> Case:
         sure &= threshold is None or (scores - threshold).abs() > NEAR
     array = x.numpy()
 
-    def in_runtime(batch: int | None) -> dict[str, Any]:
+    def in_onnx_runtime(batch: int | None) -> dict[str, Any]:
         writer, description = written(point["net"], batch)
         described = replace(description, score="entropy", thresholds=model.policy.thresholds)
         full = session_of(writer.without_exits(described), point["threads"])
@@ -95,16 +110,21 @@ def set_up(point: Point) -> Case:
         }
 
     one_row = point["batch"] == 1
-    calls = in_runtime(1 if one_row else None)
+    calls = in_onnx_runtime(1 if one_row else None)
     if one_row:
-        calls["any_rows"] = in_runtime(None)["cet"]
+        calls["any_rows"] = in_onnx_runtime(None)["cet"]
+        for format, package in OTHER_RUNTIMES.items():
+            if installed_version(package) is not None:
+                stages, whole = in_other_runtime(point["net"], format, point["threads"])
+                calls[format] = partial(stages.run, [array], model.policy.thresholds)
+                calls[f"{format}_full"] = partial(whole, [array])
     calls["predict"] = partial(model.predict, x)
     calls["backbone"] = lambda: logits_of(model.backbone(x))
 
     def check(results: Mapping[str, Any]) -> None:
-        for name in results.keys() & {"cet", "any_rows", "load_exported", "predict"}:
+        for name in results.keys() & {"cet", "any_rows", "load_exported", "predict", *OTHER_RUNTIMES}:
             out = results[name]
-            logits, taken = out[:2] if isinstance(out, list) else (out.logits, out.exit_index)
+            logits, taken = out[:2] if isinstance(out, list | tuple) else (out.logits, out.exit_index)
             if strays := int((torch.as_tensor(taken) != exit_index)[sure].sum()):
                 raise WrongResultError(f"{name} sends {strays} of {len(x)} rows to another exit than they take alone")
             check_close(name, torch.as_tensor(logits)[sure], expected[sure])
@@ -134,7 +154,14 @@ def verdicts(measured: Measured) -> dict[str, Any]:
     return found
 
 
-RATIOS = [("full", "cet"), ("full", "any_rows"), ("full", "load_exported"), ("predict", "cet"), ("predict", "full")]
+RATIOS = [
+    *((f"{format}_full", format) for format in OTHER_RUNTIMES),
+    ("full", "cet"),
+    ("full", "any_rows"),
+    ("full", "load_exported"),
+    ("predict", "cet"),
+    ("predict", "full"),
+]
 main = Benchmark("deploy", POINTS, set_up, RATIOS, verdicts, ("onnxruntime", "onnxscript")).command()
 
 if __name__ == "__main__":

@@ -160,17 +160,20 @@ def _one_file_of_stages(
     return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
 
 
-def in_runtime(name: str, stages: ExportedStages, description: Description) -> tuple[bytes, StagesModel, Method]:
+def in_runtime(
+    name: str, stages: ExportedStages, description: Description, threads: int | None = None
+) -> tuple[bytes, StagesModel, Method]:
     """The file of such a format, what is read from it, with thresholds that move, and the backbone alone."""
     writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
     most_rows = None if description.batch is not None else writer.MOST_ROWS
     modules = stage_modules(stages, description, most_rows)
     manifest = Manifest(description, tuple(module.entry for module in modules), most_rows)
     content = writer.write(modules, manifest)
-    loaded = reader.model_of(content, "the model")
+    loaded = reader.model_of(content, "the model", threads)
     loaded.description = replace(description, thresholds_are_input=True)  # they are the loop's
     whole = whole_module(stages, most_rows)
-    full = reader.StageMethod(reader.read(writer.write([whole]), "the model"), whole.entry.file, "the model")
+    program = reader.read(writer.write([whole]), "the model", threads)
+    full = reader.StageMethod(program, whole.entry.file, "the model")
     return content, loaded, full
 
 
