@@ -40,8 +40,8 @@ MANY_ROWS: dict[str, Fractions] = {
     "none_leaves": (0.0, 0.0, 0.0),
 }
 BATCHES = {"sensor_cnn": (1, 32, 256), "vit_tiny": (1, 16), "bert_tiny": (1, 16)}
-OTHER_RUNTIMES = {"executorch": "executorch", "litert": "litert-torch"}
-"""Formats, measured for one row where their packages are installed, as by ``make edge``."""
+OTHER_RUNTIMES = {"aoti": "torch", "executorch": "executorch", "litert": "litert-torch"}
+"""Formats, measured for one row where their packages are installed, the last two as by ``make edge``."""
 POINTS = [
     {"net": net, "batch": batch, "scenario": scenario, "threads": threads}
     for threads in (1, 2)
@@ -75,7 +75,7 @@ def written(net: str, batch: int | None) -> Written:
 
 @cache
 def in_other_runtime(net: str, format: str, threads: int) -> tuple[StagesModel, Method]:
-    """A net's stages for one row in ExecuTorch or LiteRT, whose thresholds can be set; and the net without exits."""
+    """A net's stages for one row in another runtime, whose thresholds can be set; and the net without exits."""
     model = built(net)
     stages = export_segments(
         model, ((random_inputs(NETS[net](), 4),), {}), (0.0,) * (model.num_exits - 1), 1, sizes_vary=False

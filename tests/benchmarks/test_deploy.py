@@ -27,6 +27,7 @@ def small() -> Net:
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(deploy, "NETS", {"sensor_cnn": small})
+    monkeypatch.setattr(deploy, "OTHER_RUNTIMES", {})  # which take a minute to write their files
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     for made in (deploy.built, deploy.written):

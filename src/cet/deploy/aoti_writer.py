@@ -37,8 +37,8 @@ def _package(stages: Sequence[StageModule], manifest: Manifest | None) -> bytes:
     with CUTTING, quiet(), torch.no_grad():
         from torch._inductor import aot_compile
 
-        # With weights in the machine code, laid out for it.
-        options = {"aot_inductor.package": True, "freezing": True}
+        # With weights in the machine code, laid out for it, and as many threads as the process has.
+        options = {"aot_inductor.package": True, "freezing": True, "cpp.dynamic_threads": True}
         files: dict[str, list[Any]] = {
             stage.entry.file: list(aot_compile(stage.traced().module(), stage.example, options=options))  # type: ignore[arg-type]
             for stage in stages
