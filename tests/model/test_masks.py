@@ -411,3 +411,29 @@ def test_a_saved_model_keeps_its_masks(name: str, tmp_path: Any) -> None:
     assert torch.equal(got.logits, wanted.logits)
     if case.spec is not None:
         assert loaded.heads[0].spec.mask == case.spec.mask
+
+
+class OneOfTwoMasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.top = nn.Linear(3, WIDTH), nn.Linear(WIDTH, K)
+
+    def forward(self, x: Tensor, ok: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        if lengths is not None:
+            ok = torch.arange(x.shape[1]) < lengths[:, None]
+        h, real = self.a(x), ok[..., None].float()
+        return self.top((h * real).sum(1) / real.sum(1))
+
+
+@pytest.mark.parametrize("given", ["ok", "lengths"])
+def test_a_call_with_another_mask_than_the_example_is_told(given: str) -> None:
+    lengths = torch.tensor([2, 5, 9, 4])
+    masks = {"ok": torch.arange(9) < lengths[:, None], "lengths": lengths}
+    x, (other,) = R(4, 9, 3), masks.keys() - {given}
+    spec = cet.HeadSpec(mask=given)
+    model = cet.EarlyExit(OneOfTwoMasks().eval(), {"a": spec}, {"x": x, given: masks[given]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.exit_logits(x=x, **{given: masks[given]})
+    with pytest.warns(UserWarning, match=f"input '{other}' looks like a mask, but the heads of 'a' do not get it"):
+        model.exit_logits(x=x, **{other: masks[other]})

@@ -362,3 +362,62 @@ def test_classes_and_dtypes_of_submodules_are_watched(compiled: bool, monkeypatc
         assert seen.is_current()
         change(net)
         assert not seen.is_current()
+
+
+class KeepsInLists(nn.Module):
+    """A module and a parameter that are no submodule and no registered parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.modules_kept, self.parameters_kept = [nn.Linear(16, 16)], [nn.Parameter(R(16))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c((self.modules_kept[0](self.a(x)) * self.parameters_kept[0]).relu())
+
+
+MOVES: dict[str, Callable[[Any], object]] = {
+    "data of a module in a list": lambda net: setattr(net.modules_kept[0].weight, "data", R(16, 16)),
+    "data of a parameter in a list": lambda net: setattr(net.parameters_kept[0], "data", R(16)),
+    "vector_to_parameters": lambda net: nn.utils.vector_to_parameters(R(272), net.modules_kept[0].parameters()),
+    "there and back": lambda net: net.modules_kept[0].double().apply(lambda module: module.weight.data.mul_(2)).float(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_weights_that_are_not_registered_may_be_moved(name: str) -> None:
+    net = KeepsInLists()
+    model = wrapped(net)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model.predict(X).logits, net(X))
+            MOVES[name](net)
+        torch.testing.assert_close(model.predict(X).logits, net(X))
+        net.modules_kept[0].weight.mul_(2)
+        torch.testing.assert_close(model.predict(X).logits, net(X))
+
+
+def test_other_classes_are_refused() -> None:
+    model = wrapped(Net())
+    model.policy = cet.ExitPolicy("confidence", (0.5,))
+    model.predict(X)
+    model.backbone.c = nn.Linear(16, 7)
+    for call in (lambda: model.predict(X), lambda: model(X), lambda: model.exit_logits(X), lambda: model.train()(X)):
+        with pytest.raises(ValueError, match="gives 7 classes but its exits have 5; wrap it anew"):
+            call()
+
+
+class RewritesWhatGradientsNeed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h.add_(self.b(h)))
+
+
+def test_a_backbone_without_gradients_answers_where_they_are_recorded() -> None:
+    net = RewritesWhatGradientsNeed()
+    model = wrapped(net)
+    torch.testing.assert_close(model(X), net(X))

@@ -38,7 +38,7 @@ from cet.ops.backend import is_tracing
 from cet.partition.cache import StageCache
 from cet.partition.inputs import Call, InputFormat, OtherInputsError, copied
 from cet.partition.obstacles import is_sharded, obstacle_to_cutting
-from cet.partition.stages import CutError, Program, evaluating, first_tensor, logits_of
+from cet.partition.stages import CutError, Program, check_classes, evaluating, first_tensor, logits_of
 from cet.runtime import Capture, GraphRunner, RunnerName, check_runner, runner_for
 from cet.runtime.eager import Answers, choose_answers, every_exit, run_batch
 from cet.runtime.exits import head_logits
@@ -542,6 +542,15 @@ class EarlyExit(nn.Module):
         for name in variant.names:
             if self._without_mask and name not in known and looks_like_mask(name):
                 warn_of_unused_mask(name, self._without_mask)
+        specs = [head.spec if isinstance(head, ExitHead) else None for head in self.heads]
+        lacking = [
+            path
+            for path, spec in zip(self.exit_names, specs, strict=False)
+            if spec is not None and spec.mask and spec.mask not in variant.names
+        ]
+        for name, value in zip(variant.names, variant.example, strict=True):
+            if lacking and (looks_like_mask(name) or getattr(value, "dtype", None) == torch.bool):
+                warn_of_unused_mask(name, lacking)
 
     def _warn_of_ignored(self, names: Iterable[str]) -> None:
         new = [name for name in names if name not in self._ignored_inputs]
@@ -559,9 +568,8 @@ class EarlyExit(nn.Module):
         return next(value for name, value in self.input_format.by_name(args, kwargs) if name in batched)
 
     def _way(self, input_format: InputFormat) -> InputWay:
-        return InputWay(
-            input_format, StageCache(self.backbone, self.exit_names[:-1], input_format, self._masks(input_format))
-        )
+        masks, exits = self._masks(input_format), self.exit_names[:-1]
+        return InputWay(input_format, StageCache(self.backbone, exits, input_format, masks, self.num_classes))
 
     def _masks(self, input_format: InputFormat) -> list[int | None]:
         """For each early exit which of the inputs is the mask of its head."""
@@ -625,7 +633,7 @@ class EarlyExit(nn.Module):
         # Behind the backbone, so that what it checkpoints or compiles holds the backbone alone.
         masks = [None if index is None else inputs[index] for index in way.cache.masks]
         early = [head_logits(head, features[k], masks[k]) for k, head in enumerate(self.heads)]
-        return (*early, logits_of(output))
+        return (*early, check_classes(logits_of(output), self.num_classes))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -19,7 +19,7 @@ from cet.partition.fingerprint import Fingerprint, Path, changed_paths
 from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
 from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.private_copy import private_copy
-from cet.partition.stages import CutError, Program, Stages, evaluating, logits_of
+from cet.partition.stages import CutError, Program, Stages, check_classes, evaluating, logits_of
 from cet.partition.verify import DependentRowsError, has_same_gradients, refuse_mixed_rows, verify
 
 MAX_PROGRAMS = 8
@@ -81,12 +81,18 @@ class StageCache:
     """
 
     def __init__(
-        self, backbone: nn.Module, exits: Sequence[str], input_format: InputFormat, masks: Sequence[int | None]
+        self,
+        backbone: nn.Module,
+        exits: Sequence[str],
+        input_format: InputFormat,
+        masks: Sequence[int | None],
+        num_classes: int,
     ) -> None:
         self.backbone = backbone
         self.exits = tuple(exits)
         self.input_format = input_format
         self.masks = tuple(masks)
+        self.num_classes = num_classes
         self._states: list[_State] = []
         self._volatile: frozenset[Path] = frozenset()
         self._num_states = 0
@@ -287,13 +293,14 @@ class StageCache:
             args, kwargs = self.input_format.unflatten(copied(example))
             if isinstance(self.backbone, Stages):
                 with evaluating(self.backbone):
-                    expected = logits_of(self.backbone(*args, **kwargs))
+                    expected = check_classes(logits_of(self.backbone(*args, **kwargs)), self.num_classes)
                     program = self.backbone.program(self.exits, copied(example), EXAMPLE_ROWS)
                     verify(program, self.backbone, self.exits, self.input_format, example, expected)
                 return program
             traced = private_copy(self.backbone, state.fingerprint.shared).eval()
             before = Fingerprint(traced).entries
-            expected = logits_of(traced(*args, **kwargs))  # first, for its own error on a wrong input
+            # First, for its own error on a wrong input.
+            expected = check_classes(logits_of(traced(*args, **kwargs)), self.num_classes)
             self._note_volatile(state, changed_paths(before, Fingerprint(traced).entries))
             program = self._cut_dynamic_or_fixed(state, traced, example)
             verify(program, self.backbone, self.exits, self.input_format, example, expected)

@@ -4,9 +4,9 @@ Followed are: which submodules there are, and their modes; hooks, those on all m
 set on an instance; the methods and attributes of every class; the names and types of parameters and buffers, and the
 dtypes of all parameters (their values are read at each call, so they need not be followed); every other attribute,
 those in lists, dictionaries, sets and plain objects such as a config included, and modules that are kept in such.
-Numbers, strings and the like are compared by value, plain tensors by identity and version, NumPy arrays by identity and
-entries, anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their submodules as
-these are.
+Numbers, strings and the like are compared by value, plain tensors by identity, version and address, NumPy arrays by
+identity and entries, anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their
+submodules as these are.
 
 Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; what
 lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
@@ -115,6 +115,8 @@ class Fingerprint:
         weight = next(backbone.parameters(), None)
         self._weight, self.device = weight, None if weight is None else weight.device
         self._versions = [tensor._version for tensor in self.tensors]
+        self._held = self.shared
+        self._addresses = [*map(_address, self._held)]
         self._hooks_before = [followed_hooks(hooks) for hooks in self._hooks]
         self._has_hooks = any(self._hooks_before)
         self._norm_modes = [module.training for module in self._batch_norms]
@@ -136,6 +138,7 @@ class Fingerprint:
             and self._has_same_hooks()
             and (self._weight is None or self._weight.device == self.device)
             and (not self.tensors or [tensor._version for tensor in self.tensors] == self._versions)
+            and (not self._held or [*map(_address, self._held)] == self._addresses)
             and (not self._batch_norms or [module.training for module in self._batch_norms] == self._norm_modes)
             and (not self._snapshots or all(now() == before for now, before in self._snapshots))
         )
@@ -150,6 +153,7 @@ class Fingerprint:
             self.device == other.device
             and sorted(map(str, self._dtypes)) == sorted(map(str, other._dtypes))
             and self._versions == other._versions
+            and self._addresses == other._addresses
             and self.entries.keys() - self.volatile == other.entries.keys() - other.volatile
             and all(_is_same(value, other.entries[path]) for path, value in self.entries.items())
         )
@@ -327,6 +331,14 @@ def _is_of_library(name: str) -> bool:
 def _slots_of(cls: type) -> tuple[str, ...]:
     slots = cls.__dict__.get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its values are: ``tensor.data = ...`` moves them, and nothing else tells of it."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # without storage of its own
+        return 0
 
 
 def _identities(value: Any, names: list[str]) -> list[int]:

@@ -174,6 +174,20 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_classes(logits: Tensor, num_classes: int) -> Tensor:
+    """The logits, if there are as many as the exits have.
+
+    Raises:
+        ValueError: where the backbone's last layer was replaced by one of other classes.
+    """
+    if logits.shape[-1] != num_classes:
+        raise ValueError(
+            f"the backbone now gives {logits.shape[-1]} classes but its exits have {num_classes}; wrap it anew with "
+            "cet.EarlyExit"
+        )
+    return logits
+
+
 def first_tensor(output: Any) -> Tensor:
     """The features of an exit: the first tensor that its submodule returned."""
     for value in pytree.tree_leaves(output):
