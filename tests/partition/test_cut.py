@@ -244,3 +244,23 @@ def test_the_generated_source_shows_in_tracebacks():
     with pytest.raises(RuntimeError) as caught:
         model(R(2, 4))
     assert "linear" in str(caught.traceback[-1].statement).lower()
+
+
+class CalledWithinAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        with torch.autocast("cpu", enabled=False):
+            h = self.b(h.float())
+        return self.c(h.relu())
+
+
+def test_an_exit_that_the_graph_does_not_show_is_refused_with_the_reasons() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(cet.CutError, match=r"no call of exit 'b' .* within torch\.autocast; name a submodule"):
+        cet.EarlyExit(CalledWithinAutocast().eval(), ["b"], (x,))
+    model = cet.EarlyExit(CalledWithinAutocast().eval(), ["a"], (x,))
+    assert model.predict(x).logits.shape == (4, 3)

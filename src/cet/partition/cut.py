@@ -197,8 +197,9 @@ class _Cutter:
         nodes = calls[0] if calls else []
         if not nodes:
             raise CutError(
-                f"exit {path!r} returns no tensor in the forward pass of {type(self.backbone).__name__}; "
-                "name a submodule that is called once and returns its features"
+                f"torch.export shows no call of exit {path!r} that returns a tensor: it returns none, is compiled, or "
+                "is called within torch.autocast; name a submodule that is called outside of these and returns its "
+                "features"
             )
         return nodes
 
