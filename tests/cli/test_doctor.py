@@ -42,7 +42,9 @@ def test_json_reports_every_section_and_the_core_works(capsys: pytest.CaptureFix
     assert document["works"] is True
     assert [row["name"] for row in document["backends"]] == ["reference", "cpp", "triton"]
     assert [row["name"] for row in document["runners"]] == ["eager", "graphs", "device"]
-    assert [row["name"] for row in document["extras"]] == ["train", "demo", "onnx", "ray", "docs", "dev"]
+    assert [row["name"] for row in document["extras"]] == [
+        *("train", "demo", "onnx", "executorch", "litert", "ray", "docs", "dev")
+    ]
     for section in ("backends", "runners", "extras"):
         for row in document[section]:
             assert set(row) == {"name", "available", "detail", "fix"}

@@ -274,8 +274,8 @@ class TestRun:
     ) -> None:
         simulation.reset(real_time=True)
         simulation.gpu(0, tick=0.3)
-        output = tmp_path / "run.json"
-        for _attempt in range(8):  # a busy machine may take longer to start a process
+        for attempt in range(8):  # a busy machine may take longer to start a process
+            output = tmp_path / f"{attempt}.json"
             code, _, err = run("run", "--output", str(output), "--", "true")
             assert code == 0
             document = json.loads(output.read_text())
