@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     type=PATH,
     required=True,
     metavar="FILE",
-    help="Where the model goes: model.onnx, model.pte for ExecuTorch, model.tflite for LiteRT, or model.stages.",
+    help="Where the model goes: model.onnx; with a loop on the host model.stages, model.pt2 (AOTInductor), model.pte "
+    "(ExecuTorch) or model.tflite (LiteRT).",
 )
 @click.option(
     "--batch",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cet.deploy.description import KEY, ExportError
+from cet.deploy.description import KEY, ExportError, reason_of
 from cet.deploy.host_loop import MethodsModel
 from cet.deploy.loaded import Array, check_is_file
 from cet.deploy.manifest import Manifest
@@ -59,8 +59,9 @@ def read(content: bytes, path: str, threads: int | None = None) -> Any:
 
             return load_pt2(io.BytesIO(content))
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"PyTorch cannot read {path} ({reason}); export it again, on such a machine") from error
+        raise ExportError(
+            f"PyTorch cannot read {path} ({reason_of(error)}); export it again, on such a machine"
+        ) from error
 
 
 class StageMethod:

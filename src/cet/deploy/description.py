@@ -25,6 +25,11 @@ class ExportError(ValueError):
     """A model cannot be exported, or an exported file cannot be used."""
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of an error of another library, or its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class Range(NamedTuple):
     """The least and the largest value of a size; None: any."""
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cet.deploy.description import KEY, ExportError
+from cet.deploy.description import KEY, ExportError, reason_of
 from cet.deploy.host_loop import MethodsModel
 from cet.deploy.loaded import Array, check_is_file
 from cet.deploy.manifest import Manifest
@@ -58,8 +58,7 @@ def read(content: bytes, path: str, threads: int | None = None) -> Any:
     try:
         return Interpreter(model_content=content, num_threads=threads)
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"LiteRT cannot read {path} ({reason}); export it again") from error
+        raise ExportError(f"LiteRT cannot read {path} ({reason_of(error)}); export it again") from error
 
 
 class StageMethod:

@@ -32,7 +32,8 @@ def format_of(path: str | os.PathLike[str], wanted: str | None = None) -> str:
 def load_exported(
     path: str | os.PathLike[str], *, format: str | None = None, threads: int | None = None
 ) -> LoadedModel:
-    """Read a file that :func:`cet.export` wrote; neither the backbone's code nor, but for ExecuTorch, torch is needed.
+    """Read a file that :func:`cet.export` wrote; the backbone's code is not needed, nor, but for ``.pt2`` and
+    ``.pte``, torch.
 
     Args:
         path: the file, or the folder of stages.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError
+from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError, reason_of
 from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
 from cet.measure.host import require
 
@@ -83,4 +83,4 @@ def read_session(model: str | bytes, name: str, threads: int | None = None) -> A
     except ModuleNotFoundError:
         raise
     except Exception as error:  # onnxruntime has a class of its own for each kind, none of them public
-        raise ExportError(f"ONNX Runtime cannot read {name} ({str(error).splitlines()[0]}); export it again") from error
+        raise ExportError(f"ONNX Runtime cannot read {name} ({reason_of(error)}); export it again") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cet.deploy.description import BATCH, ExportError, Range
+from cet.deploy.description import BATCH, ExportError, Range, reason_of
 from cet.deploy.sizes import Place, sizes_that_vary
 from cet.model.early_exit import EarlyExit, StagedBatch
 from cet.partition.export import CUTTING, quiet
@@ -97,8 +97,9 @@ def export_segments(
         except CutError as error:
             raise ExportError(f"the model cannot be exported, as it cannot be cut: {error}") from error
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ExportError(f"the backbone fails on example_inputs ({reason}); give one that it takes") from error
+            raise ExportError(
+                f"the backbone fails on example_inputs ({reason_of(error)}); give one that it takes"
+            ) from error
         return _Exporter(model, staged, thresholds, batch).export(sizes_vary)
 
 
@@ -326,8 +327,9 @@ class _Exporter:
 
 def tracing_error(what: str, error: Exception) -> ExportError:
     """Says why a stage cannot be traced."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ExportError(f"torch.export cannot trace {what} ({reason}); give it code without branches on values")
+    return ExportError(
+        f"torch.export cannot trace {what} ({reason_of(error)}); give it code without branches on values"
+    )
 
 
 def with_rows(inputs: Sequence[Any], is_batched: Sequence[bool], rows: int) -> list[Any]:

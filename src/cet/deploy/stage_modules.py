@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cet.deploy.description import Description, ExportError
+from cet.deploy.description import Description, ExportError, reason_of
 from cet.deploy.manifest import StageEntry
 from cet.deploy.segments import ExportedStages, SegmentModule, tracing_error
 from cet.ops.definitions import SCORES, ScoreName
@@ -122,9 +122,8 @@ def write_naming_stages(
             except Exception as alone:
                 what, error = stage.title, alone
                 break
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(
-            f"{what} has no form in {runtime} ({reason}); compute it with operators that {runtime} has"
+            f"{what} has no form in {runtime} ({reason_of(error)}); compute it with operators that {runtime} has"
         ) from error
 
 
