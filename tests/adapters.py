@@ -18,6 +18,14 @@ class LoraLinear(nn.Module):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base_layer.bias
+
     def delta(self, name: str) -> Tensor:
         return self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
 

@@ -537,6 +537,40 @@ def test_every_step_of_an_adapters_life_shows_in_the_next_call() -> None:
     assert model.check(x) is None
 
 
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True) for _ in range(2))
+        self.top = nn.Linear(WIDTH, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.top(x.mean(1))
+
+
+def test_an_adapter_that_a_fused_layer_passes_over_is_refused_until_the_layer_obeys_it() -> None:
+    backbone, x = Encoder().requires_grad_(False).eval(), R(ROWS, 5, WIDTH)
+    model = cet.EarlyExit(backbone, ["layers.0"], (x[:3],))
+    closed = model.predict(x).logits
+    assert torch.allclose(closed, backbone(x), atol=1e-5)
+    backbone.layers[0].linear1 = LoraLinear(backbone.layers[0].linear1).requires_grad_(False)
+    for call in (model.predict, model, model.check, model.exit_answers, model.stages_for):
+        with pytest.raises(ValueError, match="set_fastpath_enabled"):
+            call(x)
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        cet.EarlyExit(backbone, ["layers.0"], (x[:3],))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            obeyed = model.predict(x).logits
+        assert torch.allclose(obeyed, backbone(x), atol=1e-5)
+        assert not torch.allclose(obeyed, closed, atol=1e-2)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def peft_model() -> tuple[Any, cet.EarlyExit]:
     peft = pytest.importorskip("peft")
 

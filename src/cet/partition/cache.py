@@ -20,11 +20,19 @@ from cet.partition.inputs import EXAMPLE_ROWS, InputFormat, copied
 from cet.partition.obstacles import is_sharded, obstacle_to_cutting
 from cet.partition.private_copy import private_copy
 from cet.partition.stages import CutError, Program, Stages, check_classes, evaluating, logits_of
-from cet.partition.verify import DependentRowsError, has_same_gradients, refuse_mixed_rows, verify
+from cet.partition.verify import (
+    DependentRowsError,
+    ObservedError,
+    has_same_gradients,
+    refuse_mixed_rows,
+    refuse_observed,
+    verify,
+)
 
 MAX_PROGRAMS = 8
 """How many programs are kept for one state of the backbone."""
 
+_MIXES = "its code mixes them"
 _UNSEEN = "no program has been cut for inputs of these sizes, as that takes long and pays only where they recur"
 
 _MAX_STATES = 4
@@ -231,6 +239,8 @@ class StageCache:
             try:
                 return self._cut(state, inputs)
             except CutError as error:
+                if isinstance(error, ObservedError):  # until a setting of PyTorch changes, which nothing tells
+                    raise
                 if isinstance(error, DependentRowsError):
                     state.refusals[_sizes_of(inputs)] = str(error)
                     raise
@@ -258,10 +268,11 @@ class StageCache:
             raise DependentRowsError(state.refusals[kind])
         if kind not in state.has_own_rows and not any(is_sharded(weight) for weight in self.backbone.parameters()):
             with torch.no_grad():
-                why, may_be_random = state.obstacle or "its code mixes them", state.obstacle is not None
+                why, may_be_random = state.obstacle or _MIXES, state.obstacle is not None
                 rows = self._example_rows(inputs)
                 try:
                     refuse_mixed_rows(self.backbone, self.input_format, rows, why, may_be_random=may_be_random)
+                    refuse_observed(self.backbone, self.exits, self.input_format, rows)
                 except DependentRowsError as error:
                     state.refusals[kind] = str(error)
                     raise
@@ -303,8 +314,12 @@ class StageCache:
             expected = check_classes(logits_of(traced(*args, **kwargs)), self.num_classes)
             self._note_volatile(state, changed_paths(before, Fingerprint(traced).entries))
             program = self._cut_dynamic_or_fixed(state, traced, example)
-            verify(program, self.backbone, self.exits, self.input_format, example, expected)
-            refuse_mixed_rows(traced, self.input_format, example, "its code mixes them", may_be_random=False)
+            try:
+                verify(program, self.backbone, self.exits, self.input_format, example, expected)
+            except CutError:
+                refuse_observed(traced, self.exits, self.input_format, example)
+                raise
+            refuse_mixed_rows(traced, self.input_format, example, _MIXES, may_be_random=False)
         return program
 
     def _note_volatile(self, state: _State, paths: frozenset[Path]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cet.partition.fingerprint import ExitHook
 from cet.partition.inputs import EXAMPLE_ROWS, InputFormat
 from cet.partition.stages import CutError, Program, logits_of
 
@@ -78,6 +80,16 @@ class DependentRowsError(CutError):
     """A row's answer depends on the other rows of its batch, or on chance."""
 
 
+class ObservedError(CutError):
+    """A backbone answers otherwise when it is asked what its exits return."""
+
+
+class _Onlooker(ExitHook):
+    """A hook that does nothing."""
+
+    def __call__(self, *_: Any) -> None: ...
+
+
 def refuse_mixed_rows(
     backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], reason: str, *, may_be_random: bool
 ) -> None:
@@ -88,12 +100,7 @@ def refuse_mixed_rows(
     """
 
     def logits(chosen: slice) -> Tensor:
-        rows = [
-            value[chosen].clone() if batched else value.clone() if isinstance(value, Tensor) else value
-            for value, batched in zip(inputs, input_format.is_batched, strict=True)
-        ]
-        args, kwargs = input_format.unflatten(rows)
-        return logits_of(backbone(*args, **kwargs))
+        return _logits(backbone, input_format, inputs, chosen)
 
     together = logits(slice(None))
     if not is_close(logits(slice(None)), together):
@@ -108,6 +115,40 @@ def refuse_mixed_rows(
         raise DependentRowsError(
             f"the rows of a batch depend on each other, perhaps because {reason}; let each row depend on itself alone"
         )
+
+
+def refuse_observed(
+    backbone: nn.Module, exits: Sequence[str], input_format: InputFormat, inputs: Sequence[Any]
+) -> None:
+    """Run a backbone with and without hooks on its exits.
+
+    Raises:
+        ObservedError: when its logits differ, unless they differ from call to call.
+    """
+
+    def logits() -> Tensor:
+        return _logits(backbone, input_format, inputs, slice(None))
+
+    with ExitStack() as hooks:
+        for path in exits:
+            hooks.callback(backbone.get_submodule(path).register_forward_hook(_Onlooker()).remove)
+        observed = logits()
+    expected = logits()
+    if not is_close(observed, expected) and is_close(logits(), expected):
+        raise ObservedError(
+            f"{type(backbone).__name__} answers otherwise when its exits are observed by hooks, as "
+            "nn.TransformerEncoderLayer does with an adapter or a replaced submodule, which its fused kernel passes "
+            "over; call torch.backends.mha.set_fastpath_enabled(False)"
+        )
+
+
+def _logits(backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], chosen: slice) -> Tensor:
+    rows = [
+        value[chosen].clone() if batched else value.clone() if isinstance(value, Tensor) else value
+        for value, batched in zip(inputs, input_format.is_batched, strict=True)
+    ]
+    args, kwargs = input_format.unflatten(rows)
+    return logits_of(backbone(*args, **kwargs))
 
 
 def has_same_gradients(program: Program, backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any]) -> bool:
