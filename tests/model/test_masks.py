@@ -358,6 +358,17 @@ def test_an_input_that_looks_like_a_mask_and_is_not_used_is_named() -> None:
     assert all(path in str(told[0].message) for path in case.exits)
 
 
+def test_a_mask_that_means_the_opposite_of_its_name_is_told() -> None:
+    case = CASES["a name that is given"]
+    inputs = case.make([case.sample(12) for _ in range(4)], 12)
+    exits = dict.fromkeys(case.exits, cet.HeadSpec(mask="valid_mask"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cet.EarlyExit(case.build().eval(), exits, inputs)
+    with pytest.warns(UserWarning, match=r"'valid_mask' of exit .* leaves nothing real"):
+        cet.EarlyExit(case.build().eval(), exits, {**inputs, "valid_mask": torch.zeros_like(inputs["valid_mask"])})
+
+
 def test_a_head_of_ones_own_that_never_sees_the_mask_is_named() -> None:
     case = CASES["padding_mask"]
     samples = [case.sample(length) for length in case.lengths]

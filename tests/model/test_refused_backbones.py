@@ -240,6 +240,23 @@ def test_boolean_inputs_that_the_backbone_does_not_take_are_refused() -> None:
     assert_refused(lambda: cet.EarlyExit(Net().eval(), ["a"], (torch.rand(4, 6) > 0.5,)), r"dtype|Bool|bool")
 
 
+@pytest.mark.parametrize(
+    ("x", "named"),
+    [
+        (R(4, 6).double(), "x is float64 but was float32"),
+        (torch.ones(4, 6, dtype=torch.int64), "x is int64 but was float32"),
+        (R(4, 5), r"x has shape \(4, 5\) but had \(3, 6\)"),
+    ],
+)
+def test_an_input_of_another_kind_on_which_the_backbone_fails_is_named(x: Tensor, named: str) -> None:
+    model = build(Net().eval()).eval()
+    for call in (model, model.predict):
+        assert_refused(lambda call=call: call(x), named)
+    half = build(Net().eval()).eval().bfloat16()
+    assert_refused(lambda: half.predict(R(4, 6)), "x is float32 but was bfloat16")
+    assert half.predict(R(4, 6).bfloat16()).logits.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_inputs_are_refused(layout: torch.layout) -> None:
     nested = torch.nested.nested_tensor([R(3, 6), R(4, 6)], layout=layout)

@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,7 @@ def build_head(
     if not isinstance(head, nn.Module):
         built = (head or HeadSpec()).build(path, module, features, num_classes)
         _attach_mask(built, (head or HeadSpec()).mask, path, features, backbone, input_format)
+        _warn_of_opposite_mask(built.spec.mask, path, input_format)
         return built
     if isinstance(head, ExitHead) and head.spec.mask:
         _attach_mask(head, head.spec.mask, path, features, backbone, input_format)
@@ -287,6 +288,18 @@ def _attach_mask(
         return
     head.spec = replace(head.spec, mask=name)
     head.resampler = resampler
+
+
+def _warn_of_opposite_mask(name: str | Literal[False] | None, path: str, input_format: InputFormat) -> None:
+    if not name:
+        return
+    given: Tensor = input_format.example[input_format.names.index(name)]
+    if not (given if given.ndim == 1 else real_positions(name, given, given.shape[1], 1).any(1)).all():
+        warnings.warn(
+            f"the mask {name!r} of exit {path!r} leaves nothing real in some row of example_inputs; cet.HeadSpec tells "
+            "what a mask of that name means: name it padding_mask, or give its opposite, where it is true at padding",
+            stacklevel=level_of_caller(),
+        )
 
 
 def warn_of_unused_masks(

@@ -48,6 +48,9 @@ from cet.runtime.scores import Scorer, has_kernel, require_kernel
 
 FINAL = "final"
 
+_ATTEMPTS = 4
+"""How often a call that fails is begun again where the backbone has changed meanwhile."""
+
 _EXTRA_STATE = "_extra_state"  # the name that PyTorch gives to what get_extra_state returns
 
 
@@ -431,6 +434,21 @@ class EarlyExit(nn.Module):
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             return traced_answer(self, args, kwargs)
         way, inputs = self.bind(args, kwargs)
+        for _ in range(_ATTEMPTS):
+            changes = way.cache.num_changes
+            try:
+                return self._answer(way, inputs, with_scores=with_scores)
+            except (RuntimeError, ValueError) as error:
+                # Another thread may have changed the backbone in the midst of this call.
+                if way.cache.num_changes == changes and way.cache.is_current():
+                    unlike = way.input_format.unlike(inputs, next(self.backbone.parameters(), None))
+                    if type(error) is not RuntimeError or unlike is None:
+                        raise
+                    why = str(error).partition("\n")[0]
+                    raise RuntimeError(f"{unlike}, and the backbone fails on it ({why}); give what it takes") from error
+        return self._answer(way, inputs, with_scores=with_scores)
+
+    def _answer(self, way: InputWay, inputs: Sequence[Any], *, with_scores: bool) -> Answers:
         batch_size = way.input_format.num_rows(inputs)
         if batch_size == 0:
             weight = next(self.heads.parameters(), inputs[0])

@@ -153,6 +153,17 @@ class InputFormat:
             for value in self.example
         ]
 
+    def unlike(self, inputs: Sequence[Any], weight: Tensor | None) -> str | None:
+        """The first input whose dtype, or else whose sizes, are not the example's, and what to give instead."""
+        example = self.example_for(weight)
+        for name, value, known in zip(self.names, inputs, example, strict=True):
+            if isinstance(value, Tensor) and value.dtype != known.dtype:
+                return f"{name} is {_name_of(value.dtype)} but was {_name_of(known.dtype)} in example_inputs"
+        for name, value, known in zip(self.names, inputs, example, strict=True):
+            if isinstance(value, Tensor) and value.shape[1:] != known.shape[1:]:
+                return f"{name} has shape {tuple(value.shape)} but had {tuple(known.shape)} in example_inputs"
+        return None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> InputFormat:
         return self  # nothing in it ever changes
 
@@ -229,6 +240,10 @@ def _kind_of(tensor: Tensor) -> str:
     return "a nested tensor" if tensor.is_nested else f"a tensor with layout {tensor.layout}"
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def copied(inputs: Sequence[Any]) -> list[Any]:
     """The inputs with every tensor cloned."""
     return [value.clone() if isinstance(value, Tensor) else value for value in inputs]
@@ -255,7 +270,7 @@ def _describe(arguments: Mapping[str, Any]) -> str:
 
 def _to_json(value: Any, weight_dtype: torch.dtype | None) -> Any:
     if isinstance(value, Tensor):
-        dtype = "of the weights" if value.dtype == weight_dtype else str(value.dtype).removeprefix("torch.")
+        dtype = "of the weights" if value.dtype == weight_dtype else _name_of(value.dtype)
         # Integers may index a table, and the example tells whether it has more than one row.
         fill = int(value.max() > 0) if value.numel() and not value.is_complex() else 0
         return {"tensor": list(value.shape), "dtype": dtype, "fill": fill}
