@@ -24,7 +24,7 @@ def test_ratios_and_raw_windows_replace_those_of_an_earlier_run(
     (tmp_path / "out").mkdir()
     (tmp_path / "out/energy.csv").write_text("name,unit,value\njoules,J,1\n")
     (tmp_path / "out/energy.json").write_text("{}")
-    short = ("--rounds", "3", "--window", "0.1", "--warm-up", "0.05", "--output", str(tmp_path / "out"))
+    short = ("--rounds", "3", "--window", "0.3", "--warm-up", "0.05", "--output", str(tmp_path / "out"))
     done = CliRunner().invoke(main, ["--models", "sensor_cnn", "--batches", "4", *short])
     stop()
     assert done.exit_code == 0, done.output

@@ -101,7 +101,10 @@ def test_a_section_that_fails_says_so_and_the_others_answer(
         {"TORCH_LOGS": "garbage"},  # importing torch fails
         {"CET_CPU_CAPABILITY": "garbage", "TRITON_INTERPRET": "garbage", "OMP_NUM_THREADS": "garbage"},
         {"CUDA_VISIBLE_DEVICES": "MIG-8f2a", "CUDA_DEVICE_ORDER": "garbage", "CET_POWERCAP_ROOT": "\udcff"},
-        {"LANG": "garbage", "TERM": "garbage", "COLUMNS": "garbage", "HOME": "/missing", "TMPDIR": "/missing"},
+        pytest.param(
+            {"LANG": "garbage", "TERM": "garbage", "COLUMNS": "garbage", "HOME": "/missing", "TMPDIR": "/missing"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

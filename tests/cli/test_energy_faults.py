@@ -374,8 +374,9 @@ class TestSignals:
 
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_run_passes_them_on(self, cet: Commands, signum: signal.Signals, tmp_path: Path) -> None:
-        ready = tmp_path / "ready"
-        process = cet.start("run", "--output", str(cet.output), "--", "sh", "-c", f"touch {ready}; exec sleep 30")
+        ready = tmp_path / "ready"  # SIGINT may have been ignored already where the tests were started
+        command = ("env", "--default-signal=INT", "sh", "-c", f"touch {ready}; exec sleep 30")
+        process = cet.start("run", "--output", str(cet.output), "--", *command)
         while not ready.exists():
             assert process.poll() is None
             time.sleep(0.02)

@@ -130,6 +130,7 @@ class TestFullDisk:
         check_one_sentence(err, "plots/power.png cannot be written (File too large)")
         assert list((cet.folder / "plots").iterdir()) == []
 
+    @pytest.mark.slow
     def test_of_the_demonstration(self, tmp_path: Path) -> None:
         code, _, err = cet_("demo", "--quick", "--output", str(tmp_path / "demo"), preexec_fn=small_disk)
         assert code == 20

@@ -513,6 +513,7 @@ class TestInterruptions:
         check_one_sentence(done, "run/run.json cannot be written (File too large)", code=20)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.slow
     def test_a_full_disk_leaves_a_run_as_it_was(self, files: Path, mine: Path, tmp_path: Path) -> None:
         before = {path.name: path.read_bytes() for path in mine.iterdir()}
         done = self.start("calibrate", mine, "--quick", preexec_fn=small_disk)

@@ -212,36 +212,28 @@ def logits_of_samples_alone(model: cet.EarlyExit, case: Case, samples: list[Tens
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_early_logits_do_not_change_with_the_padding(name: str) -> None:
-    """And nothing is told of masks that are used."""
+def test_a_padded_row_gets_the_answers_that_it_gets_alone(name: str) -> None:
+    """With thresholds that some rows pass, so that masks are compacted with the rows; and nothing is told of masks that
+    are used."""
     case = CASES[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model, samples = build(case)
     assert not [w for w in caught if issubclass(w.category, UserWarning) and "mask" in str(w.message)]
     expected = logits_of_samples_alone(model, case, samples)
+    model.policy = policy_that_parts(expected)
+    answers = answers_of(expected, model.policy)
+    assert len(answers.exit_index.unique()) > 1
     longest = max(case.lengths)
     for length in (longest, longest + longest // 2):
         inputs = case.make(samples, length)
         with torch.no_grad():
             for k, (got, wanted) in enumerate(zip(model.exit_logits(**inputs), expected, strict=True)):
                 torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3, msg=lambda m, k=k: f"exit {k}: {m}")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_predict_answers_a_padded_row_as_it_answers_it_alone(name: str) -> None:
-    """With thresholds that some rows pass, so that masks are compacted with the rows."""
-    case = CASES[name]
-    model, samples = build(case)
-    expected = logits_of_samples_alone(model, case, samples)
-    model.policy = policy_that_parts(expected)
-    answers = answers_of(expected, model.policy)
-    assert len(answers.exit_index.unique()) > 1
-    inputs = case.make(samples, max(case.lengths))
-    got = model.predict(**inputs)
-    assert torch.equal(got.exit_index, answers.exit_index)
-    torch.testing.assert_close(got.logits, answers.logits, rtol=1e-3, atol=1e-3)
-    assert model.check(**inputs) is None
+        answer = model.predict(**inputs)
+        assert torch.equal(answer.exit_index, answers.exit_index)
+        torch.testing.assert_close(answer.logits, answers.logits, rtol=1e-3, atol=1e-3)
+        assert model.check(**inputs) is None
 
 
 @pytest.mark.parametrize("runner", ["graphs", "device"])

@@ -107,8 +107,10 @@ def assert_right(model: cet.EarlyExit, inputs: dict[str, Tensor]) -> None:
     torch.testing.assert_close(got.logits, answers.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [*((name, False) for name in FOUND), *(pytest.param(name, True, marks=pytest.mark.slow) for name in FOUND)],
+)
 def test_exits_are_found_behind_every_second_layer_but_the_last(name: str, given: bool) -> None:
     build, inputs, exits = FOUND[name]
     model = cet.EarlyExit.from_transformers(build(), every=2, example_inputs=inputs(4) if given else None)

@@ -90,7 +90,7 @@ def test_any_dtype_in_one_call(backend: str, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("exited", [0.2, 0.9])
+@pytest.mark.parametrize("exited", [0.2, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_large_rows(backend: str, exited: float) -> None:
     """More than the last cache: these are written past it, and in huge pages."""
     x = torch.randn(300, 70_001)
