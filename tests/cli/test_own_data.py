@@ -493,6 +493,21 @@ class TestFunction:
         assert list(tmp_path.iterdir()) == []
 
 
+class TestExport:
+    def test_a_run_in_int8_has_thresholds_of_its_own(self, run: Any, mine: Path, tmp_path: Path) -> None:
+        before = (mine / "model.safetensors").read_bytes()
+        small = tmp_path / "small.onnx"
+        code, out, err = run("export", mine, "--output", small, "--int8", "--no-guarantee", "--max-drop", "0.2")
+        assert (code, err) == (0, "")
+        assert "int8 beside float32 on" in out
+        assert "mean cost" in out
+        assert any(threshold is not None for threshold in cet.load_exported(small).thresholds)
+        assert (mine / "model.safetensors").read_bytes() == before
+        done = run("export", mine, "--output", tmp_path / "a.pte", "--int8")
+        check_one_sentence(done, "quantize is for .onnx and .stages")
+        assert {path.name for path in tmp_path.iterdir()} == {"mine", "small.onnx"}
+
+
 class TestInterruptions:
     """Ctrl-C, a full disk, and a folder that cannot be written."""
 

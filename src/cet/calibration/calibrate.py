@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -27,6 +28,7 @@ from cet.calibration.temperatures import fit_temperature
 from cet.calibration.thresholds import simulate
 from cet.data.batches import BatchFn, Inputs, as_call, read_batches
 from cet.model.early_exit import EarlyExit
+from cet.model.output import ExitAnswers
 from cet.ops.consistent_exit_loss import UNLABELLED
 from cet.partition.stages import evaluating
 from cet.runtime.policy import ExitPolicy
@@ -48,7 +50,7 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module,
+    model: nn.Module | ExitAnswers,
     loader: Iterable[Any],
     max_accuracy_drop: float | None = 0.01,
     confidence: float | None = 0.95,
@@ -86,7 +88,8 @@ def calibrate(
 
     Args:
         model: an :class:`cet.EarlyExit`, also inside DataParallel, DistributedDataParallel or ``torch.compile``, whose
-            wrapper is then passed by. It runs in eval mode, and has its own modes back afterwards.
+            wrapper is then passed by. It runs in eval mode, and has its own modes back afterwards. Or a file that
+            :func:`cet.load_exported` has read, exported with ``thresholds="input"``.
         loader: yields batches ``(x, y)``, longer tuples or dicts, see :mod:`cet.data.batches`; ``y`` holds class
             indices, -100 for rows to ignore.
         max_accuracy_drop: what the metric may lose, in its own units, in [0, 1); 0.01 is one percentage point. ``None``
@@ -140,7 +143,10 @@ def calibrate(
     batches = read_batches(loader, model.num_classes, recorder.batch_fn)
     if costs is not None and len(costs.stage) != model.num_exits:
         raise ValueError(f"costs has {len(costs.stage)} stages but the model has {model.num_exits} exits; give as many")
-    costs = costs or exit_costs(model)
+    if costs is None:
+        if not isinstance(model, EarlyExit):
+            raise ValueError("costs is None, and a file does not tell its own; give the .costs of cet.export's report")
+        costs = exit_costs(model)
     if order.terms:
         Reach.within(costs, order.terms.budget)  # refuses a budget that no exit is within
     collected, labels, is_labelled = _collect(model, batches, perturbations, seed)
@@ -464,12 +470,12 @@ def _class_array(name: str, values: ArrayLike, num_classes: int) -> Ints:
     return array.astype(np.int64, copy=False)
 
 
-def _early_exit(model: Any) -> EarlyExit:
-    """The model inside the wrappers of data parallelism and compilation."""
+def _early_exit(model: Any) -> EarlyExit | ExitAnswers:
+    """The model inside the wrappers of data parallelism and compilation, or a file."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
-    if isinstance(model, EarlyExit):
+    if isinstance(model, EarlyExit | ExitAnswers):
         return model
     if isinstance(model, torch.jit.ScriptModule | torch.export.ExportedProgram | torch.fx.GraphModule):
         raise TypeError(f"model is {type(model).__name__}, a recording; give the cet.EarlyExit that it was made from")
@@ -482,12 +488,16 @@ def _check_fraction(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}; give a number as a fraction, 0.01 for 1 %")
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _device(model: EarlyExit | ExitAnswers) -> torch.device:
+    parameters = model.parameters() if isinstance(model, EarlyExit) else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _collect(
-    model: EarlyExit, batches_read: Iterable[tuple[Inputs, Tensor]], perturbations: Mapping[str, Perturb], seed: int
+    model: EarlyExit | ExitAnswers,
+    batches_read: Iterable[tuple[Inputs, Tensor]],
+    perturbations: Mapping[str, Perturb],
+    seed: int,
 ) -> tuple[dict[str, list[Tensor]], Tensor, Tensor]:
     """Logits of each exit, ``E`` tensors ``(n, K)`` as `predict` computes them, by condition, and labels ``(n,)``, of
     the labelled rows, on the CPU; and which of all rows are labelled."""
@@ -495,7 +505,7 @@ def _collect(
     batches: dict[str, list[list[Tensor]]] = {name: [] for name in ("clean", *perturbations)}
     labels: list[Tensor] = []
     labelled: list[Tensor] = []
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model) if isinstance(model, EarlyExit) else nullcontext():
         for index, (x, y) in enumerate(batches_read):
             is_labelled = y != UNLABELLED
             labelled.append(is_labelled)
@@ -504,7 +514,7 @@ def _collect(
             for name in batches:
                 given = x if name == "clean" else _perturbed(x, perturbations[name], seed + index)
                 args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), as_call(given))
-                if not labels and not batches[name]:
+                if isinstance(model, EarlyExit) and not labels and not batches[name]:
                     model.check(*args, **kwargs)
                 answers = model.exit_answers(*args, **kwargs)
                 batches[name].append([logits.cpu()[is_labelled] for logits, _ in answers])

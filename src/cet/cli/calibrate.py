@@ -128,29 +128,25 @@ def _calibrate(
 ) -> list[str]:
     """Calibrate the run and report on it; the names of the files that were written."""
     from cet.calibration import calibrate, exit_costs
-    from cet.cli.runs import CALIBRATION, FRONT_PLOT, MODEL, call_function, check_same, load_run, read_parts
+    from cet.cli.runs import CALIBRATION, FRONT_PLOT, MODEL, load_run
     from cet.data.arrays import Arrays, check_disjoint, listed
     from cet.energy.measurement import Settings
     from cet.energy.profile import CostUnit, measured_costs
     from cet.plotting import png
-    from cet.report.figures import Stages, made_with, threads, write_report
+    from cet.report.figures import Stages, threads, write_report
     from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT, SUMMARY
     from cet.report.markdown import calibration_verdict, energy_verdict, time_verdict
 
     stages = Stages(progress)
     run = load_run(folder)
-    settings, model, parts = run.settings, run.model, None
+    settings, model = run.settings, run.model
     if severity and (settings.preset is None or settings.is_function):
         raise click.UsageError("--severity needs a run on arrays that was trained with a perturbation; leave it out.")
     with threads(settings.threads):
         with stages.stage("Read data") as step:
-            if not settings.is_function:
-                check_same(run.facts["made_with"], made_with(Path(settings.data)), folder.path)
-                parts = read_parts(settings)
+            parts, samples = run.kept(folder.path)
             if data is not None:
-                samples: Any = run.read(data)
-            else:
-                samples = parts.calibration if parts else call_function(settings)[2]
+                samples = run.read(data)
             if isinstance(samples, Arrays):
                 check_disjoint([("training", run.facts["groups"].get("train", [])), ("calibration", samples.groups())])
                 step.note(f"{len(samples)} samples")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from cet.cli.errors import debug_option
-from cet.cli.parameters import PATH
+from cet.cli.parameters import PATH, FiniteRange
 from cet.files import OutputError
 
 if TYPE_CHECKING:
@@ -40,6 +41,22 @@ if TYPE_CHECKING:
     show_default=True,
     help="When samples leave: fixed in the file, or an input with the policy's as default.",
 )
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Quantise a run of cet train by the samples that it kept for calibration, and calibrate on what comes of it; "
+    "for .onnx and .stages.",
+)
+@click.option(
+    "--max-drop",
+    type=FiniteRange(0, 1, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="With --int8, how much accuracy may fall on new samples, as a fraction.",
+)
+@click.option(
+    "--no-guarantee", is_flag=True, help="With --int8, fit the thresholds on these samples, without a promise."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @debug_option
 def command(
@@ -48,6 +65,9 @@ def command(
     output: Path,
     batch: str,
     thresholds: Literal["baked", "input"],
+    int8: bool,
+    max_drop: float,
+    no_guarantee: bool,
     overwrite: bool,
 ) -> None:
     """Write a model with its exits and policy for another runtime, as one file or a folder of stages.
@@ -60,6 +80,7 @@ def command(
       cet export runs/mine --output model.onnx
       cet export net:build --output model.onnx --batch 1
       cet export runs/mine --output model.pte
+      cet export runs/mine --output small.onnx --int8
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists; give another file, or replace it with --overwrite")
@@ -68,9 +89,41 @@ def command(
     format_of(output)
     from cet.deploy.export import export
 
+    if int8 and not Path(model).is_dir():
+        raise click.UsageError("--int8 is for a run of cet train, which keeps samples; in Python give quantize=")
     loaded, labels = _load(model, backbone)
     rows: Literal["dynamic", 1] = 1 if batch == "1" else "dynamic"
-    click.echo(str(export(loaded, output, batch=rows, thresholds=thresholds, class_labels=labels)))
+    samples = _calibrated_in_int8(Path(model), loaded, output, rows, max_drop, no_guarantee) if int8 else None
+    report = export(loaded, output, batch=rows, thresholds=thresholds, class_labels=labels, quantize=samples)
+    click.echo(str(report))
+
+
+def _calibrated_in_int8(
+    folder: Path, model: EarlyExit, output: Path, batch: Literal["dynamic", 1], max_drop: float, no_guarantee: bool
+) -> list[Any]:
+    """Give the model the thresholds that keep the accuracy in int8; the samples that it is quantised by."""
+    import cet
+    from cet.cli.runs import TrainingFolder, load_run
+    from cet.data.arrays import Arrays
+
+    run = load_run(TrainingFolder(folder))
+    _, samples = run.kept(folder)
+    groups = samples.group if isinstance(samples, Arrays) else None
+    loader = list(run.labelled(samples))
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, f"int8{output.suffix}")
+        report = cet.export(model, path, batch=batch, thresholds="input", quantize=loader)
+        calibration = cet.calibrate(
+            cet.load_exported(path),
+            loader,
+            max_drop,
+            guarantee=None if no_guarantee else "auto",
+            groups=None if no_guarantee else groups,
+            costs=report.costs,
+        )
+    click.echo(f"{calibration.report}\n")
+    model.policy = calibration.policy
+    return loader
 
 
 def _load(spec: str, backbone: str | None) -> tuple[EarlyExit, tuple[str, ...] | None]:

@@ -33,6 +33,7 @@ from cet.data.smartwatch import Windows
 from cet.model.early_exit import EarlyExit
 from cet.model.heads import ExitHead, HeadSpec
 from cet.perturb.base import Perturbation
+from cet.report.figures import made_with
 from cet.report.folder import ACCURACY_PLOT, CHECKPOINTS, EXITS_PLOT, REPORT, STATE, SUMMARY, RunFolder
 from cet.training.fit import CHECKPOINT
 from cet.training.loss import ConsistentExitLoss
@@ -287,6 +288,18 @@ class Run:
         arrays = read_windows(Path(data))
         check_channels(arrays, self.facts["channels"])
         return arrays
+
+    def kept(self, where: Path) -> tuple[Parts | None, Arrays | Iterable[Any]]:
+        """What the run split its arrays into, if it has any; and the samples that it kept for calibration.
+
+        Raises:
+            ValueError, OSError: when its data cannot be read any more, or are others than in training.
+        """
+        if self.settings.is_function:
+            return None, call_function(self.settings)[2]
+        check_same(self.facts["made_with"], made_with(Path(self.settings.data)), where)
+        parts = read_parts(self.settings)
+        return parts, parts.calibration
 
     def perturbed(self, arrays: Arrays, severity: float) -> Arrays:
         """The same samples, perturbed as in training but with this severity."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cet.data.batches import UNLABELLED, as_call
 from cet.deploy.description import BATCH, Description
 from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
@@ -41,6 +42,44 @@ class Comparison:
     near: int
     by_exit: tuple[int, ...]
     largest_difference: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the answers of a quantised file are those of its model.
+
+    Attributes:
+        rows: how many were compared at every exit.
+        same: for each exit, the share of them to which both give the same class.
+        labelled: how many of them have a label.
+        accuracy: for each exit, that of the model and that of the file on these; empty without labels.
+    """
+
+    rows: int
+    same: tuple[float, ...]
+    labelled: int
+    accuracy: tuple[tuple[float, float], ...]
+
+
+@torch.no_grad()
+def agreement(loaded: LoadedModel, stages: ExportedStages, batches: Iterable[tuple[Any, Tensor]]) -> Agreement:
+    """Compare a quantised file, whose thresholds are an input, with its model at every exit, on batches ``(x, y)``."""
+    found, labels = [], []
+    for x, y in batches:
+        args, kwargs = as_call(x)
+        inputs = stages.input_format.flatten(args, kwargs)
+        by_model = stages.model.exit_answers(*args, **kwargs)
+        for rows in parts_of(inputs, stages.input_format.is_batched, loaded.description.batch):
+            args, kwargs = stages.input_format.unflatten(rows)
+            by_file = loaded.exit_answers(*args, **kwargs)
+            found.append(torch.stack([logits.argmax(1) for logits, _ in by_file]))
+        labels.append((y, torch.stack([logits.argmax(1) for logits, _ in by_model])))
+    y = torch.cat([y for y, _ in labels])
+    models, files = torch.cat([classes for _, classes in labels], 1), torch.cat(found, 1)
+    known = y != UNLABELLED
+    accuracy = [((at == y)[:, known].double().mean(1)).tolist() for at in (models, files)] if known.any() else [[], []]
+    same = (models == files).double().mean(1).tolist()
+    return Agreement(len(y), tuple(same), int(known.sum()), tuple(zip(*accuracy, strict=True)))
 
 
 @torch.no_grad()
@@ -150,6 +189,13 @@ def _probes(stages: ExportedStages, description: Description) -> Iterator[list[A
     yield _chosen(given, is_batched, slice(1))
     if description.ranges:
         yield _shortened(_chosen(many, is_batched, slice(5)), stages, description)
+
+
+def parts_of(inputs: Sequence[Any], is_batched: Sequence[bool], most: int | None) -> Iterator[list[Any]]:
+    """A call in calls of at most so many rows."""
+    rows = len(inputs[is_batched.index(True)])
+    for at in range(0, rows, most or rows):
+        yield _chosen(inputs, is_batched, slice(at, at + (most or rows)))
 
 
 def _chosen(inputs: Sequence[Any], is_batched: Sequence[bool], rows: slice) -> list[Any]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from cet.deploy.check import Comparison, compare
+from cet.data.batches import read_batches
+from cet.deploy.check import Agreement, Comparison, agreement, compare
 from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.host_loop import Method, StagesModel
 from cet.deploy.loading import format_of
@@ -30,6 +32,11 @@ from cet.model.early_exit import EarlyExit
 from cet.partition.inputs import Call
 from cet.runtime.scores import require_kernel
 
+if TYPE_CHECKING:
+    from cet.deploy.onnx_writer import OnnxWriter
+
+Samples = Sequence[tuple[Any, Tensor]]
+
 _NUMPY_DTYPES = {
     getattr(torch, name): name
     for name in ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -44,6 +51,7 @@ def export(
     format: str | None = None,
     batch: Literal["dynamic", 1] = "dynamic",
     thresholds: Literal["baked", "input"] = "baked",
+    quantize: Iterable[Any] | None = None,
     class_labels: Sequence[str] | None = None,
 ) -> ExportReport:
     """Write a model with its exits and policy as one file for another runtime, in which rows that leave skip the rest.
@@ -69,6 +77,10 @@ def export(
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
             ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
             be given.
+        quantize: batches of samples like those to come, as for :func:`cet.calibrate`; labels may be -100. The stages
+            become int8, by ONNX Runtime, for the formats of ONNX; the report says how many answers stay the same. The
+            thresholds are the policy's, which was chosen by float32 scores: calibrate those of the file, as
+            docs/howto/deploy.md shows. Values that are not finite become numbers: such a row may leave early.
         class_labels: a name for each class, to be kept in the file.
 
     Returns:
@@ -101,6 +113,8 @@ def export(
     if class_labels is not None and len(class_labels) != model.num_classes:
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     target = _TARGETS[name]
+    if quantize is not None and target.title != "ONNX":
+        raise ValueError(f"quantize is for .onnx and .stages, and the format is {name!r}; leave it out")
     require(f"export to {target.title}", target.packages, extra=target.extra)
     check_file(Path(os.path.realpath(path)))
     if name == "stages":
@@ -110,7 +124,8 @@ def export(
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
     stages = export_segments(model, call, opened, rows, sizes_vary=target.sizes_vary)
     description = describe(stages, rows, thresholds == "input", class_labels, target.packages)
-    content, comparison, timings = target.write(stages, description)
+    samples = None if quantize is None else _samples(stages, quantize)
+    content, comparison, timings = target.write(stages, description, samples)
     if isinstance(content, bytes):
         write_atomically(path, content)
     else:
@@ -119,40 +134,68 @@ def export(
     return ExportReport(os.fspath(path), name, num_bytes, description, comparison, timings)
 
 
-def _onnx(stages: ExportedStages, description: Description) -> tuple[bytes, Comparison, Timings[str]]:
-    """The file, what came of comparing it, and its speed."""
-    from cet.deploy.onnx import OnnxModel, session_of
+def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
+    """The batches to quantise by.
+
+    Raises:
+        ExportError: for stages that are not of float32.
+        TypeError, ValueError: for batches that are none, or not such as the model takes.
+    """
+    if {tensor.dtype for tensor in stages.model.parameters()} != {torch.float32}:
+        raise ExportError("the weights are not of float32, which quantize starts from; export model.float()")
+    samples = [
+        (pytree.tree_map_only(Tensor, Tensor.cpu, x), y) for x, y in read_batches(loader, stages.model.num_classes)
+    ]
+    if not samples:
+        raise ValueError("quantize yields no batches; give samples like those to come")
+    return samples
+
+
+def _writer(stages: ExportedStages, description: Description, samples: Samples | None) -> OnnxWriter:
     from cet.deploy.onnx_writer import OnnxWriter
 
     writer = OnnxWriter(stages)
+    if samples is not None:
+        writer.quantize([x for x, _ in samples], description.batch)
+    return writer
+
+
+def _onnx(
+    stages: ExportedStages, description: Description, samples: Samples | None
+) -> tuple[bytes, Comparison | Agreement, Timings[str]]:
+    """The file, what came of comparing it, and its speed."""
+    from cet.deploy.onnx import OnnxModel, session_of
+
+    writer = _writer(stages, description, samples)
     content = writer.with_exits(description)
     # Only where thresholds can be moved can every way through the file be taken.
     movable = replace(description, thresholds_are_input=True)
     loaded = OnnxModel(session_of(content if movable == description else writer.with_exits(movable)), "the model")
-    comparison = compare(loaded, stages)
-    if movable != description:
+    comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
+    if movable != description and samples is None:
         compare(OnnxModel(session_of(content), "the model"), stages)
     full = session_of(writer.without_exits(description))
     return content, comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
-def _onnx_stages(stages: ExportedStages, description: Description) -> tuple[dict[str, bytes], Comparison, Timings[str]]:
+def _onnx_stages(
+    stages: ExportedStages, description: Description, samples: Samples | None
+) -> tuple[dict[str, bytes], Comparison | Agreement, Timings[str]]:
     """The files of the folder, what came of comparing them, and their speed."""
     from cet.deploy.onnx import session_of
-    from cet.deploy.onnx_writer import OnnxWriter
     from cet.deploy.stages import OnnxStages, with_manifest
 
-    writer = OnnxWriter(stages)
+    writer = _writer(stages, description, samples)
     written = writer.each_stage(description)
     movable = replace(description, thresholds_are_input=True)  # they are the loop's
     loaded = OnnxStages(with_manifest(movable, written), "the model")
-    comparison = compare(loaded, stages)
+    comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
     full = session_of(writer.without_exits(description))
     return with_manifest(description, written), comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
 def _one_file_of_stages(
-    name: str, stages: ExportedStages, description: Description
+    name: str, stages: ExportedStages, description: Description, _: Samples | None
 ) -> tuple[bytes, Comparison, Timings[str]]:
     """The file of a format whose stages are methods of one program, what came of comparing it, and its speed."""
     content, loaded, full = in_runtime(name, stages, description)
@@ -184,7 +227,10 @@ class _Target(NamedTuple):
     extra: str
     packages: tuple[str, ...]
     sizes_vary: bool
-    write: Callable[[ExportedStages, Description], tuple[bytes | dict[str, bytes], Comparison, Timings[str]]]
+    write: Callable[
+        [ExportedStages, Description, Samples | None],
+        tuple[bytes | dict[str, bytes], Comparison | Agreement, Timings[str]],
+    ]
 
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")

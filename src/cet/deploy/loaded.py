@@ -58,8 +58,33 @@ class LoadedModel(ABC):
         """
         return self.answer(self._bind(args, kwargs) if kwargs or len(args) != self._num_plain else args)
 
-    def answer(self, given: Sequence[Any]) -> ExitOutput:
-        """Answer a batch whose tensors are given one by one, in the order of the file's inputs."""
+    def exit_answers(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], ...]:
+        """Logits ``(B, K)`` and scores ``(B,)`` of all ``E`` exits, as :meth:`cet.EarlyExit.exit_answers` gives them:
+        the batch is answered once per exit. Both are NaN where a score is.
+
+        Raises:
+            ValueError: of a file that was not exported with ``thresholds="input"``.
+        """
+        if not self.description.thresholds_are_input:
+            raise ValueError("exits cannot be asked one by one in this file; export with thresholds='input'")
+        given = self._bind(args, kwargs)
+        always, num_early = math.inf if self.description.is_low_when_sure else -math.inf, len(self.exit_names) - 1
+        answers = []
+        for k in range(num_early + 1):
+            forced = tuple(always if index == k else None for index in range(num_early))
+            answer = self.answer(given, forced)
+            passed_by = answer.exit_index != k
+            answer.logits[passed_by], answer.score[passed_by] = math.nan, math.nan
+            answers.append((answer.logits, answer.score))
+        return tuple(answers)
+
+    def answer(self, given: Sequence[Any], thresholds: Thresholds | None = None) -> ExitOutput:
+        """Answer a batch whose tensors are given one by one, in the order of the file's inputs.
+
+        Args:
+            given: the tensors.
+            thresholds: for this call, of a file whose thresholds are an input; the model's own when not given.
+        """
         arrays = [
             value if type(value) is np.ndarray else _to_array(expected, value)
             for expected, value in zip(self.description.inputs, given, strict=True)
@@ -72,11 +97,21 @@ class LoadedModel(ABC):
                 np.empty(0, np.float32),
             )
         else:
-            answers = self.run(arrays, self._thresholds)
+            answers = self.run(arrays, self._thresholds if thresholds is None else thresholds)
         if type(given[0]) is not np.ndarray:
             torch = sys.modules["torch"]
             return ExitOutput(*(torch.from_numpy(answer) for answer in answers))
         return ExitOutput(*cast(Any, answers))
+
+    @property
+    def num_classes(self) -> int:
+        """``K``."""
+        return self.description.num_classes
+
+    @property
+    def num_exits(self) -> int:
+        """``E``, the final exit counted."""
+        return len(self.exit_names)
 
     @property
     def thresholds(self) -> Thresholds:

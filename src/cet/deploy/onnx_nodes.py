@@ -39,16 +39,22 @@ class Weights:
         shape = [int(size) for size in tensor.shape]  # type: ignore[arg-type]
         key = (tensor.dtype, tuple(shape), sha256(tensor.tobytes()).digest())
         if key not in self._of:
-            unique = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if n not in self._names)
-            self._names.add(unique)
-            tensor.name = unique
-            self._of[key] = ir.Value(
-                name=unique,
-                shape=ir.Shape(shape),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
+            self._of[key] = self._named(tensor, shape, name)
         return self._of[key]
+
+    def copy(self, value: Value) -> Value:
+        """An initialiser of its own with the same numbers."""
+        assert value.const_value is not None
+        tensor = ir.tensor(value.const_value.numpy(), dtype=value.const_value.dtype)
+        copied = self._named(tensor, [int(size) for size in tensor.shape], str(value.name))  # type: ignore[arg-type]
+        self._of[(copied.name,)] = copied
+        return copied
+
+    def _named(self, tensor: ir.TensorProtocol, shape: Sequence[int], name: str) -> Value:
+        unique = next(n for n in chain([name], (f"{name}_{i}" for i in count(1))) if n not in self._names)
+        self._names.add(unique)
+        tensor.name = unique
+        return ir.Value(name=unique, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 class Block:

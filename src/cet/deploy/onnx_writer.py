@@ -12,8 +12,8 @@ that one scatter does. For a batch of one there is no index at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from onnxscript.optimizer import fold_constants
 
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
 from cet.deploy.manifest import StageEntry
+from cet.deploy.onnx_int8 import feeds_of, quantized
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
 from cet.deploy.onnx_scores import negated, scores
@@ -36,6 +37,8 @@ Kind = tuple[ir.DataType, Sequence[int | str]]
 OPSET = 20
 IR_VERSION = 10
 
+_SMALL = 64
+"""Bytes."""
 _LARGEST = 2_000_000_000
 """Bytes that a protocol buffer holds."""
 
@@ -75,6 +78,18 @@ class OnnxWriter:
         # Weights that are only rearranged are rearranged here, whatever their size: branches are not folded later.
         fold_constants(translated.model, should_fold=_rearranges, output_size_limit=_LARGEST)
         self._graph = translated.model.graph
+
+    def quantize(self, batches: Iterable[Any], batch: int | None) -> None:
+        """Turn the stages into int8, by the activations of these inputs of calls; see :mod:`cet.deploy.onnx_int8`.
+
+        Raises:
+            ExportError: where they cannot be.
+        """
+        stages = self._stages
+        taken = [str(value.name) for value in self._graph.inputs]
+        inputs, outputs = iter(self._graph.inputs), iter(self._graph.outputs)
+        logits = [_own_values(segment, len(stages.sized), inputs, outputs)[1][0] for segment in stages.segments]
+        self._graph = quantized(self._graph, logits, feeds_of(stages, taken, batches, batch))
 
     def with_exits(self, description: Description) -> bytes:
         """The model with its exits, as it is described."""
@@ -315,6 +330,8 @@ class _Model:
             opset_imports={"": OPSET},
             name="model",
         )
+        for branch in _branches(graph):
+            _own_small_weights(branch, self._weights)
         _place(graph, set(self._weights.values))
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="cet")
         model.metadata_props[KEY] = self.description.to_json()
@@ -337,9 +354,28 @@ def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
+def _branches(graph: ir.Graph) -> Iterator[ir.Graph]:
+    for node in graph:
+        yield from (a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH)
+
+
+def _own_small_weights(branch: ir.Graph, weights: Weights) -> None:
+    """Give a branch, and those within it, a copy of each small weight that it reads. ONNX Runtime fuses int8 nodes only
+    where zero points are the branch's own, and to read from around a branch costs at each call."""
+    shared, own = set(weights.values), dict[Value, Value]()
+    for node in branch:
+        for index, value in enumerate(node.inputs):
+            if value in shared and value.const_value is not None and value.const_value.nbytes <= _SMALL:
+                if value not in own:
+                    own[value] = weights.copy(value)
+                node.replace_input_with(index, own[value])
+    for inner in _branches(branch):
+        _own_small_weights(inner, weights)
+
+
 def _place(graph: ir.Graph, weights: set[Value]) -> None:
     """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call."""
-    branches = [a.as_graph() for node in graph for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    branches = list(_branches(graph))
     read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
     here = {value for node in graph for value in node.inputs if value in weights}
     here |= {value for value in graph.outputs if value in weights}

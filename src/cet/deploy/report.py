@@ -6,14 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from cet.deploy.check import Comparison
+import numpy as np
+
+from cet.deploy.check import Agreement, Comparison
 from cet.deploy.description import Description
 from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
 from cet.measure.rounds import Timings, time_calls
 from cet.measure.timers import wall_clock
 from cet.ops.definitions import SCORES
+
+if TYPE_CHECKING:
+    from cet.calibration.cost import ExitCosts
 
 FULL = "without exits"
 _SECONDS = 0.3
@@ -28,7 +34,7 @@ class ExportReport:
         format: of the file.
         num_bytes: its size.
         description: what the file says of itself.
-        comparison: with the model, row by row.
+        comparison: with the model, row by row; of a quantised file at every exit, on the samples that it was made by.
         timings: of one row, in the same runtime: of the model without exits, and with all rows leaving at each exit.
     """
 
@@ -36,16 +42,13 @@ class ExportReport:
     format: str
     num_bytes: int
     description: Description
-    comparison: Comparison
+    comparison: Comparison | Agreement
     timings: Timings[str]
 
     def __str__(self) -> str:
-        compared = self.comparison
-        left_out = f", {compared.near} near a threshold left out" if compared.near else ""
         lines = [
             f"{self.path}: {self.num_bytes / 1e6:.2f} MB",
-            f"{compared.rows} answers are those of the model{left_out}; logits differ by up to "
-            f"{compared.largest_difference:.1g}",
+            *self._compared(),
             "one row in the same runtime:",
         ]
         for name in self.timings.seconds:
@@ -53,6 +56,31 @@ class ExportReport:
             factor = "" if name == FULL else f", {ratio:.2f} times as fast"
             lines.append(f"  {name}: {self.timings.time(name).median * 1e3:.3f} ms{factor}")
         return "\n".join(lines)
+
+    @property
+    def costs(self) -> ExitCosts:
+        """What leaving at each exit costs, in measured milliseconds of one row: for :func:`cet.calibrate`."""
+        from cet.calibration.cost import ExitCosts
+
+        at = [self.timings.time(name).median * 1e3 for name in self.timings.seconds if name != FULL]
+        if len(at) != len(self.description.exits):
+            raise ValueError("exits that are closed were left out of this file; export with thresholds='input'")
+        rising = np.maximum.accumulate(at)
+        return ExitCosts(tuple(np.diff(rising, prepend=0.0).tolist()), (0.0,) * (len(at) - 1), "ms")
+
+    def _compared(self) -> list[str]:
+        compared = self.comparison
+        if isinstance(compared, Comparison):
+            left_out = f", {compared.near} near a threshold left out" if compared.near else ""
+            return [
+                f"{compared.rows} answers are those of the model{left_out}; logits differ by up to "
+                f"{compared.largest_difference:.1g}"
+            ]
+        lines = [f"int8 beside float32 on {compared.rows} samples:"]
+        for k, name in enumerate(self.description.exits):
+            right = ", accuracy {1:.1%} instead of {0:.1%}".format(*compared.accuracy[k]) if compared.accuracy else ""
+            lines.append(f"  {name}: the same class for {compared.same[k]:.1%}{right}")
+        return lines
 
 
 def time_exits(loaded: LoadedModel, full: Callable[..., object], stages: ExportedStages) -> Timings[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # exported models answer in processes without torch
     from torch import Tensor
@@ -30,6 +30,23 @@ class ExitOutput:
     def labels(self) -> Tensor:
         """``(B,)`` int64, the most likely class of each row."""
         return self.logits.argmax(1)
+
+
+@runtime_checkable
+class ExitAnswers(Protocol):
+    """What :func:`cet.calibrate` reads: a model that can be asked for the answers of all its exits, such as one that
+    :func:`cet.load_exported` has read."""
+
+    exit_names: tuple[str, ...]
+
+    @property
+    def num_exits(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def exit_answers(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Logits ``(B, K)`` and scores ``(B,)`` of all ``E`` exits."""
 
 
 class LossOutput(OrderedDict[str, Any]):
