@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from families import FAMILIES
 from oracle import policy_between_scores, spread_logits
 
 
-def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...], batch: Any = "dynamic") -> None:
+def check_answers(
+    name: str,
+    score: ScoreName,
+    path: Path,
+    sizes: tuple[int, ...],
+    batch: Any = "dynamic",
+    load: Callable[[Path], LoadedModel] = cet.load_exported,
+) -> None:
     """Exits, logits and scores of a family are those of its model, about half of the rows leaving at each exit."""
     family = FAMILIES[name]
     torch.manual_seed(1)
@@ -30,7 +38,7 @@ def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...
     model.policy = policy_between_scores(model, few, score, [0.5] * (model.num_exits - 1), (1.5,) * model.num_exits)
     report = cet.export(model, path, {key: value[:4] for key, value in few.items()}, batch=batch, thresholds="input")
     assert report.num_bytes == path.stat().st_size
-    loaded = cet.load_exported(path)
+    loaded = load(path)
     start, num_near, left = 0, 0, set()
     for rows in sizes:
         part = {key: value[start : start + rows] for key, value in inputs.items()}
@@ -49,6 +57,8 @@ def check_answers(name: str, score: ScoreName, path: Path, sizes: tuple[int, ...
         start += rows
     assert len(left) > 1
     assert num_near <= 0.1 * sum(sizes)
+    if load is not cet.load_exported:  # another reader may know the thresholds of the file alone
+        return
     loaded.thresholds = (None,) * (model.num_exits - 1)
     assert loaded.predict(**{key: value[:1] for key, value in few.items()}).exit_index == model.num_exits - 1
     empty = loaded.predict(**{key: value[:0].numpy() for key, value in few.items()}) if batch == "dynamic" else None

@@ -18,6 +18,7 @@ _DTYPES = {
     "NonZero": ir.DataType.INT64,
     "Size": ir.DataType.INT64,
     "If": None,
+    "ConstantOfShape": None,
 }
 """What these operators return; others return what their first input is, or what they cast to."""
 

@@ -290,7 +290,9 @@ class _Model:
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
         nobody = Block(self._weights, f"{block.prefix}nobody/")
-        none = nobody.op("Identity", block.constant(np.empty((0, self.description.num_classes + 2), self._width)))
+        # OpenVINO reads an initialiser without rows as a scalar.
+        width = nobody.integers(0, self.description.num_classes + 2)
+        none = nobody.op("ConstantOfShape", width, value=ir.tensor(np.zeros(1, self._width)))
         deeper, answers = self._packed(depth + 1, going_on)
         (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
         return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
