@@ -653,6 +653,20 @@ def test_dropout_of_a_head_that_trains_in_a_model_in_eval_mode_drops() -> None:
     torch.testing.assert_close(model.predict(x).logits, head[2].bias.expand(ROWS, K))
 
 
+def test_random_dropout_in_eval_mode_draws_from_the_generator_of_the_caller() -> None:
+    model, x = build(Moded()), R(4, WIDTH)
+    model.predict(x)
+    model.backbone.c[1].p = 0.5
+    model.backbone.c[1].train()
+    for _ in range(2):
+        torch.manual_seed(3)
+        got = model.predict(x).logits
+        torch.manual_seed(3)
+        torch.testing.assert_close(got, model.backbone(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(cet.AnswerMismatchError, match=r"answers otherwise each time.*model\.eval\(\)"):
+        model.check(x)
+
+
 def test_random_dropout_in_eval_mode_draws_anew_for_every_call() -> None:
     """Monte-Carlo dropout: what both paths share is the distribution."""
     model, x = build(Moded()), R(2, WIDTH)
@@ -683,7 +697,7 @@ def test_batch_norm_without_statistics_of_its_own_is_refused() -> None:
             super().__init__()
             self.b = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, track_running_stats=False))
 
-    with pytest.raises(ValueError, match=r"row"):
+    with pytest.raises(ValueError, match=r"'b\.1' keeps no statistics .* rows depend on each other"):
         build(Unnormed())
 
 
@@ -791,6 +805,32 @@ def test_part_of_a_model_in_another_dtype_is_followed_or_fails_as_the_backbone_d
     model.backbone.top.double()
     assert_answers_of_eager_backbone(model, x)
     assert model.check(x) is None
+
+
+class Frozen(Net):
+    """Goes another way where its weights are frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if next(self.parameters()).requires_grad else 3 * y
+
+
+def test_code_that_asks_whether_its_weights_are_trained_is_followed() -> None:
+    model, x = build(Frozen()), R(ROWS, WIDTH)
+    before = assert_answers_of_eager_backbone(model, x)[-1]
+    model.backbone.requires_grad_(False)
+    torch.testing.assert_close(assert_answers_of_eager_backbone(model, x)[-1], 3 * before)
+    model.backbone.requires_grad_(True)
+    torch.testing.assert_close(assert_answers_of_eager_backbone(model, x)[-1], before)
+
+
+@pytest.mark.parametrize("call", ["predict", "forward", "exit_logits", "check"])
+def test_one_module_that_becomes_two_exits_is_refused(call: str) -> None:
+    layers = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, K)]
+    model = cet.EarlyExit(nn.Sequential(*layers).eval(), ["1", "3"], (R(4, WIDTH),))
+    model.backbone[3] = model.backbone[1]
+    with pytest.raises((ValueError, RuntimeError), match="does not say where to leave"):
+        getattr(model, call)(R(ROWS, WIDTH))
 
 
 def test_a_copy_does_not_follow_the_changes_of_the_original() -> None:

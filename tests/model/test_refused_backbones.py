@@ -250,11 +250,26 @@ def test_boolean_inputs_that_the_backbone_does_not_take_are_refused() -> None:
 )
 def test_an_input_of_another_kind_on_which_the_backbone_fails_is_named(x: Tensor, named: str) -> None:
     model = build(Net().eval()).eval()
-    for call in (model, model.predict):
+    y = torch.zeros(4, dtype=torch.int64)
+    for call in (model, model.predict, model.exit_logits, lambda x: cet.calibrate(model, [(x, y)], guarantee=None)):
         assert_refused(lambda call=call: call(x), named)
     half = build(Net().eval()).eval().bfloat16()
     assert_refused(lambda: half.predict(R(4, 6)), "x is float32 but was bfloat16")
     assert half.predict(R(4, 6).bfloat16()).logits.dtype == torch.bfloat16
+
+
+def test_weights_of_inference_mode_are_refused() -> None:
+    with torch.inference_mode():
+        net = Net().eval()
+    assert_refused(lambda: build(net), r"made within torch\.inference_mode\(\)")
+
+
+def test_an_export_that_would_lose_the_exits_is_refused() -> None:
+    model, x = build(Net().eval()).eval(), R(4, 6)
+    recorded = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(recorded(x), model(x))
+    model.policy = cet.ExitPolicy("entropy", (0.5,))
+    assert_refused(lambda: torch.export.export(model, (x,)), r"torch\.export records no exits.*cet\.export")
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])

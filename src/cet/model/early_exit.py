@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -316,7 +317,8 @@ class EarlyExit(nn.Module):
         ``torch.utils.checkpoint``, which would hide them, is refused.
         """
         way, inputs = self.bind(args, kwargs)
-        return self._exit_logits(way, inputs)
+        with self._naming_unlike(way, inputs):
+            return self._exit_logits(way, inputs)
 
     @torch.no_grad()
     def exit_answers(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -328,11 +330,12 @@ class EarlyExit(nn.Module):
         self._require_eval("exit_answers")
         way, inputs = self.bind(args, kwargs)
         rows = way.input_format.num_rows(inputs)
-        program = way.cache.program(inputs) if rows else None
-        if program is not None:
-            given = copied(inputs) if self._changes_inputs else inputs
-            return tuple(every_exit(program, list(self.heads), self._policy, given, rows))
-        exit_logits = self._exit_logits(way, inputs)
+        with self._naming_unlike(way, inputs):
+            program = way.cache.program(inputs) if rows else None
+            if program is not None:
+                given = copied(inputs) if self._changes_inputs else inputs
+                return tuple(every_exit(program, list(self.heads), self._policy, given, rows))
+            exit_logits = self._exit_logits(way, inputs)
         scorer, temperature = Scorer(self._policy.score), self._policy.temperature
         return tuple((logits, scorer(logits, temperature(k))) for k, logits in enumerate(exit_logits))
 
@@ -431,7 +434,9 @@ class EarlyExit(nn.Module):
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = True) -> Answers:
         """The answers of a call in eval mode, with gradients where they are recorded."""
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_exporting():
+            return self._exported_answer(args, kwargs, with_scores=with_scores)
+        if torch.compiler.is_dynamo_compiling():
             return traced_answer(self, args, kwargs)
         way, inputs = self.bind(args, kwargs)
         for _ in range(_ATTEMPTS):
@@ -441,12 +446,31 @@ class EarlyExit(nn.Module):
             except (RuntimeError, ValueError) as error:
                 # Another thread may have changed the backbone in the midst of this call.
                 if way.cache.num_changes == changes and way.cache.is_current():
-                    unlike = way.input_format.unlike(inputs, next(self.backbone.parameters(), None))
-                    if type(error) is not RuntimeError or unlike is None:
-                        raise
-                    why = str(error).partition("\n")[0]
-                    raise RuntimeError(f"{unlike}, and the backbone fails on it ({why}); give what it takes") from error
+                    with self._naming_unlike(way, inputs):
+                        raise error
         return self._answer(way, inputs, with_scores=with_scores)
+
+    def _exported_answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool) -> Answers:
+        """What ``torch.export`` records, where every exit is closed: the backbone."""
+        if any(threshold is not None for threshold in self._policy.thresholds):
+            raise RuntimeError(
+                "torch.export records no exits that samples take; write a file by cet.export(model, path), or export "
+                "model.backbone"
+            )
+        logits = logits_of(self.backbone(*args, **kwargs))
+        return choose_answers([logits] * self.num_exits, self._policy, with_scores=with_scores)
+
+    @contextmanager
+    def _naming_unlike(self, way: InputWay, inputs: Sequence[Any]) -> Iterator[None]:
+        """Where PyTorch fails within, name an input that is of another dtype or other sizes than the example's."""
+        try:
+            yield
+        except RuntimeError as error:
+            unlike = way.input_format.unlike(inputs, next(self.backbone.parameters(), None))
+            if type(error) is not RuntimeError or unlike is None:
+                raise
+            why = str(error).partition("\n")[0]
+            raise RuntimeError(f"{unlike}, and the backbone fails on it ({why}); give what it takes") from error
 
     def _answer(self, way: InputWay, inputs: Sequence[Any], *, with_scores: bool) -> Answers:
         batch_size = way.input_format.num_rows(inputs)
@@ -493,6 +517,7 @@ class EarlyExit(nn.Module):
             raise ValueError(
                 f"the model has {len(self.heads)} heads for {self.num_exits - 1} early exits; give one each"
             )
+        refuse_second_names(self.exit_names[:-1], [*map(self.backbone.get_submodule, self.exit_names[:-1])])
         if any(is_sharded(parameter) for parameter in self.parameters()):
             return
         inputs = self._example_values(way.input_format)

@@ -278,7 +278,9 @@ class StageCache:
         if kind in state.refusals:
             raise DependentRowsError(state.refusals[kind])
         if kind not in state.has_own_rows and not any(is_sharded(weight) for weight in self.backbone.parameters()):
-            with torch.no_grad():
+            device = self.input_format.device(inputs)
+            # A backbone that draws random numbers draws those of the call itself from the caller's generator.
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 why, may_be_random = state.obstacle or _MIXES, state.obstacle is not None
                 rows = self._example_rows(inputs)
                 try:

@@ -2,7 +2,8 @@
 
 Followed are: which submodules there are, and their modes; hooks, those on all modules included; a ``forward`` that was
 set on an instance; the methods and attributes of every class; the names and types of parameters and buffers, and the
-dtypes of all parameters (their values are read at each call, so they need not be followed); every other attribute,
+dtypes of all parameters (their values are read at each call, so they need not be followed), and where a method reads
+``requires_grad``, whether they require gradients; every other attribute,
 those in lists, dictionaries, sets and plain objects such as a config included, and modules that are kept in such.
 Numbers, strings and the like are compared by value, plain tensors by identity, version and address, NumPy arrays by
 identity and entries, anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their
@@ -17,14 +18,15 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -199,6 +201,12 @@ class Fingerprint:
                 self._record(where, value, 0)
         for cls in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
             self._walk_class(cls)
+        kind: type = type(module)
+        if _reads_requires_grad(kind):
+            read = partial(_requires_grad, module)
+            before = read()
+            self.entries[*path, "requires_grad"] = _Content(before)
+            self._snapshots.append((read, before))
 
     def _walk_own_classes(self, cls: type) -> None:
         """Record a class that holds settings, for all of its objects or itself, and its bases."""
@@ -320,6 +328,30 @@ class _Content:
         return isinstance(other, _Content) and bool(self.content == other.content)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def codes_of(kind: type) -> Iterator[CodeType]:
+    """The code of the methods of a module's class and its bases."""
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for value in vars(cls).values():
+            code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+            if code is not None:
+                yield code
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Which attributes and globals a function reads or calls, functions within it included."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+@cache
+def _reads_requires_grad(kind: type) -> bool:
+    return not _is_of_library(kind.__module__) and any("requires_grad" in names_in(code) for code in codes_of(kind))
+
+
+def _requires_grad(module: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in module.parameters()]
 
 
 def _is_of_library(name: str) -> bool:

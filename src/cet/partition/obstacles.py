@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
-from types import CodeType
 
 from torch import Tensor, nn
 
-from cet.partition.fingerprint import GLOBAL_HOOKS, followed_hooks
+from cet.partition.fingerprint import GLOBAL_HOOKS, codes_of, followed_hooks, names_in
 from cet.partition.stages import Stages
 
 
@@ -37,6 +35,11 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
                 f"{name} normalises by the statistics of the batch, as it is in train mode, so that rows depend on "
                 "each other; call model.eval()"
             )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"{name} keeps no statistics and normalises by those of the batch, so that rows depend on each other; "
+                "make it with track_running_stats=True"
+            )
         if explicit:
             continue
         if module.training and _depends_on_mode(module.__class__):
@@ -49,6 +52,11 @@ def obstacle_to_cutting(backbone: nn.Module) -> str | None:
         reason = reason or "there is a forward hook on all modules, which sees and may change what passes"
     if reason is None and any(is_sharded(parameter) for parameter in backbone.parameters()):
         reason = "its weights are sharded over processes, and gathered submodule by submodule"
+    if any(tensor.is_inference() for tensor in (*backbone.parameters(), *backbone.buffers())):
+        raise ValueError(
+            "the backbone's weights were made within torch.inference_mode(), which lets nobody record them; make the "
+            "backbone outside of it"
+        )
     if any(parameter.is_meta for parameter in backbone.parameters()):
         if not any(hasattr(module, "_hf_hook") for module in backbone.modules()):
             raise ValueError(
@@ -67,15 +75,7 @@ def is_sharded(tensor: Tensor) -> bool:
 @cache
 def _depends_on_mode(kind: type) -> bool:
     """Whether a method of a class reads ``self.training``, or may do so in a function of its closure."""
-    classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    functions = (inspect.unwrap(value) for cls in classes for value in vars(cls).values() if callable(value))
-    codes = [code for function in functions if (code := getattr(function, "__code__", None)) is not None]
-    return any("training" in _names_in(code) or set(code.co_freevars) - {"__class__"} for code in codes)
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
+    return any("training" in names_in(code) or set(code.co_freevars) - {"__class__"} for code in codes_of(kind))
 
 
 def _is_of_torch(hook: object) -> bool:
