@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -249,6 +250,39 @@ def test_chance_is_told_by_the_permutation_distribution() -> None:
     assert chance_test(labels, predictions, 3) == pytest.approx(expected, abs=0.05)
     assert chance_test(labels, labels, 3) > 6
     assert chance_test(np.zeros(9, dtype=int), np.zeros(9, dtype=int), 3) == 0
+
+
+def test_what_is_one_is_not_called_many() -> None:
+    one = {key: values[:1] for key, values in answers(3000).items()}
+    lonely = {**answers(3000), "labels": np.minimum(answers(3000)["labels"], 1)}
+    lonely["labels"][:] = np.arange(3000) % 2
+    lonely["labels"][:2] = 2
+    lonely["predictions"] = lonely["predictions"].copy()
+    lonely["predictions"][:2, :2] = 0
+    calibrations = [
+        certified(**one),
+        certified(**one, metric="disagreement"),
+        certified(**one, guarantee=None),
+        certified(bound=0.01),
+        certified(bound=0.01, metric="disagreement"),
+        certified(groups=np.zeros(3000)),
+        certified(groups=np.arange(3000) % 2, bound=0.01),
+        certified(metric="per_class", **lonely),
+        certified(bound=0.01, metric="balanced", **lonely),
+        certified(bound=0.6, confidence=0.1, metric="per_class", split=False),
+    ]
+    for calibration in calibrations:
+        text = (
+            str(calibration.report) + calibration.report.certificate.promise if calibration.report.certificate else ""
+        )
+        wrong = re.search(
+            r"(?<![\d.])1 (\w+ )?(samples|groups|classes|points|hundredths|others|units|labels|have|are)\b", text
+        )
+        assert wrong is None, f"{wrong}: {text}"
+    assert "within 1 point of" in certified(bound=0.01).report.certificate.promise  # type: ignore[union-attr]
+    assert "accuracy has 1 group to test on" in str(certified(groups=np.zeros(3000)).report)
+    with pytest.raises(ValueError, match=r"groups has 1 entry for 2 rows"):
+        certified(**{key: values[:2] for key, values in answers(3000).items()}, groups=[0])
 
 
 def test_what_cannot_be_certified_closes_all_exits_and_says_why() -> None:

@@ -33,6 +33,7 @@ from cet.ops.consistent_exit_loss import UNLABELLED
 from cet.partition.stages import evaluating
 from cet.runtime.policy import ExitPolicy
 from cet.runtime.scores import PolicyScore, ScoreFunction, Scorer, check_score, is_low_when_sure, score_name
+from cet.words import counted
 
 Ints = NDArray[np.int64]
 Perturb = Callable[[Inputs], Inputs]
@@ -142,7 +143,10 @@ def calibrate(
     recorder = GroupReader(groups, loader, batch_fn)
     batches = read_batches(loader, model.num_classes, recorder.batch_fn)
     if costs is not None and len(costs.stage) != model.num_exits:
-        raise ValueError(f"costs has {len(costs.stage)} stages but the model has {model.num_exits} exits; give as many")
+        raise ValueError(
+            f"costs has {counted(len(costs.stage), 'stage')} but the model has {counted(model.num_exits, 'exit')}; "
+            "give as many"
+        )
     if costs is None:
         if not isinstance(model, EarlyExit):
             raise ValueError("costs is None, and a file does not tell its own; give the .costs of cet.export's report")
@@ -241,7 +245,8 @@ def calibrate_scores(
     ):
         if shape != expected:
             raise ValueError(
-                f"{name} has shape {shape}; for {n} labels and {num_exits} stages of costs give {expected}"
+                f"{name} has shape {shape}; for {counted(n, 'label')} and {counted(num_exits, 'stage')} of costs give "
+                f"{expected}"
             )
     if not n:
         raise ValueError("labels is empty; give held-out samples")
@@ -454,7 +459,8 @@ def _finite_notes(collected: Mapping[str, Sequence[Tensor]]) -> list[str]:
         broken = int((~finite.all(dim=0)).sum())
         if broken:
             notes.append(
-                f"{broken} of {finite.shape[1]} {name} samples have logits that are not finite; such never leave early"
+                f"{broken} of {counted(finite.shape[1], f'{name} sample')} {'has' if broken == 1 else 'have'} logits "
+                "that are not finite; such never leave early"
             )
     return notes
 

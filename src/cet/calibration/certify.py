@@ -28,6 +28,7 @@ from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
 from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
 from cet.runtime.scores import PolicyScore, is_low_when_sure
+from cet.words import counted
 
 NUM_FRONT = 25
 """How many policies of the path a certificate keeps."""
@@ -479,11 +480,13 @@ def _hopeless(
     present = np.unique(labels)
     if terms.metric in ("accuracy", "balanced", "per_class"):
         if len(present) == 1:
-            return f"all {len(labels)} labelled samples are of class {present[0]}; give samples of every class"
+            every = "the only labelled sample is" if len(labels) == 1 else f"all {len(labels)} labelled samples are"
+            return f"{every} of class {present[0]}; give samples of every class"
         if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
+            right = f"{clean.correct[:, -1].mean():.1%} of {counted(len(labels), 'sample')}"
             return (
-                f"the final exit is right on {clean.correct[:, -1].mean():.1%} of {len(labels)} samples, which is no "
-                "more than chance would have it, so there is no accuracy to keep; train the model, or give more samples"
+                f"the final exit is right on {right}, which is no more than chance would have it, so there is no "
+                "accuracy to keep; train the model, or give more samples"
             )
     short: list[tuple[int, Question]] = []
     for question in asked:
@@ -495,12 +498,14 @@ def _hopeless(
     if not short:
         return None
     least, worst = min(short, key=lambda pair: pair[1].num_units)
-    what = "samples of the rarest class" if worst.name.startswith("mean recall") and unit == "samples" else unit
-    others = f", and {len(short) - 1} more have too few" if len(short) > 1 else ""
+    rarest = " of the rarest class" if worst.name.startswith("mean recall") and unit == "samples" else ""
+    has = counted(worst.num_units, unit.removesuffix("s"), unit) + rarest
+    others = f", and {counted(len(short) - 1, 'more has', 'more have')} too few" if len(short) > 1 else ""
+    needed = counted(least, "is", "are")
     level = "in expectation" if terms.confidence is None else f"at confidence {terms.confidence:.4g}"
     to_fit = ", and a few more to lay the path" if terms.split else ""
     return (
-        f"{worst.name} has {worst.num_units} {what} to test on{others}, and even without any loss at least {least} are "
+        f"{worst.name} has {has} to test on{others}, and even without any loss at least {needed} "
         f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more, or allow more"
     )
 
