@@ -219,6 +219,34 @@ def test_bad_functions_are_refused(
         cet.calibrate(trained, [rows(200, 1)], score=cet.ScoreFunction(function))
 
 
+def test_a_function_that_mixes_rows_is_refused_at_its_first_batch_wherever_the_policy_is_from(
+    trained: cet.EarlyExit,
+) -> None:
+    x, _ = rows(20, 1)
+    calls: list[int] = []
+
+    def mixing(logits: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return logits.amax(1) - logits.mean()
+
+    before = trained.policy
+    try:
+        trained.policy = cet.ExitPolicy(cet.ScoreFunction(mixing), (0.0,) * (trained.num_exits - 1))
+        trained.predict(x[:1])  # a single row cannot be mixed with others
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another score alone than among others"):
+                trained.predict(x)
+        own = cet.ScoreFunction(lambda logits: (calls.append(len(logits)), logits.amax(1))[1])
+        trained.policy = cet.ExitPolicy(own, (1e9,) * (trained.num_exits - 1))
+        x[0] = float("nan")
+        trained.predict(x)
+        calls.clear()
+        trained.predict(x)
+        assert calls == [20] * trained.num_exits  # checked once
+    finally:
+        trained.policy = before
+
+
 def test_bad_scores_are_refused(trained: cet.EarlyExit) -> None:
     with pytest.raises(TypeError, match="function is 3; give a function of logits"):
         cet.ScoreFunction(3)  # type: ignore[arg-type]
