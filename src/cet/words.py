@@ -1,4 +1,4 @@
-"""Counts in sentences."""
+"""Numbers in sentences."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def counted(count: int | str, one: str, many: str | None = None) -> str:
         many: what several are called; ``one`` with an s when not given.
     """
     return f"{count} {one if str(count) == '1' else many or one + 's'}"
+
+
+def uncertain(confidence: float) -> str:
+    """A confidence below 1, never written as 1."""
+    return f"{confidence:.4g}" if confidence < 0.9999 else str(confidence)

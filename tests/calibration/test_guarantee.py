@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -513,3 +514,53 @@ def test_bad_arguments_are_refused_before_any_batch(
 def test_losses_out_of_bounds_are_refused(low: float, high: float, function: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cet.BoundedLoss(function, low, high).of(torch.rand(5, 3), torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_note_names_the_exit_at_which_logits_are_not_finite(model: cet.EarlyExit) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.heads[0].parameters()).fill_(float("nan"))
+    calibration = cet.calibrate(broken, loader(), 0.1, 0.9)
+    (note,) = [note for note in certificate_of(calibration).notes if "finite" in note]
+    assert note == (
+        f"3000 of 3000 clean samples have logits that are not finite at an exit ({broken.exit_names[0]}); such do not "
+        "leave there"
+    )
+    assert calibration.policy.thresholds[0] is None
+
+
+def test_perturbations_get_copies_and_return_every_row(model: cet.EarlyExit) -> None:
+    batches = loader()
+    before = [x.clone() for x, _ in batches]
+
+    def in_place(x: Tensor) -> Tensor:
+        return x.mul_(0.0)
+
+    both = cet.calibrate(model, batches, 0.1, 0.9, perturb={"in place": in_place, "none": lambda x: x})
+    assert all(torch.equal(x, old) for (x, _), old in zip(batches, before, strict=True))
+    losses = {claim.condition: claim.loss for claim in certificate_of(both).claims}
+    assert losses["none"] == losses["clean"]
+    with pytest.raises(ValueError, match=r"perturb\['perturbed'\] makes 10 rows of \d+; return every row of the batch"):
+        cet.calibrate(model, batches, perturb=lambda x: x[:10])
+    with pytest.raises(TypeError, match=r"perturb\['perturbed'\] returns nothing; return the perturbed inputs"):
+        cet.calibrate(model, batches, perturb=lambda x: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_promise_that_holds_and_is_worth_little_says_so() -> None:
+    chance = np.random.default_rng(5).integers(CLASSES, size=3000)
+    kept = certified(bound=0.05, metric="disagreement", labels=chance)
+    assert "no more than chance would have it" in certificate_of(kept).notes[-1]
+    one = certified(bound=0.05, metric="disagreement", labels=np.ones(3000, dtype=np.int64))
+    assert certificate_of(one).notes[-1] == "all 3000 labelled samples are of class 1; give samples of every class"
+    assert len(certificate_of(certified(bound=0.05, metric="disagreement")).notes) == 1
+
+
+def test_no_confidence_is_written_as_certainty() -> None:
+    assert "with probability 0.9999999 over" in certificate_of(certified(bound=0.1, confidence=0.9999999)).promise
+
+
+def test_no_threshold_is_a_negative_zero() -> None:
+    scores = -np.abs(answers(3000)["scores"]).clip(0, 1)
+    policy = certified(bound=0.9, confidence=0.1, scores=-scores, score="margin", split=False).policy
+    assert policy.thresholds[0] == 0
+    assert math.copysign(1.0, policy.thresholds[0]) == 1.0

@@ -28,7 +28,7 @@ from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
 from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
 from cet.runtime.scores import PolicyScore, is_low_when_sure
-from cet.words import counted
+from cet.words import counted, uncertain
 
 NUM_FRONT = 25
 """How many policies of the path a certificate keeps."""
@@ -40,6 +40,9 @@ more classes that are bounded one by one, exit by exit."""
 
 CHANCE_DEVIATIONS = 2.0
 """How far above chance the final exit has to be, so that there is an accuracy to keep."""
+
+RIGHT_OR_WRONG = ("accuracy", "balanced", "per_class")
+"""Metrics of which a model at chance has nothing to keep, nor one that saw a single class."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -358,6 +361,8 @@ def certify(
     """
     found = search(terms, answers, labels, groups, is_fit, costs, score, num_classes)
     thresholds = found.thresholds or (-math.inf,) * answers[0].scores.shape[1]
+    if terms.metric not in RIGHT_OR_WRONG and (doubt := _no_accuracy(answers[0], labels, num_classes)):
+        notes = [*notes, doubt]  # what is promised holds, and is worth little
     fitted_cost = None
     if terms.bound is not None and not terms.budget:
         max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
@@ -473,21 +478,27 @@ def _too_dear(
     )
 
 
+def _no_accuracy(clean: Answers, labels: Ints, num_classes: int) -> str | None:
+    """Why these samples show no accuracy that could be kept."""
+    present = np.unique(labels)
+    if len(present) == 1:
+        every = "the only labelled sample is" if len(labels) == 1 else f"all {len(labels)} labelled samples are"
+        return f"{every} of class {present[0]}; give samples of every class"
+    if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
+        right = f"{clean.correct[:, -1].mean():.1%} of {counted(len(labels), 'sample')}"
+        return (
+            f"the final exit is right on {right}, which is no more than chance would have it, so there is no accuracy "
+            "to keep; train the model, or give more samples"
+        )
+    return None
+
+
 def _hopeless(
     terms: Terms, clean: Answers, labels: Ints, asked: Sequence[Question], num_classes: int, unit: str
 ) -> str | None:
     """Why nothing can be certified, before any policy is looked at."""
-    present = np.unique(labels)
-    if terms.metric in ("accuracy", "balanced", "per_class"):
-        if len(present) == 1:
-            every = "the only labelled sample is" if len(labels) == 1 else f"all {len(labels)} labelled samples are"
-            return f"{every} of class {present[0]}; give samples of every class"
-        if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
-            right = f"{clean.correct[:, -1].mean():.1%} of {counted(len(labels), 'sample')}"
-            return (
-                f"the final exit is right on {right}, which is no more than chance would have it, so there is no "
-                "accuracy to keep; train the model, or give more samples"
-            )
+    if terms.metric in RIGHT_OR_WRONG and (reason := _no_accuracy(clean, labels, num_classes)):
+        return reason
     short: list[tuple[int, Question]] = []
     for question in asked:
         least = terms.least_units(question)
@@ -502,7 +513,7 @@ def _hopeless(
     has = counted(worst.num_units, unit.removesuffix("s"), unit) + rarest
     others = f", and {counted(len(short) - 1, 'more has', 'more have')} too few" if len(short) > 1 else ""
     needed = counted(least, "is", "are")
-    level = "in expectation" if terms.confidence is None else f"at confidence {terms.confidence:.4g}"
+    level = "in expectation" if terms.confidence is None else f"at confidence {uncertain(terms.confidence)}"
     to_fit = ", and a few more to lay the path" if terms.split else ""
     return (
         f"{worst.name} has {has} to test on{others}, and even without any loss at least {needed} "

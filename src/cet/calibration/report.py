@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from cet.words import counted
+from cet.words import counted, uncertain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ class Certificate:
         """What is guaranteed, as a sentence."""
         if self.reason is not None:
             return f"nothing is certified, and all exits are closed: {self.reason}"
-        how = "in expectation" if self.confidence is None else f"with probability {self.confidence:.4g}"
+        how = "in expectation" if self.confidence is None else f"with probability {uncertain(self.confidence)}"
         also = "" if self.conditions == ("clean",) else f", {' as well as '.join(self.conditions)},"
         new = f"on new {self.unit} of the same kind{also}"
         promised = []
