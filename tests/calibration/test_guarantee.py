@@ -564,3 +564,45 @@ def test_no_threshold_is_a_negative_zero() -> None:
     policy = certified(bound=0.9, confidence=0.1, scores=-scores, score="margin", split=False).policy
     assert policy.thresholds[0] == 0
     assert math.copysign(1.0, policy.thresholds[0]) == 1.0
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "betting", "bentkus"])
+@pytest.mark.parametrize("confidence", [0.9, None])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_least_bound_that_few_could_show_is_one_for_which_they_are_enough(
+    guarantee: Any, confidence: float | None, grouped: bool
+) -> None:
+    options: dict[str, Any] = {"confidence": confidence}
+    if grouped:
+        options |= {"groups": np.arange(3000) // 300, "guarantee": "auto" if guarantee == "exact" else guarantee}
+    else:
+        options |= {key: values[:30] for key, values in answers(3000).items()} | {"guarantee": guarantee}
+    told = re.search(r"give more, or allow (\S+) at least$", refused(bound=0.01, **options))
+    assert told is not None
+    least = float(told[1])
+    assert "are needed to show" in refused(bound=0.9 * least, **options)
+    enough = certificate_of(certified(bound=least, **options))
+    assert enough.certified or "the safest policy that was tried loses" in str(enough.reason)
+
+
+def test_what_so_few_cannot_show_at_any_bound_is_not_offered() -> None:
+    assert refused(groups=np.arange(3000) // 1500, confidence=0.95).endswith("a few more to lay the path; give more")
+    assert refused(metric="per_class", confidence=0.99, bound=0.005).endswith("give more, or allow more")
+
+
+def test_a_function_whose_range_is_unknown_needs_samples_that_lay_its_path() -> None:
+    own = cet.ScoreFunction(lambda logits: logits.amax(1), name="largest")
+    few = {key: values[:45] for key, values in answers(3000).items()}
+    assert refused(bound=0.05, score=own, **few) == (
+        "all samples are needed to test, and none is left to lay a path for the score 'largest'; give more"
+    )
+
+
+def test_a_front_of_nothing_says_so() -> None:
+    few = certificate_of(certified(**{key: values[:5] for key, values in answers(3000).items()}))
+    assert few.front_table() == "   no policy was tried"
+
+
+def test_empty_lists_are_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="labels is empty; give held-out samples"):
+        cet.calibrate_scores([], [], [], COSTS, num_classes=3)

@@ -235,6 +235,8 @@ def calibrate_scores(
     of_samples = np.asarray(scores, dtype=np.float32)
     said, y = _class_array("predictions", predictions, num_classes), _class_array("labels", labels, num_classes)
     n = len(y)
+    if not n:
+        raise ValueError("labels is empty; give held-out samples")
     for name, shape, expected in (
         ("scores", of_samples.shape, (n, num_exits - 1)),
         ("predictions", said.shape, (n, num_exits)),
@@ -245,8 +247,6 @@ def calibrate_scores(
                 f"{name} has shape {shape}; for {counted(n, 'label')} and {counted(num_exits, 'stage')} of costs give "
                 f"{expected}"
             )
-    if not n:
-        raise ValueError("labels is empty; give held-out samples")
     recorder = GroupReader(None if groups is None else np.asarray(groups))
     of_groups = recorder.indices(np.ones(n, dtype=bool))
     is_fit = divide(order.terms, y, of_groups, num_classes) if order.terms else np.ones(n, dtype=bool)
@@ -468,7 +468,7 @@ def _finite_notes(collected: Mapping[str, Sequence[Tensor]], exit_names: Sequenc
 
 def _class_array(name: str, values: ArrayLike, num_classes: int) -> Ints:
     array = np.asarray(values)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} is {array.dtype}; give class indices")
     if array.size and not (array.min() >= 0 and array.max() < num_classes):
         raise ValueError(

@@ -27,7 +27,7 @@ from cet.calibration.metrics import Metric, MetricChoice
 from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
 from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
-from cet.runtime.scores import PolicyScore, is_low_when_sure
+from cet.runtime.scores import PolicyScore, ScoreFunction, is_low_when_sure
 from cet.words import counted, uncertain
 
 NUM_FRONT = 25
@@ -202,7 +202,7 @@ def search(
         [trial.reach.expand(thresholds) for thresholds in path],
         asked,
         trial.outcome,
-        None if trial.outcome.steps else _refused(terms, trial.outcome),
+        None if trial.outcome.steps else _refused(terms, trial.outcome, score, bool(is_fit.any())),
         first,
         None if is_known or trial.spending is None else trial.spending.at(first)[1],
         trial.chosen,
@@ -515,14 +515,20 @@ def _hopeless(
     needed = counted(least, "is", "are")
     level = "in expectation" if terms.confidence is None else f"at confidence {uncertain(terms.confidence)}"
     to_fit = ", and a few more to lay the path" if terms.split else ""
+    allow = ", or allow more"
+    if len(asked) == 1 and not worst.base:  # else the bound is not that of the loss alone
+        could = worst.least_bound(terms.method, terms.level)
+        allow = f", or allow {rounded_up(could, 2)} at least" if could is not None and could < 1 else ""
     return (
         f"{worst.name} has {has} to test on{others}, and even without any loss at least {needed} "
-        f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more, or allow more"
+        f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more{allow}"
     )
 
 
-def _refused(terms: Terms, outcome: Outcome) -> str:
-    """Why not even the first policy of the path was certified."""
+def _refused(terms: Terms, outcome: Outcome, score: PolicyScore, is_laid: bool) -> str:
+    """Why not even the first policy of the path was certified; ``is_laid`` where samples laid the path."""
+    if not outcome.losses and isinstance(score, ScoreFunction) and not is_laid:
+        return f"all samples are needed to test, and none is left to lay a path for the score {score.name!r}; give more"
     if not outcome.losses:
         return "no sample that lays the path has a finite score at an early exit, so none could leave there"
     losses = [loss for row in outcome.losses for loss in row]

@@ -108,6 +108,19 @@ class Question:
             return math.ceil((self.high - self.bound) / (self.bound + self.base) - 1e-9)
         return _least_units(self.method(method), self.low, self.high, self.bound, self.base, level)
 
+    def least_bound(self, method: str, level: float | None) -> float | None:
+        """The least bound, to a thousandth, that its units could show if none of them lost anything; ``None`` when they
+        cannot show any below ``high``."""
+        count = self.num_units
+        if level is None:
+            return self.high / (count + 1) if count else None
+        lost_nothing, low, high = np.zeros(count), 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            asked = replace(self, bound=middle * self.high)
+            low, high = (low, middle) if asked.p_value(method, lost_nothing, level) <= level else (middle, high)
+        return high * self.high if high < 1 else None
+
 
 @lru_cache(1024)
 def _least_units(method: str, low: float, high: float, bound: float, base: float, level: float) -> int:

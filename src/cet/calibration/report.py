@@ -199,6 +199,8 @@ class Certificate:
     def front_table(self, unit: str | None = None) -> str:
         """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified. Costs
         are in ``unit``, that of the calibration when not given."""
+        if not self.front:
+            return "   no policy was tried"
         unit = self.cost_unit if unit is None else unit
         lines = [f"   {'cost ' + unit:>14}  {'loss':>8}  thresholds"]
         for point in self.front:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cet.ops.definitions import SCORE_NAMES, SCORES
 from cet.runtime.scores import PolicyScore, ScoreFunction, check_score, has_kernel
+from cet.words import counted
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class ExitPolicy:
         """Refuse a policy that was made for another number of exits (the final one counted)."""
         if len(self.thresholds) != num_exits - 1:
             raise ValueError(
-                f"policy has {len(self.thresholds)} thresholds but the model has {num_exits - 1} early exits; "
+                f"policy has {counted(len(self.thresholds), 'threshold')} but the model has "
+                f"{counted(num_exits - 1, 'early exit')}; "
                 "give one threshold per early exit, None for a closed one"
             )
 
