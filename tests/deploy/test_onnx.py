@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cet
 from cet.deploy.check import NEAR
@@ -198,3 +199,61 @@ def test_sizes_that_vary(built: Built, exported: Exported) -> None:
 def test_importing_the_loader_imports_no_torch() -> None:
     code = "import cet.deploy.onnx, cet.deploy.stages, cet, sys; cet.load_exported; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+def test_patience_is_counted_in_the_file_row_by_row(tmp_path: Path, batch: Any) -> None:
+    torch.manual_seed(3)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    backbone = nn.Sequential(*layers, nn.Linear(6, 3)).eval()
+    with torch.no_grad():  # so that exits name different classes
+        for layer in layers[::2]:
+            layer.weight.mul_(3)
+    x = torch.randn(400, 6)
+    model = cet.EarlyExit(backbone, exits=["1", "3", "5", "7"], example_inputs=(x[:4],)).eval()
+    with torch.no_grad():
+        logits = list(model.exit_logits(x))
+    for policy in (
+        cet.ExitPolicy("patience", (1, 1, 1, 1)),
+        cet.ExitPolicy("patience", (0, math.inf, 1, 3)),
+    ):
+        model.policy = policy
+        path = tmp_path / "patient.onnx"
+        report = cet.export(model, path, batch=batch)
+        assert report.comparison.rows > 20
+        loaded = cet.load_exported(path)
+        assert loaded.description.score == "patience"
+        expected = answers_of(logits, policy)
+        given = [x] if batch == "dynamic" else list(x[:60].split(1))
+        got = [loaded.predict(rows) for rows in given]
+        rows = len(x) if batch == "dynamic" else 60
+        assert torch.equal(torch.cat([answer.exit_index for answer in got]), expected.exit_index[:rows])
+        assert torch.equal(torch.cat([answer.score for answer in got]), expected.score[:rows])
+        assert torch.allclose(torch.cat([answer.logits for answer in got]), expected.logits[:rows], atol=1e-5)
+        assert torch.equal(model.predict(x).exit_index, expected.exit_index)
+    assert expected.exit_index.unique().tolist() == [0]
+    model.policy = cet.ExitPolicy("patience", (1, 1, 1, 1))
+    cet.export(model, path)
+    assert len(cet.load_exported(path).predict(x).exit_index.unique()) >= 4
+
+
+def test_an_exit_whose_logits_are_not_finite_names_no_class_in_a_file(tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 0, torch.cat([x[:, :2], x[:, :1] / 0], dim=1), x)  # +Inf in such a row
+
+    class Mended(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(max=3.0)
+
+    backbone = nn.Sequential(nn.Identity(), Broken(), Mended(), nn.Hardtanh(-9, 9)).eval()
+    x = torch.randn(64, 3)
+    model = cet.EarlyExit(backbone, exits={k: nn.Identity() for k in "012"}, example_inputs=(x[:4],)).eval()
+    model.policy = cet.ExitPolicy("patience", (5, 1, 1))
+    cet.export(model, tmp_path / "m.onnx")
+    got, own = cet.load_exported(tmp_path / "m.onnx").predict(x), model.predict(x)
+    is_broken = x[:, 0] > 0
+    assert own.exit_index[~is_broken].unique().tolist() == [1]
+    assert own.exit_index[is_broken].unique().tolist() == [3]  # the break lets nobody leave at the exit behind it
+    assert torch.equal(got.exit_index, own.exit_index)
+    assert torch.equal(got.score, own.score)

@@ -193,8 +193,17 @@ def test_a_saved_model_keeps_patience_and_refuses_functions(own_policy: cet.Earl
 
 
 def test_other_runners_and_formats_refuse_them(own_policy: cet.EarlyExit, tmp_path: Path) -> None:
+    own_policy.policy = cet.ExitPolicy(GINI, (0.5,) * EARLY)
+    with pytest.raises(ValueError, match="an exported file cannot have the score 'gini', which only the eager"):
+        cet.export(own_policy, tmp_path / "m.onnx")
     own_policy.policy = cet.ExitPolicy("patience", (1,) * EARLY)
-    with pytest.raises(ValueError, match="an exported file cannot have the score 'patience', which only the eager"):
+    for name in ("m.stages", "m.pt2", "m.pte", "m.tflite"):
+        with pytest.raises(ValueError, match="cannot have the score 'patience', which one stage alone does not tell"):
+            cet.export(own_policy, tmp_path / name)
+    with pytest.raises(ValueError, match="needs all of them open and its thresholds baked"):
+        cet.export(own_policy, tmp_path / "m.onnx", thresholds="input")
+    own_policy.policy = cet.ExitPolicy("patience", (None, *(1,) * (EARLY - 1)))
+    with pytest.raises(ValueError, match="needs all of them open and its thresholds baked"):
         cet.export(own_policy, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="the runner 'graphs' cannot have the score 'gini'"):
         require_kernel(GINI, "the runner 'graphs'")

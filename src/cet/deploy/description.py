@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from cet.ops.definitions import ScoreName
@@ -77,7 +77,7 @@ class Description:
     exits: tuple[str, ...]
     num_classes: int
     class_labels: tuple[str, ...] | None
-    score: ScoreName
+    score: ScoreName | Literal["patience"]
     thresholds: tuple[float | None, ...]
     temperatures: tuple[float, ...] | None
     thresholds_are_input: bool

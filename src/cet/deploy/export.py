@@ -30,7 +30,8 @@ from cet.measure.host import require, versions
 from cet.measure.rounds import Timings
 from cet.model.early_exit import EarlyExit
 from cet.partition.inputs import Call
-from cet.runtime.scores import require_kernel
+from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import require_written
 
 if TYPE_CHECKING:
     from cet.deploy.onnx_writer import OnnxWriter
@@ -90,7 +91,7 @@ def export(
         ExportError: where the model has no form in this format, with the stage or input and the reason.
         AnswerMismatchError: where the file would answer otherwise than the model.
         ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed, or whose score
-            is patience or a function.
+            is a function, or patience in another format than ONNX.
         RuntimeError: in train mode.
         ModuleNotFoundError: where a package that writes the format is not installed.
         OSError: where the file cannot be written.
@@ -99,7 +100,6 @@ def export(
         raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
     if model.training:
         raise RuntimeError("model is in train mode; call model.eval() before export")
-    require_kernel(model.policy.score, "an exported file")
     name = format_of(path, format)
     if batch not in ("dynamic", 1):
         raise ValueError(f"batch is {batch!r}; give 'dynamic' or 1")
@@ -110,6 +110,7 @@ def export(
             "every exit of model.policy is closed, so that no row would leave early; set a policy, as cet.calibrate "
             "gives, or export with thresholds='input'"
         )
+    _check_score(model.policy, name, thresholds)
     if class_labels is not None and len(class_labels) != model.num_classes:
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     target = _TARGETS[name]
@@ -149,6 +150,22 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
     if not samples:
         raise ValueError("quantize yields no batches; give samples like those to come")
     return samples
+
+
+def _check_score(policy: ExitPolicy, format: str, thresholds: str) -> None:
+    """Refuse a score that a format cannot have."""
+    if require_written(policy.score, "an exported file") != "patience":
+        return
+    if format != "onnx":
+        raise ValueError(
+            f"the format {format!r} cannot have the score 'patience', which one stage alone does not tell; export to "
+            "one .onnx file"
+        )
+    if thresholds == "input" or None in policy.thresholds:
+        raise ValueError(
+            "patience counts the exits that are open, so that a file needs all of them open and its thresholds baked; "
+            "set a policy with a threshold for every exit, as cet.calibrate gives, and leave thresholds out"
+        )
 
 
 def _writer(stages: ExportedStages, description: Description, samples: Samples | None) -> OnnxWriter:
@@ -278,7 +295,7 @@ def describe(
         exits=model.exit_names,
         num_classes=model.num_classes,
         class_labels=None if class_labels is None else tuple(class_labels),
-        score=require_kernel(model.policy.score, "an exported file"),
+        score=require_written(model.policy.score, "an exported file"),
         thresholds=model.policy.thresholds,
         temperatures=model.policy.temperatures,
         thresholds_are_input=thresholds_are_input,

@@ -6,7 +6,9 @@ turned once for all rows, where they have their answers, and not at each exit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -64,6 +66,33 @@ def scores(block: Block, logits: Value, name: ScoreName, temperature: float, *, 
     return SCORE_NODES[name](block, logits, excludes, one_row)
 
 
-def negated(name: ScoreName, one_row: bool) -> bool:
+def patience(block: Block, logits: Value, seen: Sequence[Value]) -> tuple[Value, list[Value]]:
+    """How many exits in succession before this one have named the same class, ``(n, 1)`` float32, as
+    :class:`cet.runtime.scores.Scorer` counts them; and what the next exit has to have seen.
+
+    Args:
+        block: where the nodes go.
+        logits: ``(n, K)`` of any floating dtype.
+        seen: what the exit before made; nothing at the first.
+    """
+    in_range = block.op("LessOrEqual", block.cast(logits, "float32"), block.number(_LARGEST))  # neither NaN nor +Inf
+    least = block.op("ReduceMin", block.cast(in_range, "float32"), block.integers(_CLASSES), keepdims=1)
+    fine = block.op("Cast", least, to=ir.DataType.BOOL)
+    largest = block.op("ArgMax", block.cast(logits, "float32"), axis=_CLASSES, keepdims=1)
+    named = block.op("Where", fine, largest, block.integers(-1))
+    if seen:
+        before, count = seen
+        more = block.op("Add", count, block.number(1.0))
+        count = block.op("Where", block.op("Equal", named, before), more, block.number(0.0))
+    else:
+        count = block.op("Sub", least, least)
+    return block.op("Where", fine, count, block.number(math.nan)), [named, count]
+
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32."""
+
+
+def negated(name: ScoreName | Literal["patience"], one_row: bool) -> bool:
     """Whether :func:`scores` returns the negative of the score."""
-    return SCORES[name].is_low_when_sure and not one_row
+    return name != "patience" and SCORES[name].is_low_when_sure and not one_row

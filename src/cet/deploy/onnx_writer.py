@@ -26,10 +26,10 @@ from cet.deploy.manifest import StageEntry
 from cet.deploy.onnx_int8 import feeds_of, quantized
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
-from cet.deploy.onnx_scores import negated, scores
+from cet.deploy.onnx_scores import negated, patience, scores
 from cet.deploy.segments import ExportedStages, SegmentModule
-from cet.ops.definitions import SCORES
 from cet.partition.export import CUTTING, quiet
+from cet.runtime.scores import is_low_when_sure
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Kind = tuple[ir.DataType, Sequence[int | str]]
@@ -137,7 +137,7 @@ class _Model:
         self._entry = [by_name[names[index]] for index in stages.entry_tensors]
         self._sized = [by_name[names[index]] for index in stages.sized]
         self._negated = negated(description.score, description.batch is not None)
-        self._is_low_when_sure = SCORES[description.score].is_low_when_sure
+        self._is_low_when_sure = is_low_when_sure(description.score)
         never = -np.inf if self._is_low_when_sure else np.inf
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
@@ -171,7 +171,7 @@ class _Model:
         }
         shapes = [value.shape for value in part.outputs[1:]]  # nodes forget them on their way
         self._sized = [taken[str(value.name)] for value in self._sized]
-        block, logits, score, crossing = self._scored(0, [taken[name] for name in names])
+        block, logits, score, crossing, _ = self._scored(0, [taken[name] for name in names])
         if self._negated:
             score = block.op("Neg", score)
         outputs = [
@@ -215,9 +215,15 @@ class _Model:
         sources = {"made": made, "taken": values}
         return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
 
-    def _scored(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, Value, list[Value]]:
-        """The nodes of a segment; its logits, scores ``(n, 1)``, and what crosses the cut behind it."""
+    def _scored(
+        self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()
+    ) -> tuple[Block, Value, Value, list[Value], list[Value]]:
+        """The nodes of a segment; its logits, scores ``(n, 1)``, what crosses the cut behind it, and what the next
+        score has to have seen, ``(n, 1)`` each."""
         block, logits, crossing = self._segment(depth, values)
+        if self.description.score == "patience":
+            score, seen = patience(block, logits, seen)
+            return block, block.cast(logits, self.description.logits_dtype), score, crossing, seen
         temperatures = self.description.temperatures
         producer = logits.producer()
         score = scores(
@@ -228,7 +234,7 @@ class _Model:
             excludes=producer is None or producer.op_type != "Gemm",  # a linear layer rules no class out
             one_row=self.description.batch is not None,
         )
-        return block, block.cast(logits, self.description.logits_dtype), score, crossing
+        return block, block.cast(logits, self.description.logits_dtype), score, crossing, []
 
     def _leaves(self, block: Block, score: Value, exit_index: int) -> Value:
         """Whether rows leave: of NaN no comparison is true."""
@@ -240,9 +246,9 @@ class _Model:
         is_low_when_sure = self._is_low_when_sure and not self._negated
         return block.op("LessOrEqual" if is_low_when_sure else "GreaterOrEqual", score, limit)
 
-    def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
+    def _one_row(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, list[Value]]:
         """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
-        block, logits, score, crossing = self._scored(depth, values)
+        block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
         last = depth + 1 == len(self._segments)
         leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
@@ -254,7 +260,7 @@ class _Model:
         if last:
             return block, answers
         leaves = self._leaves(block, score, exit_index)
-        return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
+        return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing, seen))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
         block, packed = self._packed(0, self._entry)
@@ -273,9 +279,9 @@ class _Model:
         """The dtype of what is packed: float32, which holds all of it exactly, or float64 where the logits need it."""
         return "float64" if self.description.logits_dtype == "float64" else "float32"
 
-    def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
+    def _packed(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, Value]:
         """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, logits, score, crossing = self._scored(depth, values)
+        block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
         both = block.op("Concat", block.cast(logits, self._width), block.cast(score, self._width), axis=1)
         packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
@@ -293,7 +299,8 @@ class _Model:
         # OpenVINO reads an initialiser without rows as a scalar.
         width = nobody.integers(0, self.description.num_classes + 2)
         none = nobody.op("ConstantOfShape", width, value=ir.tensor(np.zeros(1, self._width)))
-        deeper, answers = self._packed(depth + 1, going_on)
+        seen = [block.op("Gather", value, rows, axis=0) for value in seen]
+        deeper, answers = self._packed(depth + 1, going_on, seen)
         (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
         return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
 

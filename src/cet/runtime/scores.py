@@ -77,7 +77,8 @@ class ScoreFunction:
 _CHECKED_ROWS = 8
 
 PolicyScore = ScoreName | Literal["patience"] | ScoreFunction
-"""``"patience"``: how many open exits before this one, without a break, have named the same class as it does."""
+"""``"patience"``: how many open exits before this one, without a break, have named the same class as it does. One whose
+logits hold NaN or +Inf names none."""
 
 POLICY_SCORES: tuple[str, ...] = (*SCORE_NAMES, "patience")
 
@@ -99,6 +100,15 @@ def require_kernel(score: PolicyScore, what: str) -> ScoreName:
         f"{what} cannot have the score {score_name(score)!r}, which only the eager runner computes; set a policy whose "
         f"score is one of {', '.join(SCORE_NAMES)}"
     )
+
+
+def require_written(score: PolicyScore, what: str) -> ScoreName | Literal["patience"]:
+    """Refuse a function, which no file can hold.
+
+    Raises:
+        ValueError: then, in the name of ``what`` cannot have it.
+    """
+    return score if score == "patience" else require_kernel(score, what)
 
 
 def check_score(score: Any) -> None:
@@ -145,7 +155,7 @@ class Scorer:
         if isinstance(self._score, ScoreFunction):
             scores = self._score(logits / temperature)
         else:
-            named = logits.argmax(dim=1)
+            named = logits.argmax(dim=1).masked_fill(broken, -1)
             if self._seen:
                 before, count = self._seen
                 self._seen = [named, torch.where(named == before, count + 1, 0)]
