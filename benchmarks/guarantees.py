@@ -32,7 +32,7 @@ import cet
 from benchmarks.harness import provenance
 from cet.calibration.budget import Budget, BudgetError
 from cet.calibration.certify import Answers, Terms, divide, fitted, search
-from cet.calibration.guarantee import Condition, Question, walk
+from cet.calibration.guarantee import Condition, Question, _Replay, _test
 from cet.calibration.metrics import Metric, MetricName, metric_on
 from cet.calibration.thresholds import search_thresholds, simulate
 from cet.files import write_atomically
@@ -355,8 +355,9 @@ def _bonferroni(
 ) -> tuple[float, ...] | None:
     """The boldest policy of an even grid along the path of which every p-value is within its share of the level."""
     grid = [path[step] for step in np.unique(np.linspace(0, len(path) - 1, GRID).round().astype(int))] if path else []
-    share = level / max(len(grid), 1)
-    return next((policy for policy in reversed(grid) if walk([policy], [tested], asked, method, share).steps), None)
+    replay, share = _Replay(grid, tested), level / max(len(grid), 1)
+    tests = [_test(replay, question, method, share) for question in asked]
+    return next((grid[step] for step in reversed(range(len(grid))) if all(test(step) for test in tests)), None)
 
 
 class _Truth:
