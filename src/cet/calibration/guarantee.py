@@ -129,7 +129,10 @@ def _least_units(method: str, low: float, high: float, bound: float, base: float
     def refutes(count: int) -> bool:
         return probe.p_value(method, np.full(count, -base), level) <= level
 
-    enough = 1
+    # Exactly, it is nearly always the number of which the chance of no loss, (1 - bound) ** number, is the level.
+    enough = max(1, math.ceil(math.log(level) / math.log1p(-bound) - 1e-9)) if method == "exact" else 1
+    if enough > 1 and refutes(enough) and not refutes(enough - 1):
+        return enough
     while not refutes(enough):
         enough *= 2
     return bisect_left(range(enough), True, key=refutes)

@@ -60,7 +60,7 @@ def stage_modules(stages: ExportedStages, description: Description, most_rows: i
         description: of the file.
         most_rows: how many rows they take at once; None where their number is fixed.
     """
-    temperatures, score = description.temperatures, require_kernel(description.score, "such a file")
+    temperatures, score = description.temperatures, require_kernel(stages.model.policy.score, "such a file")
     used = iter(bool(node.users) for node in _placeholders(stages.program))
     modules = []
     for segment, (names, made) in zip(stages.segments, stages.tensor_names, strict=True):

@@ -25,8 +25,7 @@ class ExitPolicy:
             probability minus the second largest (``>= threshold``), or ``"patience"``, how many open exits before
             this one, without a break, have named the same class (``>= threshold``, a whole number; Zhou et al. 2020,
             arXiv 2006.04152). A patience of 1 is the agreement of two successive exits. Or a
-            :class:`cet.ScoreFunction` of one's own. The last two are for the eager runner alone; an exported ``.onnx``
-            file may have patience.
+            :class:`cet.ScoreFunction` of one's own. The last two are for the eager runner and exported ``.onnx`` files.
         thresholds: one per early exit, shallow first; ``None`` closes that exit.
         temperatures: one per exit, the final one included; logits are divided by it before the softmax
             (Guo et al. 2017, arXiv 1706.04599). It changes scores, never the logits that are returned.

@@ -102,15 +102,6 @@ def require_kernel(score: PolicyScore, what: str) -> ScoreName:
     )
 
 
-def require_written(score: PolicyScore, what: str) -> ScoreName | Literal["patience"]:
-    """Refuse a function, which no file can hold.
-
-    Raises:
-        ValueError: then, in the name of ``what`` cannot have it.
-    """
-    return score if score == "patience" else require_kernel(score, what)
-
-
 def check_score(score: Any) -> None:
     """Refuse what is no score.
 
