@@ -140,9 +140,8 @@ def _expected(
         scores = torch.where(leaves, exit_scores, scores)
         exit_index = torch.where(leaves, k, exit_index)
         is_near = (is_near & ~leaves) | ((exit_scores - threshold).abs() <= NEAR)
-    if (
-        description.score == "patience" and description.own_is_low is None
-    ):  # counts are exact; what they count is near where two logits are
+    if description.score == "patience" and description.own_is_low is None:
+        # Counts are exact, so that it is what they count that may be near.
         gaps = [logits.float().nan_to_num(0.0).topk(min(2, logits.shape[1])).values for logits, _ in every_exit]
         is_near = torch.stack([top[:, 0] - top[:, -1] <= NEAR * top[:, 0].abs().clamp(min=1) for top in gaps]).any(0)
     return logits, exit_index, scores, is_near
