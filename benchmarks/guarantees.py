@@ -3,8 +3,8 @@
 Calibration samples are drawn, again and again, from pools of samples whose exits have answered already; the pool is the
 distribution, so what a policy loses on new samples is known exactly. Counted is how often that is more than promised:
 at most 1 - confidence of the draws may be, within a binomial interval. Writes guarantees.csv (one row per setting,
-size, metric and method), guarantees.json (where it was measured) and guarantees.md, and exits with an error where a
-promise is broken too often.
+size, metric and method), guarantees.json (where it was measured) and guarantees.md after every row, and exits with an
+error where a promise is broken too often. A run that was stopped goes on with ``--missing``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,9 @@ from scipy import stats
 
 import cet
 from benchmarks.harness import provenance
-from cet.calibration.bounds import paired_test
 from cet.calibration.budget import Budget, BudgetError
 from cet.calibration.certify import Answers, Terms, divide, fitted, search
-from cet.calibration.guarantee import Condition, Question
+from cet.calibration.guarantee import Condition, Question, _Replay, _test
 from cet.calibration.metrics import Metric, MetricName, metric_on
 from cet.calibration.thresholds import search_thresholds, simulate
 from cet.files import write_atomically
@@ -44,6 +43,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 POOL = 20_000
+GRID = 40
+"""How many policies the Bonferroni grid tries; of 5 to 100 those that it saves most with."""
+
 HEAD_COST = 0.02
 """Of an exit head, where a stage costs 1."""
 
@@ -149,8 +151,9 @@ class Trial:
 
     Attributes:
         method: ``"exact"``, ``"betting"``, ``"bentkus"``; ``"exact, no split"``; ``"risk control"``, of the
-            expectation; ``"Bonferroni"``, exact p-values on the same path, each at its share of the level;
-            ``"fitted"``, the best thresholds on the samples, without a guarantee.
+            expectation; ``"Bonferroni"``, exact p-values on a grid of that path, each at its share of the level, also
+            with ``"betting"`` or ``"no split"`` behind a comma; ``"fitted"``, the best thresholds on the samples,
+            without a guarantee.
         bound: of the loss; ``None``: only the budget is promised.
         budget: of the mean cost, as a fraction of the backbone's; ``None``: none.
     """
@@ -164,6 +167,26 @@ class Trial:
     weighted: bool = False
     budget: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the metric."""
+        return ("weighted " if self.weighted else "") + self.metric
+
+    @property
+    def class_weights(self) -> Floats | None:
+        """``(K,)``, where classes are weighed."""
+        return np.linspace(1, 3, SETTINGS[self.setting].num_classes) if self.weighted else None
+
+    @property
+    def known(self) -> Trial:
+        """What of it the best thresholds depend on."""
+        return Trial(self.setting, 0, self.metric, self.bound, weighted=self.weighted, budget=self.budget)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells its row from others."""
+        return self.setting, self.num_units, self.name, self.bound, self.budget, self.confidence, self.method
+
 
 @dataclass(frozen=True)
 class Row:
@@ -175,9 +198,11 @@ class Row:
             expectation, none are counted.
         mean_loss: on new samples, over draws.
         saved: mean compute saved, of the backbone's.
-        of_best: ``saved`` over what the best thresholds for the pool save, of the metric accuracy; NaN elsewhere.
+        of_best: ``saved`` over what the best thresholds for the pool save; NaN with a budget.
         closed: in how many draws nothing was certified.
         seconds: of one draw.
+        least_loss: with a budget, what the best thresholds for the pool lose within it; else NaN.
+        commit: of the code that was measured.
     """
 
     setting: str
@@ -195,6 +220,13 @@ class Row:
     closed: int
     seconds: float
     budget: float | None = None
+    least_loss: float = math.nan
+    commit: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """That of its trial."""
+        return self.setting, self.num_units, self.metric, self.bound, self.budget, self.confidence, self.method
 
     @property
     def kept(self) -> bool:
@@ -209,26 +241,29 @@ class Row:
 def trials() -> Iterator[Trial]:
     """All that is tried."""
     singles = [name for name, setting in SETTINGS.items() if not setting.group_spread]
-    for method in ("exact", "exact, no split", "Bonferroni"):
+    for method in ("exact", "exact, no split", "Bonferroni", "Bonferroni, no split"):
         yield from (Trial(setting, 1500, method=method) for setting in singles)
     for method in ("betting", "bentkus", "risk control", "fitted"):
         yield from (Trial(setting, 1500, method=method) for setting in ("easy", "hard", "uneven exits"))
-    yield Trial("groups", 150, bound=0.03, method="betting")
-    yield Trial("groups", 1000, bound=0.03, method="betting")
+    for method in ("betting", "Bonferroni, betting"):
+        yield Trial("groups", 150, bound=0.03, method=method)
+        yield Trial("groups", 1000, bound=0.03, method=method)
     yield Trial("groups", 400, bound=0.03, method="risk control")
     for setting in ("hard", "rare classes"):
-        yield Trial(setting, 3000, "balanced", bound=0.03)
-        yield Trial(setting, 1500, "balanced", bound=0.05)
-        yield Trial(setting, 3000, "per_class", bound=0.05)
-        yield Trial(setting, 3000, "disagreement", bound=0.05)
-        yield Trial(setting, 3000, "brier", bound=0.03, method="betting")
-        yield Trial(setting, 3000, method="betting", weighted=True)
-    yield from (Trial(setting, 200) for setting in singles)
-    for setting in ("easy", "hard", "rare classes"):
-        yield Trial(setting, 5000, bound=0.01, confidence=0.95)
+        for method in ("exact", "Bonferroni"):
+            yield Trial(setting, 3000, "balanced", bound=0.03, method=method)
+            yield Trial(setting, 1500, "balanced", bound=0.05, method=method)
+            yield Trial(setting, 3000, "per_class", bound=0.05, method=method)
+            yield Trial(setting, 3000, "disagreement", bound=0.05, method=method)
+        for method in ("betting", "Bonferroni, betting"):
+            yield Trial(setting, 3000, "brier", bound=0.03, method=method)
+            yield Trial(setting, 3000, method=method, weighted=True)
+    for method in ("exact", "Bonferroni"):
+        yield from (Trial(setting, 200, method=method) for setting in singles)
+        for setting in ("easy", "hard", "rare classes"):
+            yield Trial(setting, 5000, bound=0.01, confidence=0.95, method=method)
+            yield Trial(setting, 20_000, method=method)
     yield Trial("rare classes", 3000, "per_class", bound=0.05, method="risk control")
-    for setting in ("easy", "hard", "rare classes"):
-        yield Trial(setting, 20_000)
     for setting in ("easy", "hard", "uneven exits"):
         yield Trial(setting, 1500, bound=None, budget=0.5)
         yield Trial(setting, 1500, bound=0.05, budget=0.65)
@@ -240,7 +275,7 @@ def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row
     """One row: calibrate on so many draws, and look up in the pool what the policies lose on new samples; ``compare``
     with the best thresholds, which takes a search of the pool."""
     pool = make_pool(trial.setting)
-    weights = np.linspace(1, 3, pool.num_classes) if trial.weighted else None
+    weights = trial.class_weights
     losses, saved, is_open = np.zeros(draws), np.zeros(draws), np.zeros(draws, dtype=bool)
     truth = _Truth(pool, trial, weights)
     rng = np.random.default_rng(seed)
@@ -259,7 +294,7 @@ def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row
     return Row(
         trial.setting,
         trial.num_units,
-        ("weighted " if trial.weighted else "") + trial.metric,
+        trial.name,
         trial.bound,
         trial.confidence,
         trial.method,
@@ -268,11 +303,23 @@ def run(trial: Trial, draws: int, seed: int = 0, *, compare: bool = True) -> Row
         may,
         float(losses.mean()),
         float(saved.mean()),
-        float(saved.mean() / _best(trial.setting, trial.bound)) if compare and truth.is_plain else math.nan,
+        float(saved.mean() / _best(trial.known)) if compare and trial.budget is None else math.nan,
         int((~is_open).sum()),
         (time.perf_counter() - start) / draws,
         trial.budget,
+        _best(trial.known) if compare and trial.budget is not None else math.nan,
     )
+
+
+def _metric(pool: Pool, trial: Trial, weights: Floats | None, rows: Ints) -> Metric:
+    """The metric of a trial on some samples of the pool."""
+    if trial.metric == "brier":
+        assert pool.brier.gain is not None
+        ones = np.ones(len(rows))
+        return Metric(ones, np.zeros_like(rows), gain=pool.brier.gain[rows], unit=pool.brier.unit)
+    class_weights = None if weights is None else torch.from_numpy(weights)
+    labels, predictions = torch.from_numpy(pool.labels[rows]), torch.from_numpy(pool.predictions[rows])
+    return metric_on(trial.metric, class_weights, labels, predictions)
 
 
 def _calibrate(
@@ -281,19 +328,13 @@ def _calibrate(
     """The thresholds that the library chooses on one draw; ``None`` when all exits stay closed."""
     rows, groups = pool.draw(trial.num_units, rng)
     labels, predictions = pool.labels[rows], pool.predictions[rows]
-    if trial.metric == "brier":
-        assert pool.brier.gain is not None
-        ones = np.ones(len(rows))
-        metric = Metric(ones, np.zeros_like(rows), gain=pool.brier.gain[rows], unit=pool.brier.unit)
-    else:
-        class_weights = None if weights is None else torch.from_numpy(weights)
-        metric = metric_on(trial.metric, class_weights, torch.from_numpy(labels), torch.from_numpy(predictions))
+    metric = _metric(pool, trial, weights, rows)
     answers = [Answers("clean", pool.scores[rows], predictions, predictions == labels[:, None], metric)]
     if trial.method == "fitted":
         assert trial.bound is not None
         return fitted(answers, pool.costs, trial.bound).thresholds
     confidence = None if trial.method == "risk control" else trial.confidence
-    method = trial.method if trial.method in ("betting", "bentkus") else "exact"
+    method = next((name for name in ("betting", "bentkus") if name in trial.method), "exact")
     budget = Budget(None if trial.budget is None else trial.budget * pool.costs.full, None)
     terms = Terms(trial.metric, weights, trial.bound, confidence, method, "no split" not in trial.method, draw, budget)
     is_fit = divide(terms, labels, groups, pool.num_classes)
@@ -301,24 +342,22 @@ def _calibrate(
         found = search(terms, answers, labels, groups, is_fit, pool.costs, "entropy", pool.num_classes)
     except BudgetError:
         return None
-    if trial.method != "Bonferroni":
+    if not trial.method.startswith("Bonferroni"):
         return found.thresholds
-    given = answers[0]
-    tested = Condition("clean", given.scores[~is_fit], metric.losses(given.correct)[~is_fit])
-    return _bonferroni(found.path, tested, found.asked[0], 1 - trial.confidence)
+    given, tested = answers[0], np.flatnonzero(~is_fit)
+    asked = terms.asked(labels[tested], None if groups is None else groups[tested], pool.num_classes)
+    condition = Condition("clean", given.scores[tested], metric.losses(given.correct)[tested])
+    return _bonferroni(found.path, condition, asked, method, 1 - trial.confidence)
 
 
 def _bonferroni(
-    path: list[tuple[float, ...]], tested: Condition, asked: Question, level: float
+    path: list[tuple[float, ...]], tested: Condition, asked: Sequence[Question], method: str, level: float
 ) -> tuple[float, ...] | None:
-    """The boldest policy of the path whose p-value is within its share of the level."""
-    test = paired_test(asked.num_units, asked.bound)
-    for thresholds in reversed(path):
-        loss = tested.losses[np.arange(asked.num_units), simulate(thresholds, tested.scores)]
-        [statistic] = test.statistics(np.array([(loss > 0).sum()]), np.array([(loss < 0).sum()]))
-        if test.rejects(float(statistic), level / len(path)):
-            return thresholds
-    return None
+    """The boldest policy of an even grid along the path of which every p-value is within its share of the level."""
+    grid = [path[step] for step in np.unique(np.linspace(0, len(path) - 1, GRID).round().astype(int))] if path else []
+    replay, share = _Replay(grid, tested), level / max(len(grid), 1)
+    tests = [_test(replay, question, method, share) for question in asked]
+    return next((grid[step] for step in reversed(range(len(grid))) if all(test(step) for test in tests)), None)
 
 
 class _Truth:
@@ -332,13 +371,6 @@ class _Truth:
             right = (pool.predictions == said).astype(np.float32)
             gain = right[:, -1:] - right
         self.losses = gain
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is of accuracy on single samples, for which the best thresholds are known."""
-        trial = self.trial
-        plain = trial.metric == "accuracy" and trial.bound is not None and trial.budget is None
-        return plain and self.weights is None and self.pool.starts is None
 
     def __call__(self, thresholds: tuple[float, ...]) -> tuple[float, float]:
         pool, n = self.pool, len(self.pool.labels)
@@ -374,12 +406,29 @@ class _Truth:
 
 
 @cache
-def _best(setting: str, bound: float) -> float:
-    """What the best thresholds save that are within the bound on the whole pool."""
-    pool = make_pool(setting)
-    max_group = 3 if len(pool.costs.head) < 5 else 2
-    point = search_thresholds(pool.scores, pool.correct, pool.costs, bound, max_group=max_group)
-    return 1 - point.cost / pool.costs.full
+def _best(trial: Trial) -> float:
+    """What the best thresholds save that are within the bound on the whole pool; with a budget, what they lose."""
+    pool, weights = make_pool(trial.setting), trial.class_weights
+    metric = _metric(pool, trial, weights, np.arange(POOL))
+    if pool.starts is not None:
+        sizes = np.diff(pool.starts)
+        metric = replace(metric, weights=1.0 / np.repeat(sizes, sizes))
+    truth, max_group = _Truth(pool, trial, weights), 3 if len(pool.costs.head) < 5 else 2
+
+    def outcome(bound: float) -> tuple[float, float]:
+        return truth(
+            search_thresholds(pool.scores, pool.correct, pool.costs, bound, metric, max_group=max_group).thresholds
+        )
+
+    if trial.budget is None:
+        assert trial.bound is not None
+        return outcome(trial.bound)[1]
+    low, high, bound, least = 0.0, 0.2, 0.0, math.nan
+    while high - low > 1e-3:  # the least bound within which something is within the budget
+        loss, saved = outcome(bound)
+        low, high, least = (low, bound, loss) if 1 - saved <= trial.budget else (bound, high, least)
+        bound = (low + high) / 2
+    return least
 
 
 @dataclass(frozen=True)
@@ -423,19 +472,24 @@ def to_markdown(rows: list[Row], big: list[Large]) -> str:
     lines = [
         "# Certified thresholds",
         "",
-        "`python -m benchmarks.guarantees`; every row stands for that many draws of calibration samples. *broken*: "
-        "draws whose loss on new samples is more than promised, of how many there may be (99.9 % binomial limit). "
-        "*of best*: compute saved, of what the best thresholds with knowledge of the distribution save. *fitted* is "
-        "`guarantee=None`, and promises nothing; *risk control* promises the mean loss. *budget*: of the mean cost, as "
-        "a share of the backbone's; then the safest policy within it is chosen, and *broken* counts it as well.",
+        "`python -m benchmarks.guarantees` measures all of it anew, an hour on one thread; with `--missing` only the "
+        "rows that are not here, or of fewer draws, and the others stay. Every row stands for that many draws of "
+        "calibration samples. *broken*: draws whose loss on new samples is more than promised, of how many there may "
+        "be (99.9 % binomial limit). *of best*: compute saved, of what the best thresholds with knowledge of the "
+        f"distribution save. *Bonferroni*: the same p-values on {GRID} policies of the same path, each at its share of "
+        "the level. *fitted* is `guarantee=None`, and promises nothing; *risk control* promises the mean loss. "
+        "*budget*: of the mean cost, as a share of the backbone's; then the safest policy within it is chosen, "
+        "*broken* counts it as well, and *least loss* is that of the best thresholds within it with knowledge of the "
+        "distribution.",
         "",
         "| setting | samples | metric | bound | budget | confidence | method | draws | broken | may be | mean loss "
-        "| saved | of best | closed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| saved | of best | least loss | closed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         promised = row.method not in ("fitted", "risk control")
         of_best = "-" if math.isnan(row.of_best) else f"{row.of_best:.1%}"
+        least_loss = "-" if math.isnan(row.least_loss) else f"{row.least_loss:.4f}"
         cells = [
             row.setting,
             str(row.num_units),
@@ -449,6 +503,7 @@ def to_markdown(rows: list[Row], big: list[Large]) -> str:
             f"{row.mean_loss:.4f}",
             f"{row.saved:.1%}",
             of_best,
+            least_loss,
             str(row.closed),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -474,20 +529,48 @@ def write(folder: Path, rows: list[Row], big: list[Large]) -> None:
     write_atomically(folder / "guarantees.md", to_markdown(rows, big).encode())
 
 
+def read(folder: Path) -> tuple[list[Row], list[Large]]:
+    """What :func:`write` wrote; nothing where there is nothing."""
+    if not (folder / "guarantees.csv").exists():
+        return [], []
+    rows = []
+    with (folder / "guarantees.csv").open(newline="") as file:
+        for cells in csv.DictReader(file):
+            texts = {name: cells.pop(name) for name in ("setting", "metric", "method", "commit")}
+            numbers = {name: None if cell == "" else float(cell) for name, cell in cells.items()}
+            whole = {
+                name: int(numbers.pop(name) or 0) for name in ("num_units", "draws", "broken", "allowed", "closed")
+            }
+            rows.append(Row(**texts, **numbers, **whole))  # type: ignore[arg-type]
+    big = json.loads((folder / "guarantees.json").read_text())["large"]
+    return rows, [Large(**row) for row in big]
+
+
 @click.command()
 @click.option("--draws", type=click.IntRange(min=1), default=1000, show_default=True, help="Of each trial.")
 @click.option("--settings", help="Only these, comma-separated.")
+@click.option("--metrics", help="Only these, comma-separated, such as balanced,brier.")
+@click.option("--missing", is_flag=True, help="Only what the results do not hold with so many draws; the others stay.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(draws: int, settings: str | None, output: Path) -> None:
+def main(draws: int, settings: str | None, metrics: str | None, missing: bool, output: Path) -> None:
     """Measure coverage and power of certified thresholds."""
     torch.set_num_threads(1)
-    chosen = [trial for trial in trials() if settings is None or trial.setting in settings.split(",")]
-    big = large()
-    rows: list[Row] = []
+    before, big = read(output) if missing else ([], [])
+    order = {trial.key: index for index, trial in enumerate(trials())}
+    rows = {row.key: row for row in before if row.key in order}
+    chosen = [
+        trial
+        for trial in trials()
+        if (settings is None or trial.setting in settings.split(","))
+        and (metrics is None or trial.name in metrics.split(","))
+        and not (trial.key in rows and rows[trial.key].draws >= draws)
+    ]
+    big = big or large()
+    commit = provenance(torch.device("cpu"), "guarantees")["commit"]
     for trial in track(chosen, description="draws"):
-        rows.append(run(trial, draws))
-        write(output, rows, big)
-    broken = [row for row in rows if not row.kept]
+        rows[trial.key] = replace(run(trial, draws), commit=commit)
+        write(output, sorted(rows.values(), key=lambda row: order[row.key]), big)
+    broken = [row for row in rows.values() if not row.kept]
     for row in broken:
         click.echo(f"broken too often: {row}", err=True)
     raise SystemExit(bool(broken))

@@ -129,7 +129,8 @@ def answers_of(exit_logits: list[Tensor], policy: cet.ExitPolicy) -> Answers:
             is_final = k == len(exit_logits) - 1
             if policy.score == "patience":
                 if threshold is not None or is_final:
-                    named.append(int(candidates[row].argmax()))
+                    is_broken = any(math.isnan(v) or v == math.inf for v in candidates[row].tolist())
+                    named.append(-1 if is_broken else int(candidates[row].argmax()))
                 score = patience_by_definition(named)
             elif isinstance(policy.score, cet.ScoreFunction):
                 score = float(policy.score.function(candidates[row : row + 1].float() / policy.temperature(k))[0])

@@ -12,7 +12,7 @@ import cet
 
 ROOT = Path(cet.__file__).parent
 LEVELS = (
-    {"data", "perturb", "measure", "files", "signals", "plotting", "callers"},  # beside, below all
+    {"data", "perturb", "measure", "files", "signals", "plotting", "callers", "words"},  # beside, below all
     {"kernels", "_C", "_cuda"},
     {"ops", "partition"},
     {"runtime"},

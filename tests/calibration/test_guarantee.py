@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -251,6 +253,37 @@ def test_chance_is_told_by_the_permutation_distribution() -> None:
     assert chance_test(np.zeros(9, dtype=int), np.zeros(9, dtype=int), 3) == 0
 
 
+def test_what_is_one_is_not_called_many() -> None:
+    one = {key: values[:1] for key, values in answers(3000).items()}
+    lonely = {**answers(3000), "labels": np.minimum(answers(3000)["labels"], 1)}
+    lonely["labels"][:] = np.arange(3000) % 2
+    lonely["labels"][:2] = 2
+    lonely["predictions"] = lonely["predictions"].copy()
+    lonely["predictions"][:2, :2] = 0
+    calibrations = [
+        certified(**one),
+        certified(**one, metric="disagreement"),
+        certified(**one, guarantee=None),
+        certified(bound=0.01),
+        certified(bound=0.01, metric="disagreement"),
+        certified(groups=np.zeros(3000)),
+        certified(groups=np.arange(3000) % 2, bound=0.01),
+        certified(metric="per_class", **lonely),
+        certified(bound=0.01, metric="balanced", **lonely),
+        certified(bound=0.6, confidence=0.1, metric="per_class", split=False),
+    ]
+    for calibration in calibrations:
+        text = str(calibration.report)
+        wrong = re.search(
+            r"(?<![\d.])1 (\w+ )?(samples|groups|classes|points|hundredths|others|units|labels|have|are)\b", text
+        )
+        assert wrong is None, f"{wrong}: {text}"
+    assert "within 1 point of" in certified(bound=0.01).report.certificate.promise  # type: ignore[union-attr]
+    assert "accuracy has 1 group to test on" in str(certified(groups=np.zeros(3000)).report)
+    with pytest.raises(ValueError, match=r"groups has 1 entry for 2 rows"):
+        certified(**{key: values[:2] for key, values in answers(3000).items()}, groups=[0])
+
+
 def test_what_cannot_be_certified_closes_all_exits_and_says_why() -> None:
     few = answers(80)
     reason = refused(**few)
@@ -481,3 +514,95 @@ def test_bad_arguments_are_refused_before_any_batch(
 def test_losses_out_of_bounds_are_refused(low: float, high: float, function: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cet.BoundedLoss(function, low, high).of(torch.rand(5, 3), torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_note_names_the_exit_at_which_logits_are_not_finite(model: cet.EarlyExit) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.heads[0].parameters()).fill_(float("nan"))
+    calibration = cet.calibrate(broken, loader(), 0.1, 0.9)
+    (note,) = [note for note in certificate_of(calibration).notes if "finite" in note]
+    assert note == (
+        f"3000 of 3000 clean samples have logits that are not finite at an exit ({broken.exit_names[0]}); such do not "
+        "leave there"
+    )
+    assert calibration.policy.thresholds[0] is None
+
+
+def test_perturbations_get_copies_and_return_every_row(model: cet.EarlyExit) -> None:
+    batches = loader()
+    before = [x.clone() for x, _ in batches]
+
+    def in_place(x: Tensor) -> Tensor:
+        return x.mul_(0.0)
+
+    both = cet.calibrate(model, batches, 0.1, 0.9, perturb={"in place": in_place, "none": lambda x: x})
+    assert all(torch.equal(x, old) for (x, _), old in zip(batches, before, strict=True))
+    losses = {claim.condition: claim.loss for claim in certificate_of(both).claims}
+    assert losses["none"] == losses["clean"]
+    with pytest.raises(ValueError, match=r"perturb\['perturbed'\] makes 10 rows of \d+; return every row of the batch"):
+        cet.calibrate(model, batches, perturb=lambda x: x[:10])
+    with pytest.raises(TypeError, match=r"perturb\['perturbed'\] returns nothing; return the perturbed inputs"):
+        cet.calibrate(model, batches, perturb=lambda x: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_promise_that_holds_and_is_worth_little_says_so() -> None:
+    chance = np.random.default_rng(5).integers(CLASSES, size=3000)
+    kept = certified(bound=0.05, metric="disagreement", labels=chance)
+    assert "no more than chance would have it" in certificate_of(kept).notes[-1]
+    one = certified(bound=0.05, metric="disagreement", labels=np.ones(3000, dtype=np.int64))
+    assert certificate_of(one).notes[-1] == "all 3000 labelled samples are of class 1; give samples of every class"
+    assert len(certificate_of(certified(bound=0.05, metric="disagreement")).notes) == 1
+
+
+def test_no_confidence_is_written_as_certainty() -> None:
+    assert "with probability 0.9999999 over" in certificate_of(certified(bound=0.1, confidence=0.9999999)).promise
+
+
+def test_no_threshold_is_a_negative_zero() -> None:
+    scores = -np.abs(answers(3000)["scores"]).clip(0, 1)
+    policy = certified(bound=0.9, confidence=0.1, scores=-scores, score="margin", split=False).policy
+    assert policy.thresholds[0] == 0
+    assert math.copysign(1.0, policy.thresholds[0]) == 1.0
+
+
+@pytest.mark.parametrize("guarantee", ["exact", "betting", "bentkus"])
+@pytest.mark.parametrize("confidence", [0.9, None])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_least_bound_that_few_could_show_is_one_for_which_they_are_enough(
+    guarantee: Any, confidence: float | None, grouped: bool
+) -> None:
+    options: dict[str, Any] = {"confidence": confidence}
+    if grouped:
+        options |= {"groups": np.arange(3000) // 300, "guarantee": "auto" if guarantee == "exact" else guarantee}
+    else:
+        options |= {key: values[:30] for key, values in answers(3000).items()} | {"guarantee": guarantee}
+    told = re.search(r"give more, or allow (\S+) at least$", refused(bound=0.01, **options))
+    assert told is not None
+    least = float(told[1])
+    assert "are needed to show" in refused(bound=0.9 * least, **options)
+    enough = certificate_of(certified(bound=least, **options))
+    assert enough.certified or "the safest policy that was tried loses" in str(enough.reason)
+
+
+def test_what_so_few_cannot_show_at_any_bound_is_not_offered() -> None:
+    assert refused(groups=np.arange(3000) // 1500, confidence=0.95).endswith("a few more to lay the path; give more")
+    assert refused(metric="per_class", confidence=0.99, bound=0.005).endswith("give more, or allow more")
+
+
+def test_a_function_whose_range_is_unknown_needs_samples_that_lay_its_path() -> None:
+    own = cet.ScoreFunction(lambda logits: logits.amax(1), name="largest")
+    few = {key: values[:45] for key, values in answers(3000).items()}
+    assert refused(bound=0.05, score=own, **few) == (
+        "all samples are needed to test, and none is left to lay a path for the score 'largest'; give more"
+    )
+
+
+def test_a_front_of_nothing_says_so() -> None:
+    few = certificate_of(certified(**{key: values[:5] for key, values in answers(3000).items()}))
+    assert few.front_table() == "   no policy was tried"
+
+
+def test_empty_lists_are_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="labels is empty; give held-out samples"):
+        cet.calibrate_scores([], [], [], COSTS, num_classes=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
@@ -29,7 +31,7 @@ from cet.energy import MonotonicClock
 from cet.report.energy import measure_energy
 from cet.report.figures import made_with
 from cet.report.folder import RunFolder
-from cet.report.markdown import SCOPE, energy_verdict, time_verdict
+from cet.report.markdown import SCOPE, calibration_verdict, energy_verdict, time_verdict
 from cet.report.schema import Report, at
 from cet.report.timing import Speed, Speedup
 from cet.training import JOINT, build
@@ -185,6 +187,47 @@ def test_report_agrees_with_the_models_it_stands_beside(folder: RunFolder, repor
         assert clean["exits"][-1]["accuracy"] == full
         assert clean["early"]["accuracy"] == (labels == test.y).double().mean().item()
         assert clean["early"]["exit_shares"] == pytest.approx((exits / len(test)).tolist())
+
+
+def test_the_promise_is_checked_on_the_test_persons(
+    finished: tuple[RunFolder, str], report: Report, split: Split
+) -> None:
+    folder, out = finished
+    verdict = calibration_verdict(report)
+    assert verdict in (folder / "report.md").read_text()
+    assert verdict in " ".join(out.split())
+    assert "accuracy has 2 groups to test on, and even without any loss at least 347 are needed" in verdict
+    assert "So the thresholds are fitted instead, which promises nothing" in verdict
+    test = run._some(split.test, TINY.test_windows, 0)
+    for name, recipe in report["recipes"].items():
+        model = cet.load(folder / f"{name}.safetensors", build(JOINT, split, 0).backbone)
+        with torch.no_grad():
+            full = model.backbone(test.x).argmax(1) == test.y
+        early = model.predict(test.x).labels == test.y
+        people = [test.person == person for person in report["data"]["persons"]["test"]]
+        expected = [(full[own].double().mean() - early[own].double().mean()).item() for own in people]
+        assert at(recipe, 0.0)["group_losses"] == pytest.approx(expected)
+        worse = max(fmean(at(recipe, severity)["group_losses"]) for severity in report["conditions"].values())
+        assert f"{100 * worse:.1f} points with {name}" in verdict
+        assert f"with {name} (within it)" in verdict if worse <= 0.01 else f"with {name} (more)" in verdict
+
+
+def test_a_promise_that_is_made_is_printed_beside_what_became_of_it(report: Report) -> None:
+    made = copy.deepcopy(report)
+    for recipe in made["recipes"].values():
+        recipe["certificate"] |= {"certified": True, "promise": "certified: as it is"}
+        recipe["calibration"]["certificate"] = recipe["certificate"]
+        for row in recipe["severities"]:
+            row["group_losses"] = [0.03, -0.01]
+    verdict = calibration_verdict(made)
+    assert verdict.startswith("The promise for joint: certified: as it is. The promise for consistent: certified")
+    assert verdict.endswith(
+        "On the 2 test persons, who count alike, on the worse of clean and perturbed input, accuracy loses 1.0 points "
+        "with joint (within it) and 1.0 points with consistent (within it)."
+    )
+    for recipe in made["recipes"].values():
+        recipe["severities"][2]["group_losses"] = [0.03, 0.01]
+    assert calibration_verdict(made).count("2.0 points with") == calibration_verdict(made).count("(more)") == 2
 
 
 def test_markdown_says_what_the_figures_are_and_are_not(folder: RunFolder, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cet
 from cet.deploy.check import NEAR
@@ -198,3 +199,101 @@ def test_sizes_that_vary(built: Built, exported: Exported) -> None:
 def test_importing_the_loader_imports_no_torch() -> None:
     code = "import cet.deploy.onnx, cet.deploy.stages, cet, sys; cet.load_exported; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+def test_patience_is_counted_in_the_file_row_by_row(tmp_path: Path, batch: Any) -> None:
+    torch.manual_seed(3)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    backbone = nn.Sequential(*layers, nn.Linear(6, 3)).eval()
+    with torch.no_grad():  # so that exits name different classes
+        for layer in layers[::2]:
+            layer.weight.mul_(3)
+    x = torch.randn(400, 6)[: 400 if batch == "dynamic" else 60]
+    model = cet.EarlyExit(backbone, exits=["1", "3", "5"], example_inputs=(x[:4],)).eval()
+    with torch.no_grad():
+        logits = list(model.exit_logits(x))
+    left = set()
+    policies = cet.ExitPolicy("patience", (1, 1, 1)), cet.ExitPolicy("patience", (math.inf, 3, 2))
+    for policy in policies[: 2 if batch == "dynamic" else 1]:
+        model.policy = policy
+        path = tmp_path / "patient.onnx"
+        report = cet.export(model, path, batch=batch)
+        assert report.comparison.rows > 20
+        loaded = cet.load_exported(path)
+        assert loaded.description.score == "patience"
+        expected = answers_of(logits, policy)
+        got = [loaded.predict(rows) for rows in ([x] if batch == "dynamic" else x.split(1))]
+        assert torch.equal(torch.cat([answer.exit_index for answer in got]), expected.exit_index)
+        assert torch.equal(torch.cat([answer.score for answer in got]), expected.score)
+        assert torch.allclose(torch.cat([answer.logits for answer in got]), expected.logits, atol=1e-5)
+        left |= set(expected.exit_index.tolist())
+    assert left == {1, 2, 3}
+
+
+def test_an_exit_whose_logits_are_not_finite_names_no_class_in_a_file(tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, :1] > 0, torch.cat([x[:, :2], x[:, :1] / 0], dim=1), x)  # +Inf in such a row
+
+    class Mended(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(max=3.0)
+
+    backbone = nn.Sequential(nn.Identity(), Broken(), Mended(), nn.Hardtanh(-9, 9)).eval()
+    x = torch.randn(64, 3)
+    model = cet.EarlyExit(backbone, exits={k: nn.Identity() for k in "012"}, example_inputs=(x[:4],)).eval()
+    model.policy = cet.ExitPolicy("patience", (5, 1, 1))
+    cet.export(model, tmp_path / "m.onnx")
+    got, own = cet.load_exported(tmp_path / "m.onnx").predict(x), model.predict(x)
+    is_broken = x[:, 0] > 0
+    assert own.exit_index[~is_broken].unique().tolist() == [1]
+    assert own.exit_index[is_broken].unique().tolist() == [3]  # the break lets nobody leave at the exit behind it
+    assert torch.equal(got.exit_index, own.exit_index)
+    assert torch.equal(got.score, own.score)
+
+
+@pytest.mark.parametrize(("batch", "is_low"), [("dynamic", True), (1, False)])
+def test_a_function_of_the_logits_is_in_the_file(tmp_path: Path, batch: Any, is_low: bool) -> None:
+    torch.manual_seed(4)
+    backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(300, 6)
+    model = cet.EarlyExit(backbone, exits=["1", "3"], example_inputs=(x[:4],)).eval()
+    weights = torch.tensor([1.0, 2.0, 0.5])
+
+    def weighed(logits: Tensor) -> Tensor:
+        score = (logits.softmax(1) * weights).square().sum(1)
+        return -score if is_low else score
+
+    score = cet.ScoreFunction(weighed, is_low_when_sure=is_low, name="weighed")
+    model.policy = cet.ExitPolicy(score, (0.0, 0.0), (1.5, 1.0, 0.7))
+    middle = [scores.median().item() for _, scores in model.exit_answers(x)[:-1]]
+    model.policy = cet.ExitPolicy(score, tuple(middle), (1.5, 1.0, 0.7))
+    cet.export(model, tmp_path / "own.onnx", batch=batch, thresholds="input" if batch == 1 else "baked")
+    loaded = cet.load_exported(tmp_path / "own.onnx")
+    assert (loaded.description.score, loaded.description.is_low_when_sure) == ("weighed", is_low)
+    x[0] = float("nan")
+    given = [x] if batch == "dynamic" else list(x.split(1))
+    got = [loaded.predict(rows) for rows in given]
+    exits, scores = (torch.cat([getattr(answer, name) for answer in got]) for name in ("exit_index", "score"))
+    sure = torch.tensor(
+        [
+            all(abs(s[row] - t) > NEAR for (_, s), t in zip(model.exit_answers(x), middle, strict=False))
+            for row in range(len(x))
+        ]
+    )
+    sure[0] = True
+    own = model.predict(x)
+    assert sure.sum() > 290
+    assert len(own.exit_index.unique()) == 3
+    assert torch.equal(exits[sure], own.exit_index[sure])
+    assert torch.allclose(scores[sure], own.score[sure], atol=1e-5, equal_nan=True)
+
+
+def test_a_function_without_a_form_in_onnx_is_refused_by_its_name(tmp_path: Path) -> None:
+    backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    model = cet.EarlyExit(backbone, exits=["1"], example_inputs=(torch.randn(4, 6),)).eval()
+    odd = cet.ScoreFunction(lambda logits: torch.tensor([float(row.max()) for row in logits]), name="odd")
+    model.policy = cet.ExitPolicy(odd, (0.0,))
+    with pytest.raises(cet.ExportError, match="the score 'odd' has no form in ONNX"):
+        cet.export(model, tmp_path / "m.onnx")

@@ -75,7 +75,7 @@ def test_exit_logits_in_either_mode_and_own_heads():
 
 def test_policy_is_checked_when_assigned():
     model = build()
-    with pytest.raises(ValueError, match="policy has 1 thresholds but the model has 2 early exits"):
+    with pytest.raises(ValueError, match="policy has 1 threshold but the model has 2 early exits"):
         model.policy = cet.ExitPolicy(thresholds=(0.1,))
     with pytest.raises(ValueError, match="policy has 3 thresholds"):
         build(policy=cet.ExitPolicy(thresholds=(0.1, 0.1, 0.1)))

@@ -193,8 +193,15 @@ def test_a_saved_model_keeps_patience_and_refuses_functions(own_policy: cet.Earl
 
 
 def test_other_runners_and_formats_refuse_them(own_policy: cet.EarlyExit, tmp_path: Path) -> None:
-    own_policy.policy = cet.ExitPolicy("patience", (1,) * EARLY)
-    with pytest.raises(ValueError, match="an exported file cannot have the score 'patience', which only the eager"):
+    for score, threshold, named in ((GINI, 0.5, "gini"), ("patience", 1, "patience")):
+        own_policy.policy = cet.ExitPolicy(score, (threshold,) * EARLY)
+        for name in ("m.stages", "m.pt2", "m.pte", "m.tflite"):
+            with pytest.raises(ValueError, match=f"cannot have the score '{named}'; export to one .onnx file, or set"):
+                cet.export(own_policy, tmp_path / name)
+    with pytest.raises(ValueError, match="needs all of them open and its thresholds baked"):
+        cet.export(own_policy, tmp_path / "m.onnx", thresholds="input")
+    own_policy.policy = cet.ExitPolicy("patience", (None, *(1,) * (EARLY - 1)))
+    with pytest.raises(ValueError, match="needs all of them open and its thresholds baked"):
         cet.export(own_policy, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="the runner 'graphs' cannot have the score 'gini'"):
         require_kernel(GINI, "the runner 'graphs'")
@@ -217,6 +224,34 @@ def test_bad_functions_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         cet.calibrate(trained, [rows(200, 1)], score=cet.ScoreFunction(function))
+
+
+def test_a_function_that_mixes_rows_is_refused_at_its_first_batch_wherever_the_policy_is_from(
+    trained: cet.EarlyExit,
+) -> None:
+    x, _ = rows(20, 1)
+    calls: list[int] = []
+
+    def mixing(logits: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return logits.amax(1) - logits.mean()
+
+    before = trained.policy
+    try:
+        trained.policy = cet.ExitPolicy(cet.ScoreFunction(mixing), (0.0,) * (trained.num_exits - 1))
+        trained.predict(x[:1])  # a single row cannot be mixed with others
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another score alone than among others"):
+                trained.predict(x)
+        own = cet.ScoreFunction(lambda logits: (calls.append(len(logits)), logits.amax(1))[1])
+        trained.policy = cet.ExitPolicy(own, (1e9,) * (trained.num_exits - 1))
+        x[0] = float("nan")
+        trained.predict(x)
+        calls.clear()
+        trained.predict(x)
+        assert calls == [20] * trained.num_exits  # checked once
+    finally:
+        trained.policy = before
 
 
 def test_bad_scores_are_refused(trained: cet.EarlyExit) -> None:

@@ -81,7 +81,7 @@ def test_a_state_for_other_exits_is_refused() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     fewer = cet.EarlyExit(net, ["0"], (X[:3],), policy=cet.ExitPolicy("margin", (0.5,)))
-    with pytest.raises(ValueError, match="policy has 1 thresholds but the model has 2 early exits"):
+    with pytest.raises(ValueError, match="policy has 1 threshold but the model has 2 early exits"):
         make().load_state_dict(fewer.state_dict(), strict=False)
 
 

@@ -68,10 +68,10 @@ class Budget:
         return " and ".join(parts)
 
 
-def rounded_up(cost: float) -> str:
-    """A cost with six digits that is still enough when it is given as a budget."""
-    step = 10.0 ** (math.floor(math.log10(cost)) - 5)
-    return f"{math.ceil(cost / step - ROUNDING) * step:.6g}"
+def rounded_up(cost: float, digits: int = 6) -> str:
+    """A cost with so many digits that is still enough when it is given as a budget, or a loss as a bound."""
+    step = 10.0 ** (math.floor(math.log10(cost)) - digits + 1)
+    return f"{math.ceil(cost / step - ROUNDING) * step:.{digits}g}"
 
 
 NO_BUDGET = Budget(None, None)

@@ -33,12 +33,12 @@ from cet.ops.consistent_exit_loss import UNLABELLED
 from cet.partition.stages import evaluating
 from cet.runtime.policy import ExitPolicy
 from cet.runtime.scores import PolicyScore, ScoreFunction, Scorer, check_score, is_low_when_sure, score_name
+from cet.words import counted
 
 Ints = NDArray[np.int64]
 Perturb = Callable[[Inputs], Inputs]
 
 _SCORED_AT_ONCE = 2**14
-_CHECKED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def calibrate(
             loader, or a function of a batch as the loader yields it that returns them, ``(B,)``. The bound then holds
             for new groups, each counting alike, and the groups must be independent, not the rows.
         perturb: a perturbation, or several by name, under which the bound must hold as well; see :mod:`cet.perturb`.
-            It is called with the inputs of a batch.
+            It is called with a copy of the inputs of a batch, and returns as many rows.
         split: whether a fifth of the samples fits temperatures and lays the path of policies that the others test.
             If not, all samples test, one threshold serves all exits, and all temperatures are 1.
         seed: of the division of the samples, and of the perturbations.
@@ -142,7 +142,10 @@ def calibrate(
     recorder = GroupReader(groups, loader, batch_fn)
     batches = read_batches(loader, model.num_classes, recorder.batch_fn)
     if costs is not None and len(costs.stage) != model.num_exits:
-        raise ValueError(f"costs has {len(costs.stage)} stages but the model has {model.num_exits} exits; give as many")
+        raise ValueError(
+            f"costs has {counted(len(costs.stage), 'stage')} but the model has {counted(model.num_exits, 'exit')}; "
+            "give as many"
+        )
     if costs is None:
         if not isinstance(model, EarlyExit):
             raise ValueError("costs is None, and a file does not tell its own; give the .costs of cet.export's report")
@@ -150,8 +153,6 @@ def calibrate(
     if order.terms:
         Reach.within(costs, order.terms.budget)  # refuses a budget that no exit is within
     collected, labels, is_labelled = _collect(model, batches, perturbations, seed)
-    if isinstance(score, ScoreFunction):
-        score.check_rows(collected["clean"][0][:_CHECKED_ROWS].float())
     y: Ints = labels.numpy()
     of_groups = recorder.indices(is_labelled.numpy())
     is_fit = divide(order.terms, y, of_groups, model.num_classes) if order.terms else np.ones(len(y), dtype=bool)
@@ -171,7 +172,7 @@ def calibrate(
                 metric_on(metric, class_weights, labels, predictions, exit_logits),
             )
         )
-    notes = [*recorder.notes(of_groups), *_finite_notes(collected)]
+    notes = [*recorder.notes(of_groups), *_finite_notes(collected, model.exit_names)]
     calibration = _calibrated(order, model.exit_names, answers, y, of_groups, is_fit, temperatures, costs, notes)
     _warn(calibration.report)
     return calibration if temperature else replace(calibration, policy=replace(calibration.policy, temperatures=None))
@@ -234,6 +235,8 @@ def calibrate_scores(
     of_samples = np.asarray(scores, dtype=np.float32)
     said, y = _class_array("predictions", predictions, num_classes), _class_array("labels", labels, num_classes)
     n = len(y)
+    if not n:
+        raise ValueError("labels is empty; give held-out samples")
     for name, shape, expected in (
         ("scores", of_samples.shape, (n, num_exits - 1)),
         ("predictions", said.shape, (n, num_exits)),
@@ -241,10 +244,9 @@ def calibrate_scores(
     ):
         if shape != expected:
             raise ValueError(
-                f"{name} has shape {shape}; for {n} labels and {num_exits} stages of costs give {expected}"
+                f"{name} has shape {shape}; for {counted(n, 'label')} and {counted(num_exits, 'stage')} of costs give "
+                f"{expected}"
             )
-    if not n:
-        raise ValueError("labels is empty; give held-out samples")
     recorder = GroupReader(None if groups is None else np.asarray(groups))
     of_groups = recorder.indices(np.ones(n, dtype=bool))
     is_fit = divide(order.terms, y, of_groups, num_classes) if order.terms else np.ones(n, dtype=bool)
@@ -293,7 +295,7 @@ def _calibrated(
             order.terms, answers, labels, groups, is_fit, costs, order.score, order.num_classes, notes
         )
     clean, sign = answers[0], _sign(order.score)
-    thresholds = tuple(None if t == -math.inf else sign * t for t in limits)
+    thresholds = tuple(None if t == -math.inf else sign * t + 0.0 for t in limits)  # a zero has no sign
     exit_index, correct = simulate(limits, clean.scores), clean.correct
     right, right_at_final = correct[np.arange(len(correct)), exit_index], correct[:, -1]
     lost, won = int((right_at_final & ~right).sum()), int((right & ~right_at_final).sum())
@@ -442,8 +444,9 @@ def _fit_temperatures(
     )
 
 
-def _finite_notes(collected: Mapping[str, Sequence[Tensor]]) -> list[str]:
-    """How many samples have logits that are not finite; a model of which none has finite ones is refused."""
+def _finite_notes(collected: Mapping[str, Sequence[Tensor]], exit_names: Sequence[str]) -> list[str]:
+    """How many samples have logits that are not finite, and at which exits; a final exit of which none has finite ones
+    is refused."""
     notes = []
     for name, exit_logits in collected.items():
         finite = torch.stack([logits.isfinite().all(dim=1) for logits in exit_logits])
@@ -453,15 +456,19 @@ def _finite_notes(collected: Mapping[str, Sequence[Tensor]]) -> list[str]:
             )
         broken = int((~finite.all(dim=0)).sum())
         if broken:
+            where = ", ".join(
+                exit_name for exit_name, fine in zip(exit_names, finite.all(dim=1), strict=True) if not fine
+            )
             notes.append(
-                f"{broken} of {finite.shape[1]} {name} samples have logits that are not finite; such never leave early"
+                f"{broken} of {counted(finite.shape[1], f'{name} sample')} {'has' if broken == 1 else 'have'} logits "
+                f"that are not finite at an exit ({where}); such do not leave there"
             )
     return notes
 
 
 def _class_array(name: str, values: ArrayLike, num_classes: int) -> Ints:
     array = np.asarray(values)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} is {array.dtype}; give class indices")
     if array.size and not (array.min() >= 0 and array.max() < num_classes):
         raise ValueError(
@@ -512,11 +519,16 @@ def _collect(
             if not is_labelled.any():
                 continue
             for name in batches:
-                given = x if name == "clean" else _perturbed(x, perturbations[name], seed + index)
+                given = x if name == "clean" else _perturbed(x, name, perturbations[name], seed + index)
                 args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), as_call(given))
                 if isinstance(model, EarlyExit) and not labels and not batches[name]:
                     model.check(*args, **kwargs)
                 answers = model.exit_answers(*args, **kwargs)
+                if name != "clean" and len(answers[0][0]) != len(y):
+                    raise ValueError(
+                        f"perturb[{name!r}] makes {counted(len(answers[0][0]), 'row')} of {len(y)}; return every row "
+                        "of the batch, in its order"
+                    )
                 batches[name].append([logits.cpu()[is_labelled] for logits, _ in answers])
             labels.append(y[is_labelled])
     if not labels:
@@ -525,11 +537,14 @@ def _collect(
     return collected, torch.cat(labels), torch.cat(labelled)
 
 
-def _perturbed(x: Inputs, perturb: Perturb, seed: int) -> Inputs:
-    """The inputs of one batch, perturbed by draws that are the same in every calibration."""
+def _perturbed(x: Inputs, name: str, perturb: Perturb, seed: int) -> Inputs:
+    """A copy of the inputs of one batch, perturbed by draws that are the same in every calibration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return perturb(x)
+        perturbed = perturb(pytree.tree_map_only(Tensor, torch.clone, x))
+    if perturbed is None:
+        raise TypeError(f"perturb[{name!r}] returns nothing; return the perturbed inputs")
+    return perturbed
 
 
 def _scores(

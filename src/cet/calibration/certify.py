@@ -27,7 +27,8 @@ from cet.calibration.metrics import Metric, MetricChoice
 from cet.calibration.path import lay_path, plain_path
 from cet.calibration.report import Certificate, Claim, FrontPoint
 from cet.calibration.thresholds import MAX_GROUP, OperatingPoint, search_thresholds, simulate
-from cet.runtime.scores import PolicyScore, is_low_when_sure
+from cet.runtime.scores import PolicyScore, ScoreFunction, is_low_when_sure
+from cet.words import counted, uncertain
 
 NUM_FRONT = 25
 """How many policies of the path a certificate keeps."""
@@ -39,6 +40,9 @@ more classes that are bounded one by one, exit by exit."""
 
 CHANCE_DEVIATIONS = 2.0
 """How far above chance the final exit has to be, so that there is an accuracy to keep."""
+
+RIGHT_OR_WRONG = ("accuracy", "balanced", "per_class")
+"""Metrics of which a model at chance has nothing to keep, nor one that saw a single class."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -198,7 +202,7 @@ def search(
         [trial.reach.expand(thresholds) for thresholds in path],
         asked,
         trial.outcome,
-        None if trial.outcome.steps else _refused(terms, trial.outcome),
+        None if trial.outcome.steps else _refused(terms, trial.outcome, score, bool(is_fit.any())),
         first,
         None if is_known or trial.spending is None else trial.spending.at(first)[1],
         trial.chosen,
@@ -357,6 +361,8 @@ def certify(
     """
     found = search(terms, answers, labels, groups, is_fit, costs, score, num_classes)
     thresholds = found.thresholds or (-math.inf,) * answers[0].scores.shape[1]
+    if terms.metric not in RIGHT_OR_WRONG and (doubt := _no_accuracy(answers[0], labels, num_classes)):
+        notes = [*notes, doubt]  # what is promised holds, and is worth little
     fitted_cost = None
     if terms.bound is not None and not terms.budget:
         max_group = 1 if len(found.asked) > MANY_CLASSES else 2 if len(costs.head) > MANY_EXITS else MAX_GROUP
@@ -472,19 +478,27 @@ def _too_dear(
     )
 
 
+def _no_accuracy(clean: Answers, labels: Ints, num_classes: int) -> str | None:
+    """Why these samples show no accuracy that could be kept."""
+    present = np.unique(labels)
+    if len(present) == 1:
+        every = "the only labelled sample is" if len(labels) == 1 else f"all {len(labels)} labelled samples are"
+        return f"{every} of class {present[0]}; give samples of every class"
+    if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
+        right = f"{clean.correct[:, -1].mean():.1%} of {counted(len(labels), 'sample')}"
+        return (
+            f"the final exit is right on {right}, which is no more than chance would have it, so there is no accuracy "
+            "to keep; train the model, or give more samples"
+        )
+    return None
+
+
 def _hopeless(
     terms: Terms, clean: Answers, labels: Ints, asked: Sequence[Question], num_classes: int, unit: str
 ) -> str | None:
     """Why nothing can be certified, before any policy is looked at."""
-    present = np.unique(labels)
-    if terms.metric in ("accuracy", "balanced", "per_class"):
-        if len(present) == 1:
-            return f"all {len(labels)} labelled samples are of class {present[0]}; give samples of every class"
-        if chance_test(labels, clean.predictions[:, -1], num_classes) < CHANCE_DEVIATIONS:
-            return (
-                f"the final exit is right on {clean.correct[:, -1].mean():.1%} of {len(labels)} samples, which is no "
-                "more than chance would have it, so there is no accuracy to keep; train the model, or give more samples"
-            )
+    if terms.metric in RIGHT_OR_WRONG and (reason := _no_accuracy(clean, labels, num_classes)):
+        return reason
     short: list[tuple[int, Question]] = []
     for question in asked:
         least = terms.least_units(question)
@@ -495,18 +509,26 @@ def _hopeless(
     if not short:
         return None
     least, worst = min(short, key=lambda pair: pair[1].num_units)
-    what = "samples of the rarest class" if worst.name.startswith("mean recall") and unit == "samples" else unit
-    others = f", and {len(short) - 1} more have too few" if len(short) > 1 else ""
-    level = "in expectation" if terms.confidence is None else f"at confidence {terms.confidence:.4g}"
+    rarest = " of the rarest class" if worst.name.startswith("mean recall") and unit == "samples" else ""
+    has = counted(worst.num_units, unit.removesuffix("s"), unit) + rarest
+    others = f", and {counted(len(short) - 1, 'more has', 'more have')} too few" if len(short) > 1 else ""
+    needed = counted(least, "is", "are")
+    level = "in expectation" if terms.confidence is None else f"at confidence {uncertain(terms.confidence)}"
     to_fit = ", and a few more to lay the path" if terms.split else ""
+    allow = ", or allow more"
+    if len(asked) == 1 and not worst.base:  # else the bound is not that of the loss alone
+        could = worst.least_bound(terms.method, terms.level)
+        allow = f", or allow {rounded_up(could, 2)} at least" if could is not None and could < 1 else ""
     return (
-        f"{worst.name} has {worst.num_units} {what} to test on{others}, and even without any loss at least {least} are "
-        f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more, or allow more"
+        f"{worst.name} has {has} to test on{others}, and even without any loss at least {needed} "
+        f"needed to show a loss within {worst.bound:.4g} {level}{to_fit}; give more{allow}"
     )
 
 
-def _refused(terms: Terms, outcome: Outcome) -> str:
-    """Why not even the first policy of the path was certified."""
+def _refused(terms: Terms, outcome: Outcome, score: PolicyScore, is_laid: bool) -> str:
+    """Why not even the first policy of the path was certified; ``is_laid`` where samples laid the path."""
+    if not outcome.losses and isinstance(score, ScoreFunction) and not is_laid:
+        return f"all samples are needed to test, and none is left to lay a path for the score {score.name!r}; give more"
     if not outcome.losses:
         return "no sample that lays the path has a finite score at an early exit, so none could leave there"
     losses = [loss for row in outcome.losses for loss in row]

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cet.model.early_exit import EarlyExit
 from cet.partition.stages import evaluating, first_tensor, logits_of
+from cet.words import counted
 
 _backends: Any = torch.backends  # its flags are settable properties, which its annotations deny
 
@@ -51,7 +52,7 @@ class ExitCosts:
                     raise ValueError(f"{name}[{index}] is {value}; give a finite cost >= 0")
         if len(self.stage) != len(self.head) + 1:
             raise ValueError(
-                f"costs have {len(self.stage)} stages and {len(self.head)} heads; "
+                f"costs have {counted(len(self.stage), 'stage')} and {counted(len(self.head), 'head')}; "
                 "give one stage per exit, and one head per exit but the final one"
             )
         if self.full == 0:
@@ -66,7 +67,8 @@ class ExitCosts:
         """The cost of leaving at each exit, ``(E,)``, when only the early exits ``is_open`` run their heads."""
         if len(is_open) != len(self.head):
             raise ValueError(
-                f"is_open has {len(is_open)} entries for {len(self.head)} early exits; give one per early exit"
+                f"is_open has {counted(len(is_open), 'entry', 'entries')} for {counted(len(self.head), 'early exit')}; "
+                "give one per early exit"
             )
         paid_heads = np.where(is_open, self.head, 0.0)
         cost: NDArray[np.float64] = np.cumsum(self.stage) + np.cumsum(np.append(paid_heads, 0.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from cet.data.batches import BatchFn, split_batch
+from cet.words import counted
 
 Ints = NDArray[np.int64]
 
@@ -62,7 +63,8 @@ class GroupReader:
             return None
         if of_rows.shape != is_labelled.shape:
             raise ValueError(
-                f"groups has {len(of_rows)} entries for {len(is_labelled)} rows of the loader; give one per row"
+                f"groups has {counted(len(of_rows), 'entry', 'entries')} for {counted(len(is_labelled), 'row')} of the "
+                "loader; give one per row"
             )
         if any(group is None or group != group for group in of_rows.tolist()):
             raise ValueError("groups holds a missing value; give the group of every row, or leave such rows out")
@@ -73,9 +75,10 @@ class GroupReader:
         """What the certificate should say of them."""
         if index is not None:
             num_groups = int(index.max()) + 1
-            if num_groups == len(index):
+            if num_groups == len(index) > 1:
                 return ["every group holds a single row, so the groups tell nothing that rows do not"]
-            return [f"{len(index)} samples are in {num_groups} groups; only whole groups are taken to be independent"]
+            are = counted(len(index), "sample is", "samples are")
+            return [f"{are} in {counted(num_groups, 'group')}; only whole groups are taken to be independent"]
         if self._untold:
             return [
                 "the loader's dataset has groups, which were not given: the promise holds only if its samples are "

@@ -108,6 +108,19 @@ class Question:
             return math.ceil((self.high - self.bound) / (self.bound + self.base) - 1e-9)
         return _least_units(self.method(method), self.low, self.high, self.bound, self.base, level)
 
+    def least_bound(self, method: str, level: float | None) -> float | None:
+        """The least bound, to a thousandth, that its units could show if none of them lost anything; ``None`` when they
+        cannot show any below ``high``."""
+        count = self.num_units
+        if level is None:
+            return self.high / (count + 1) if count else None
+        lost_nothing, low, high = np.zeros(count), 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            asked = replace(self, bound=middle * self.high)
+            low, high = (low, middle) if asked.p_value(method, lost_nothing, level) <= level else (middle, high)
+        return high * self.high if high < 1 else None
+
 
 @lru_cache(1024)
 def _least_units(method: str, low: float, high: float, bound: float, base: float, level: float) -> int:
@@ -116,7 +129,10 @@ def _least_units(method: str, low: float, high: float, bound: float, base: float
     def refutes(count: int) -> bool:
         return probe.p_value(method, np.full(count, -base), level) <= level
 
-    enough = 1
+    # Exactly, it is nearly always the number of which the chance of no loss, (1 - bound) ** number, is the level.
+    enough = max(1, math.ceil(math.log(level) / math.log1p(-bound) - 1e-9)) if method == "exact" else 1
+    if enough > 1 and refutes(enough) and not refutes(enough - 1):
+        return enough
     while not refutes(enough):
         enough *= 2
     return bisect_left(range(enough), True, key=refutes)

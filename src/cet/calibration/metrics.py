@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cet.words import counted
+
 MetricName = Literal["accuracy", "balanced", "per_class", "disagreement", "brier"]
 MetricFunction = Callable[[Tensor, Tensor], Any]
 """Of labels ``(n,)`` and predictions ``(n,)``, int64 tensors on the CPU; more is better. It returns one number."""
@@ -52,7 +54,9 @@ class BoundedLoss:
         """
         losses = torch.as_tensor(self.function(logits, labels)).detach().double().cpu()
         if losses.shape != labels.shape:
-            raise ValueError(f"metric gives shape {tuple(losses.shape)} for {len(labels)} samples; give one loss each")
+            raise ValueError(
+                f"metric gives shape {tuple(losses.shape)} for {counted(len(labels), 'sample')}; give one loss each"
+            )
         losses = losses.where(logits.isfinite().all(dim=1), self.high)
         outside = losses[~((losses >= self.low - 1e-6) & (losses <= self.high + 1e-6))]
         if outside.numel():

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from cet.words import counted, uncertain
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -170,15 +172,14 @@ class Certificate:
         """What is guaranteed, as a sentence."""
         if self.reason is not None:
             return f"nothing is certified, and all exits are closed: {self.reason}"
-        per_point = "points" if self.metric not in ("brier", "disagreement") else "hundredths"
-        how = "in expectation" if self.confidence is None else f"with probability {self.confidence:.4g}"
+        how = "in expectation" if self.confidence is None else f"with probability {uncertain(self.confidence)}"
         also = "" if self.conditions == ("clean",) else f", {' as well as '.join(self.conditions)},"
         new = f"on new {self.unit} of the same kind{also}"
         promised = []
         if self.bound is not None:
-            kept = f"within {100 * self.bound:.4g} {per_point} of the full model's"
-            if self.metric == "disagreement":
-                kept = f"at most {100 * self.bound:.4g} {per_point}"
+            one = "hundredth" if self.metric in ("brier", "disagreement", "loss") else "point"
+            points = counted(f"{100 * self.bound:.4g}", one)
+            kept = f"at most {points}" if self.metric == "disagreement" else f"within {points} of the full model's"
             promised.append(f"{BOUNDED.get(self.metric, self.metric)} {new} is {kept}")
         if self.mean_budget is not None:
             promised.append(f"the mean cost{'' if promised else ' ' + new} is within {self._cost(self.mean_budget)}")
@@ -198,6 +199,8 @@ class Certificate:
     def front_table(self, unit: str | None = None) -> str:
         """The front as text, one policy a line; ``*`` marks the calibration's, ``+`` others that are certified. Costs
         are in ``unit``, that of the calibration when not given."""
+        if not self.front:
+            return "   no policy was tried"
         unit = self.cost_unit if unit is None else unit
         lines = [f"   {'cost ' + unit:>14}  {'loss':>8}  thresholds"]
         for point in self.front:
@@ -247,11 +250,15 @@ class Certificate:
             p_value = "" if claim.p_value is None else f", p = {claim.p_value:.3g}"
             where = "" if claim.condition == "clean" else f" on {claim.condition} input"
             lines.append(
-                f"{claim.name}{where}: a loss of {100 * (claim.loss or 0.0):.2f} hundredths in {claim.num_units} "
-                f"independent units{p_value}; with no loss at all {claim.least_units or 'no number'} of them would do"
+                f"{claim.name}{where}: a loss of {100 * (claim.loss or 0.0):.2f} hundredths in "
+                f"{counted(claim.num_units, 'independent unit')}{p_value}; with no loss at all "
+                f"{claim.least_units or 'no number'} of them would do"
             )
         if len(tested) > MAX_CLAIMS_SHOWN:
-            lines.append(f"and {len(tested) - MAX_CLAIMS_SHOWN} more with smaller p-values")
+            lines.append(
+                f"and {len(tested) - MAX_CLAIMS_SHOWN} more"
+                + " with no larger p-value" * (tested[0].p_value is not None)
+            )
         if self.cost_p_value is not None:
             lines.append(f"mean cost: {self._cost(self.mean_cost)}, p = {self.cost_p_value:.3g}")
         if self.reason is None and (self.claims or self.mean_budget is not None):  # else nothing was tested
@@ -262,7 +269,8 @@ class Certificate:
                 f"these samples give {self.fitted_cost:.4g}"
             )
             lines.append(
-                f"tested on {self.num_tested} samples ({self.method}), {self.num_fit} others laid the path{price}"
+                f"tested on {counted(self.num_tested, 'sample')} ({self.method}), "
+                f"{counted(self.num_fit or 'no', 'other')} laid the path{price}"
             )
         return [*lines, *(f"note: {note}" for note in self.notes)]
 
@@ -328,11 +336,11 @@ class CalibrationReport:
         if not losing or self.max_drop is None:
             return None
         worst = max(losing, key=lambda row: row.drop)
-        lose = "class loses" if len(losing) == 1 else "classes lose"
+        lose = counted(len(losing), "class loses", "classes lose")
         return (
-            f"{len(losing)} {lose} more recall than {100 * self.max_drop:.4g} points, most of all class {worst.label}, "
-            f"from {worst.final_recall:.2%} to {worst.recall:.2%} of {worst.num_samples} samples; bound it with "
-            "metric='per_class' or 'balanced'"
+            f"{lose} more recall than {counted(f'{100 * self.max_drop:.4g}', 'point')}, most of all class "
+            f"{worst.label}, from {worst.final_recall:.2%} to {worst.recall:.2%} of "
+            f"{counted(worst.num_samples, 'sample')}; bound it with metric='per_class' or 'balanced'"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -348,7 +356,7 @@ class CalibrationReport:
                 *self._exit_lines(),
                 f"{bounded}accuracy {self.accuracy:.2%} against {self.final_accuracy:.2%} of the final exit, a drop of "
                 f"{100 * self.drop:.2f} points ({self.confidence:.0%} interval {100 * low:.2f} to {100 * high:.2f}) "
-                f"on {self.num_samples} samples",
+                f"on {counted(self.num_samples, 'sample')}",
                 f"mean cost {self.mean_cost:.4g} {self.unit}, {self.mean_cost / self.full_cost:.1%} of the backbone",
                 *(["fitted on these samples: nothing is guaranteed on others"] if self.certificate is None else []),
                 *(self.certificate.lines() if self.certificate else []),
@@ -380,7 +388,7 @@ class CalibrationReport:
                 f"{row.label:>5}  {row.num_samples:>7}  {row.recall:>6.1%}  {row.final_recall:>8.1%}  {'':<11} {shares}"
             )
         if len(self.classes) > len(shown):
-            lines.append(f"and {len(self.classes) - len(shown)} classes that lose less")
+            lines.append(f"and {counted(len(self.classes) - len(shown), 'class that loses', 'classes that lose')} less")
         return lines
 
 

@@ -15,7 +15,6 @@ from cet.deploy.description import BATCH, Description
 from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
 from cet.model.check import AnswerMismatchError
-from cet.ops.definitions import SCORES, ScoreName
 from cet.partition.inputs import copied
 from cet.partition.verify import is_close
 
@@ -106,7 +105,7 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
             if description.thresholds_are_input:
                 loaded.thresholds = thresholds
             got = loaded.answer(tensors)
-            logits, exit_index, score, is_near = _expected(every_exit, thresholds, description.score)
+            logits, exit_index, score, is_near = _expected(every_exit, thresholds, description)
             sure = ~is_near
             for k, exit_name in enumerate(description.exits):
                 chosen = sure & (exit_index == k)
@@ -127,7 +126,7 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
 
 
 def _expected(
-    every_exit: Sequence[tuple[Tensor, Tensor]], thresholds: Thresholds, score: ScoreName
+    every_exit: Sequence[tuple[Tensor, Tensor]], thresholds: Thresholds, description: Description
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits, exit index and score of each row, and whether one of its scores is near a threshold."""
     *early, (logits, scores) = every_exit
@@ -136,11 +135,15 @@ def _expected(
     for k, ((at_exit, exit_scores), threshold) in reversed(list(enumerate(zip(early, thresholds, strict=True)))):
         if threshold is None:
             continue
-        leaves = exit_scores <= threshold if SCORES[score].is_low_when_sure else exit_scores >= threshold
+        leaves = exit_scores <= threshold if description.is_low_when_sure else exit_scores >= threshold
         logits = torch.where(leaves[:, None], at_exit, logits)
         scores = torch.where(leaves, exit_scores, scores)
         exit_index = torch.where(leaves, k, exit_index)
         is_near = (is_near & ~leaves) | ((exit_scores - threshold).abs() <= NEAR)
+    if description.score == "patience" and description.own_is_low is None:
+        # Counts are exact, so that it is what they count that may be near.
+        gaps = [logits.float().nan_to_num(0.0).topk(min(2, logits.shape[1])).values for logits, _ in every_exit]
+        is_near = torch.stack([top[:, 0] - top[:, -1] <= NEAR * top[:, 0].abs().clamp(min=1) for top in gaps]).any(0)
     return logits, exit_index, scores, is_near
 
 
@@ -149,7 +152,7 @@ def _forced(
 ) -> Iterator[Thresholds]:
     """Thresholds by which all rows leave at one exit, for each; and by which half of those that come leave."""
     early = [segment.exit_index for segment in stages.segments[:-1]]
-    is_low = SCORES[description.score].is_low_when_sure
+    is_low = description.is_low_when_sure
     always, closed = (math.inf if is_low else -math.inf), [None] * len(description.thresholds)
     for k in early:
         yield tuple(always if index == k else None for index in range(len(closed)))

@@ -6,10 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from cet.ops.definitions import ScoreName
+from typing import Any, NamedTuple
 
 FORMAT = "cet-exported"
 FORMAT_VERSION = 1
@@ -60,7 +57,7 @@ class Description:
         exits: names of all exits, shallow first, the final one included.
         num_classes: how many logits a row has.
         class_labels: a name for each class, or None.
-        score: of the policy, see :class:`cet.ExitPolicy`.
+        score: of the policy, see :class:`cet.ExitPolicy`; the name of a function of the user's own.
         thresholds: one per early exit, None for a closed one.
         temperatures: one per exit, or None for 1 everywhere.
         thresholds_are_input: whether thresholds may be given at each call.
@@ -72,12 +69,13 @@ class Description:
         ranges: of the sizes that may vary besides the batch.
         logits_dtype: of the answers.
         versions: of the packages that wrote the file.
+        own_is_low: of a score that is a function, whether a sample leaves at or below the threshold; None for others.
     """
 
     exits: tuple[str, ...]
     num_classes: int
     class_labels: tuple[str, ...] | None
-    score: ScoreName
+    score: str
     thresholds: tuple[float | None, ...]
     temperatures: tuple[float, ...] | None
     thresholds_are_input: bool
@@ -89,16 +87,22 @@ class Description:
     ranges: Mapping[str, Range]
     logits_dtype: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    own_is_low: bool | None = None
 
     @property
     def is_low_when_sure(self) -> bool:
         """Whether a sample leaves at or below the threshold; else at or above it."""
+        if self.own_is_low is not None:
+            return self.own_is_low
         return self.score == "entropy"  # as in cet.ops.definitions.SCORES, which needs torch
 
     def to_json(self) -> str:
         """The description as JSON, in which infinite thresholds are the strings that ``float`` reads."""
         thresholds = [str(t) if t is not None and math.isinf(t) else t for t in self.thresholds]
-        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self), "thresholds": thresholds})
+        values = {**asdict(self), "thresholds": thresholds}
+        if self.own_is_low is None:
+            del values["own_is_low"]  # which older readers do not know
+        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **values})
 
     @classmethod
     def from_json(cls, text: str | None, path: str) -> Description:

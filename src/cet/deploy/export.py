@@ -29,8 +29,10 @@ from cet.files import check_file, check_replaceable, write_atomically, write_fol
 from cet.measure.host import require, versions
 from cet.measure.rounds import Timings
 from cet.model.early_exit import EarlyExit
+from cet.ops.definitions import SCORE_NAMES
 from cet.partition.inputs import Call
-from cet.runtime.scores import require_kernel
+from cet.runtime.policy import ExitPolicy
+from cet.runtime.scores import ScoreFunction, has_kernel, score_name
 
 if TYPE_CHECKING:
     from cet.deploy.onnx_writer import OnnxWriter
@@ -90,7 +92,7 @@ def export(
         ExportError: where the model has no form in this format, with the stage or input and the reason.
         AnswerMismatchError: where the file would answer otherwise than the model.
         ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed, or whose score
-            is patience or a function.
+            is a function, or patience, in another format than ONNX.
         RuntimeError: in train mode.
         ModuleNotFoundError: where a package that writes the format is not installed.
         OSError: where the file cannot be written.
@@ -99,7 +101,6 @@ def export(
         raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
     if model.training:
         raise RuntimeError("model is in train mode; call model.eval() before export")
-    require_kernel(model.policy.score, "an exported file")
     name = format_of(path, format)
     if batch not in ("dynamic", 1):
         raise ValueError(f"batch is {batch!r}; give 'dynamic' or 1")
@@ -110,6 +111,7 @@ def export(
             "every exit of model.policy is closed, so that no row would leave early; set a policy, as cet.calibrate "
             "gives, or export with thresholds='input'"
         )
+    _check_score(model.policy, name, thresholds)
     if class_labels is not None and len(class_labels) != model.num_classes:
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     target = _TARGETS[name]
@@ -149,6 +151,24 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
     if not samples:
         raise ValueError("quantize yields no batches; give samples like those to come")
     return samples
+
+
+def _check_score(policy: ExitPolicy, format: str, thresholds: str) -> None:
+    """Refuse a score that a format cannot have."""
+    if has_kernel(policy.score):
+        return
+    if format != "onnx":
+        raise ValueError(
+            f"the format {format!r} cannot have the score {score_name(policy.score)!r}; export to one .onnx file, or "
+            f"set a policy whose score is one of {', '.join(SCORE_NAMES)}"
+        )
+    if policy.score != "patience":
+        return
+    if thresholds == "input" or None in policy.thresholds:
+        raise ValueError(
+            "patience counts the exits that are open, so that a file needs all of them open and its thresholds baked; "
+            "set a policy with a threshold for every exit, as cet.calibrate gives, and leave thresholds out"
+        )
 
 
 def _writer(stages: ExportedStages, description: Description, samples: Samples | None) -> OnnxWriter:
@@ -278,7 +298,7 @@ def describe(
         exits=model.exit_names,
         num_classes=model.num_classes,
         class_labels=None if class_labels is None else tuple(class_labels),
-        score=require_kernel(model.policy.score, "an exported file"),
+        score=score_name(model.policy.score),
         thresholds=model.policy.thresholds,
         temperatures=model.policy.temperatures,
         thresholds_are_input=thresholds_are_input,
@@ -290,6 +310,7 @@ def describe(
         ranges=stages.ranges,
         logits_dtype=dtype_name("the answer", stages.logits_dtype),
         versions={name: number for name, number in versions(("cet", "torch", *writers)).items() if number},
+        own_is_low=model.policy.score.is_low_when_sure if isinstance(model.policy.score, ScoreFunction) else None,
     )
 
 

@@ -13,6 +13,8 @@ import onnx_ir as ir
 Value = ir.Value
 
 _DTYPES = {
+    "ArgMax": ir.DataType.INT64,
+    "Equal": ir.DataType.BOOL,
     "GreaterOrEqual": ir.DataType.BOOL,
     "LessOrEqual": ir.DataType.BOOL,
     "NonZero": ir.DataType.INT64,
@@ -20,7 +22,8 @@ _DTYPES = {
     "If": None,
     "ConstantOfShape": None,
 }
-"""What these operators return; others return what their first input is, or what they cast to."""
+"""What these operators return; others return what their first input is, Where what its second is, or what they cast
+to."""
 
 
 class Weights:
@@ -79,7 +82,7 @@ class Block:
     def ops(self, kind: str, *inputs: Value, outputs: int, **attributes: Any) -> tuple[Value, ...]:
         """Append a node with several outputs."""
         where = f"{self.prefix}{kind}_{len(self.nodes)}"
-        dtype = _DTYPES.get(kind, inputs[0].dtype)
+        dtype = _DTYPES.get(kind, inputs[kind == "Where"].dtype)
         type_ = None if dtype is None else ir.TensorType(attributes.get("to", dtype))
         values = [ir.Value(name=f"{where}_{index}" if outputs > 1 else where, type=type_) for index in range(outputs)]
         self.nodes.append(ir.node(kind, inputs, attributes, outputs=values, name=where))

@@ -6,12 +6,14 @@ turned once for all rows, where they have their answers, and not at each exit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from cet.deploy.onnx_nodes import Block, Value
 from cet.ops.definitions import SCORES, ScoreName
+from cet.runtime.scores import PolicyScore, has_kernel
 
 _CLASSES = 1
 
@@ -64,6 +66,65 @@ def scores(block: Block, logits: Value, name: ScoreName, temperature: float, *, 
     return SCORE_NODES[name](block, logits, excludes, one_row)
 
 
-def negated(name: ScoreName, one_row: bool) -> bool:
+def patience(block: Block, logits: Value, seen: Sequence[Value]) -> tuple[Value, list[Value]]:
+    """How many exits in succession before this one have named the same class, ``(n, 1)`` float32, as
+    :class:`cet.runtime.scores.Scorer` counts them; and what the next exit has to have seen.
+
+    Args:
+        block: where the nodes go.
+        logits: ``(n, K)`` of any floating dtype.
+        seen: what the exit before made; nothing at the first.
+    """
+    fine = _in_range(block, logits)
+    largest = block.op("ArgMax", block.cast(logits, "float32"), axis=_CLASSES, keepdims=1)
+    named = block.op("Where", fine, largest, block.integers(-1))
+    if seen:
+        before, count = seen
+        more = block.op("Add", count, block.number(1.0))
+        count = block.op("Where", block.op("Equal", named, before), more, block.number(0.0))
+    else:
+        count = block.op("Mul", block.cast(fine, "float32"), block.number(0.0))
+    return block.op("Where", fine, count, block.number(math.nan)), [named, count]
+
+
+def own_score(block: Block, logits: Value, function: ir.Graph, temperature: float) -> Value:
+    """A score of the user's own, ``(n, 1)`` float32, as :class:`cet.runtime.scores.Scorer` computes it.
+
+    Args:
+        block: where the nodes go.
+        logits: ``(n, K)`` of any floating dtype.
+        function: takes logits ``(n, K)`` float32 and returns scores ``(n, 1)``.
+        temperature: that the logits are divided by.
+    """
+    scaled = block.cast(logits, "float32")
+    if temperature != 1:
+        scaled = block.op("Div", scaled, block.number(temperature))
+    graph = function.clone()
+    for value in graph.initializers.values():
+        assert value.const_value is not None
+        value.replace_all_uses_with(block.weights.of(value.const_value, value.name or "weight"))
+    (taken,), (score,) = graph.inputs, graph.outputs
+    taken.replace_all_uses_with(scaled)
+    nodes = list(graph)
+    graph.outputs.clear()
+    graph.remove(nodes)
+    inner = Block(block.weights, f"{block.prefix}score/")
+    inner.take(nodes)
+    block.nodes += inner.nodes
+    return block.op("Where", _in_range(block, logits), score, block.number(math.nan))
+
+
+def _in_range(block: Block, logits: Value) -> Value:
+    """Whether no logit of a row is NaN or +Inf, ``(n, 1)``."""
+    each = block.op("LessOrEqual", block.cast(logits, "float32"), block.number(_LARGEST))
+    least = block.op("ReduceMin", block.cast(each, "float32"), block.integers(_CLASSES), keepdims=1)
+    return block.op("Cast", least, to=ir.DataType.BOOL)
+
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32."""
+
+
+def negated(score: PolicyScore, one_row: bool) -> bool:
     """Whether :func:`scores` returns the negative of the score."""
-    return SCORES[name].is_low_when_sure and not one_row
+    return has_kernel(score) and SCORES[score].is_low_when_sure and not one_row

@@ -12,7 +12,7 @@ that one scatter does. For a batch of one there is no index at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,16 +20,17 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.optimizer import fold_constants
+from torch.export import ExportedProgram
 
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
 from cet.deploy.manifest import StageEntry
 from cet.deploy.onnx_int8 import feeds_of, quantized
 from cet.deploy.onnx_nodes import Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
-from cet.deploy.onnx_scores import negated, scores
+from cet.deploy.onnx_scores import negated, own_score, patience, scores
 from cet.deploy.segments import ExportedStages, SegmentModule
-from cet.ops.definitions import SCORES
 from cet.partition.export import CUTTING, quiet
+from cet.runtime.scores import ScoreFunction, has_kernel, is_low_when_sure
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Kind = tuple[ir.DataType, Sequence[int | str]]
@@ -57,27 +58,13 @@ class OnnxWriter:
                 f"the weights take {size / 1e9:.1f} GB, and one ONNX file holds less than 2; give a smaller backbone"
             )
         self._stages = stages
-        try:
-            with CUTTING, quiet():
-                translated = torch.onnx.export(
-                    stages.program,
-                    (),
-                    dynamo=True,
-                    verbose=False,
-                    external_data=False,
-                    opset_version=OPSET,
-                    custom_translation_table=TRANSLATIONS,
-                )
-        except Exception as error:
-            reason = next((line for line in reversed(str(error.__cause__ or error).splitlines()) if line.strip()), "")
-            raise ExportError(
-                f"the backbone or a head has no form in ONNX ({reason.strip()}); compute it with operators that "
-                "torch.onnx translates"
-            ) from error
-        assert translated is not None
-        # Weights that are only rearranged are rearranged here, whatever their size: branches are not folded later.
-        fold_constants(translated.model, should_fold=_rearranges, output_size_limit=_LARGEST)
-        self._graph = translated.model.graph
+        self._graph = _translated("the backbone or a head", lambda: stages.program)
+        score = stages.model.policy.score
+        self._own = (
+            _translated(f"the score {score.name!r}", lambda: _traced(score, stages))
+            if isinstance(score, ScoreFunction)
+            else None
+        )
 
     def quantize(self, batches: Iterable[Any], batch: int | None) -> None:
         """Turn the stages into int8, by the activations of these inputs of calls; see :mod:`cet.deploy.onnx_int8`.
@@ -93,7 +80,7 @@ class OnnxWriter:
 
     def with_exits(self, description: Description) -> bytes:
         """The model with its exits, as it is described."""
-        return _Model(self._stages, self._graph, description, self._stages.segments).with_exits()
+        return _Model(self._stages, self._graph, description, self._stages.segments, self._own).with_exits()
 
     def without_exits(self, description: Description) -> bytes:
         """The backbone alone, from the same stages: what the exits are measured against."""
@@ -110,6 +97,48 @@ class OnnxWriter:
         return written
 
 
+def _translated(what: str, program: Callable[[], ExportedProgram]) -> ir.Graph:
+    """The graph of a program in ONNX.
+
+    Raises:
+        ExportError: where ``what`` it computes cannot be traced, or has no form there.
+    """
+    try:
+        with CUTTING, quiet():
+            translated = torch.onnx.export(
+                program(),
+                (),
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                opset_version=OPSET,
+                custom_translation_table=TRANSLATIONS,
+            )
+    except Exception as error:
+        reason = next((line for line in reversed(str(error.__cause__ or error).splitlines()) if line.strip()), "")
+        raise ExportError(
+            f"{what} has no form in ONNX ({reason.strip()}); compute it with operators that torch.onnx translates"
+        ) from error
+    assert translated is not None
+    # Weights that are only rearranged are rearranged here, whatever their size: branches are not folded later.
+    fold_constants(translated.model, should_fold=_rearranges, output_size_limit=_LARGEST)
+    return translated.model.graph
+
+
+def _traced(score: ScoreFunction, stages: ExportedStages) -> ExportedProgram:
+    """A function of logits ``(n, K)`` as a graph that returns scores ``(n, 1)``."""
+
+    class Own(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return score.function(logits).float().unsqueeze(1)
+
+    any_rows = any(shape is not None and BATCH in shape for shape in stages.shapes)
+    vary = {0: torch.export.Dim("rows")} if any_rows else None
+    example = torch.zeros(4 if any_rows else 1, stages.model.num_classes)
+    with torch.no_grad():
+        return torch.export.export(Own().eval(), (example,), dynamic_shapes=(vary,), strict=False)
+
+
 class _Model:
     """One model while it is written."""
 
@@ -119,9 +148,11 @@ class _Model:
         graph: ir.Graph,
         description: Description,
         segments: Sequence[SegmentModule],
+        own: ir.Graph | None = None,
     ) -> None:
         self.description = description
         self._segments = segments
+        self._score, self._own = stages.model.policy.score, own
         self._graph = graph.clone()
         self._parts = _split(self._graph, segments, len(stages.sized))
         self._graph.outputs.clear()
@@ -136,8 +167,8 @@ class _Model:
         names = stages.input_format.names
         self._entry = [by_name[names[index]] for index in stages.entry_tensors]
         self._sized = [by_name[names[index]] for index in stages.sized]
-        self._negated = negated(description.score, description.batch is not None)
-        self._is_low_when_sure = SCORES[description.score].is_low_when_sure
+        self._negated = negated(self._score, description.batch is not None)
+        self._is_low_when_sure = is_low_when_sure(self._score)
         never = -np.inf if self._is_low_when_sure else np.inf
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
@@ -171,7 +202,7 @@ class _Model:
         }
         shapes = [value.shape for value in part.outputs[1:]]  # nodes forget them on their way
         self._sized = [taken[str(value.name)] for value in self._sized]
-        block, logits, score, crossing = self._scored(0, [taken[name] for name in names])
+        block, logits, score, crossing, _ = self._scored(0, [taken[name] for name in names])
         if self._negated:
             score = block.op("Neg", score)
         outputs = [
@@ -215,20 +246,31 @@ class _Model:
         sources = {"made": made, "taken": values}
         return block, logits, [sources[kind][index] for kind, index in segment.handed_on]
 
-    def _scored(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value, Value, list[Value]]:
-        """The nodes of a segment; its logits, scores ``(n, 1)``, and what crosses the cut behind it."""
+    def _scored(
+        self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()
+    ) -> tuple[Block, Value, Value, list[Value], list[Value]]:
+        """The nodes of a segment; its logits, scores ``(n, 1)``, what crosses the cut behind it, and what the next
+        score has to have seen, ``(n, 1)`` each."""
         block, logits, crossing = self._segment(depth, values)
+        cast = block.cast(logits, self.description.logits_dtype)
+        if self._score == "patience":
+            score, seen = patience(block, logits, seen)
+            return block, cast, score, crossing, seen
         temperatures = self.description.temperatures
+        temperature = 1.0 if temperatures is None else temperatures[self._segments[depth].exit_index]
+        if not has_kernel(self._score):
+            assert self._own is not None
+            return block, cast, own_score(block, logits, self._own, temperature), crossing, []
         producer = logits.producer()
         score = scores(
             block,
             logits,
-            self.description.score,
-            1.0 if temperatures is None else temperatures[self._segments[depth].exit_index],
+            self._score,
+            temperature,
             excludes=producer is None or producer.op_type != "Gemm",  # a linear layer rules no class out
             one_row=self.description.batch is not None,
         )
-        return block, block.cast(logits, self.description.logits_dtype), score, crossing
+        return block, cast, score, crossing, []
 
     def _leaves(self, block: Block, score: Value, exit_index: int) -> Value:
         """Whether rows leave: of NaN no comparison is true."""
@@ -240,9 +282,9 @@ class _Model:
         is_low_when_sure = self._is_low_when_sure and not self._negated
         return block.op("LessOrEqual" if is_low_when_sure else "GreaterOrEqual", score, limit)
 
-    def _one_row(self, depth: int, values: Sequence[Value]) -> tuple[Block, list[Value]]:
+    def _one_row(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, list[Value]]:
         """Logits ``(1, K)``, exit index ``(1,)`` and score ``(1,)`` of a batch of one, from a segment on."""
-        block, logits, score, crossing = self._scored(depth, values)
+        block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
         last = depth + 1 == len(self._segments)
         leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
@@ -254,7 +296,7 @@ class _Model:
         if last:
             return block, answers
         leaves = self._leaves(block, score, exit_index)
-        return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing))
+        return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing, seen))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
         block, packed = self._packed(0, self._entry)
@@ -273,9 +315,9 @@ class _Model:
         """The dtype of what is packed: float32, which holds all of it exactly, or float64 where the logits need it."""
         return "float64" if self.description.logits_dtype == "float64" else "float32"
 
-    def _packed(self, depth: int, values: Sequence[Value]) -> tuple[Block, Value]:
+    def _packed(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, Value]:
         """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, logits, score, crossing = self._scored(depth, values)
+        block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
         both = block.op("Concat", block.cast(logits, self._width), block.cast(score, self._width), axis=1)
         packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
@@ -293,7 +335,8 @@ class _Model:
         # OpenVINO reads an initialiser without rows as a scalar.
         width = nobody.integers(0, self.description.num_classes + 2)
         none = nobody.op("ConstantOfShape", width, value=ir.tensor(np.zeros(1, self._width)))
-        deeper, answers = self._packed(depth + 1, going_on)
+        seen = [block.op("Gather", value, rows, axis=0) for value in seen]
+        deeper, answers = self._packed(depth + 1, going_on, seen)
         (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
         return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
 

@@ -16,7 +16,6 @@ from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
 from cet.measure.rounds import Timings, time_calls
 from cet.measure.timers import wall_clock
-from cet.ops.definitions import SCORES
 
 if TYPE_CHECKING:
     from cet.calibration.cost import ExitCosts
@@ -95,7 +94,7 @@ def time_exits(loaded: LoadedModel, full: Callable[..., object], stages: Exporte
     row = with_rows(stages.inputs, stages.input_format.is_batched, 1)
     given = dict(zip(stages.input_format.names, row, strict=True))
     arrays = {expected.name: given[expected.name].numpy() for expected in description.inputs}
-    always = math.inf if SCORES[description.score].is_low_when_sure else -math.inf
+    always = math.inf if description.is_low_when_sure else -math.inf
     calls: dict[str, Callable[[], object]] = {FULL: partial(full, arrays)}
     for segment in stages.segments:
         k = segment.exit_index

@@ -16,6 +16,7 @@ from cet.deploy.segments import ExportedStages, SegmentModule, tracing_error
 from cet.ops.definitions import SCORES, ScoreName
 from cet.ops.exit_gate.definition import log_probabilities
 from cet.partition.export import CUTTING, quiet
+from cet.runtime.scores import require_kernel
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ def stage_modules(stages: ExportedStages, description: Description, most_rows: i
         description: of the file.
         most_rows: how many rows they take at once; None where their number is fixed.
     """
-    temperatures = description.temperatures
+    temperatures, score = description.temperatures, require_kernel(stages.model.policy.score, "such a file")
     used = iter(bool(node.users) for node in _placeholders(stages.program))
     modules = []
     for segment, (names, made) in zip(stages.segments, stages.tensor_names, strict=True):
         taken = [index for index in range(len(names)) if next(used)]
         k = segment.exit_index
-        scored = _Scored(segment, taken, description.score, 1.0 if temperatures is None else temperatures[k])
+        scored = _Scored(segment, taken, score, 1.0 if temperatures is None else temperatures[k])
         rows = [segment.taken_row_dims[index] for index in taken]
         entry = StageEntry(f"stage_{k}", k, {names[index]: segment.taken_row_dims[index] for index in taken}, (*made,))
         title = _title(stages, segment)

@@ -41,11 +41,15 @@ class EarlyQuality(Quality):
 
 
 class AtSeverity(TypedDict):
-    """At one severity: each exit if all samples left there (the last is the full network), and the policy."""
+    """At one severity: each exit if all samples left there (the last is the full network), and the policy.
+
+    ``group_losses`` is, for each group of the windows, such as a person, what leaving early loses of its accuracy.
+    """
 
     severity: float
     exits: list[Quality]
     early: EarlyQuality
+    group_losses: list[float]
 
 
 class CurvePoint(TypedDict):
@@ -62,21 +66,24 @@ def perturbed(windows: Windows, severity: float, seed: int, preset: Preset = per
     return x
 
 
-def at_severity(model: EarlyExit, x: Tensor, y: Tensor, costs: ExitCosts, severity: float) -> AtSeverity:
-    """Evaluate on inputs ``x`` that were perturbed with ``severity``."""
+def at_severity(model: EarlyExit, x: Tensor, y: Tensor, group: Tensor, costs: ExitCosts, severity: float) -> AtSeverity:
+    """Evaluate on inputs ``x`` that were perturbed with ``severity``, and whose groups are ``(N,)``."""
     answers = [model.predict(batch) for batch in torch.split(x, BATCH_SIZE)]
     exit_index = torch.cat([answer.exit_index for answer in answers])
     labels = torch.cat([answer.labels for answer in answers])
     cost = torch.from_numpy(costs.cumulative([threshold is not None for threshold in model.policy.thresholds]))
     shares = exit_index.bincount(minlength=model.num_exits) / len(exit_index)
+    alone = [logits.argmax(1) for logits in exit_logits(model, x)]
+    lost = (alone[-1] == y).double() - (labels == y).double()
     return AtSeverity(
         severity=severity,
-        exits=[_quality(logits.argmax(1), y, model.num_classes) for logits in exit_logits(model, x)],
+        exits=[_quality(predictions, y, model.num_classes) for predictions in alone],
         early=EarlyQuality(
             **_quality(labels, y, model.num_classes),
             exit_shares=shares.tolist(),
             mean_flops=cost[exit_index].mean().item(),
         ),
+        group_losses=[lost[group == each].mean().item() for each in torch.unique(group)],
     )
 
 

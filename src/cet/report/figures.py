@@ -88,7 +88,7 @@ def evaluate(
         calibration=calibrated.report.to_dict(),
         certificate={} if certificate is None else certificate.to_dict(),
         flops=Cost(full=costs.full, exits=[*alone, costs.full]),
-        severities=[at_severity(model, x, test.y, costs, severity) for severity, x in inputs.items()],
+        severities=[at_severity(model, x, test.y, test.person, costs, severity) for severity, x in inputs.items()],
         curves={
             condition: accuracy_compute_curve(model, inputs[severity], test.y, costs, thresholds)
             for condition, severity in conditions.items()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 
 from cet.calibration.report import BOUNDED
 from cet.report.folder import ACCURACY_PLOT, EXITS_PLOT, REPORT
 from cet.report.schema import Condition, RecipeReport, Report, at, verdict
 from cet.report.timing import Speed
+from cet.words import counted
 
 SCOPE = (
     "One split by person and one seed: this shows how early exit works, not how much it gains on average. "
@@ -54,33 +56,54 @@ def to_markdown(report: Report) -> str:
 
 
 def calibration_verdict(report: Report) -> str:
-    """What calibration promised, and what became of it on the test persons."""
+    """What calibration promised, and whether the test persons bear it out."""
     recipes, persons = report["recipes"], report["data"]["persons"]
-    first = next(iter(recipes.values()))
-    calibration, promised = first["calibration"], first["certificate"]
-    max_drop, metric = calibration["max_drop"], calibration["metric"]
-    changes = {name: _mean_change(recipe, report["conditions"].values()) for name, recipe in recipes.items()}
-    outcome = _and(f"{100 * change:+.1f} points with {name}" for name, change in changes.items())
+    calibration = next(iter(recipes.values()))["calibration"]
+    certificates = {name: recipe["certificate"] for name, recipe in recipes.items() if recipe["certificate"]}
     calibrated_on, tested_on = (
-        f"{len(persons[part])} {part} persons" if persons[part] else f"{part} windows"
+        counted(len(persons[part]), f"{part} person") if persons[part] else f"{part} windows"
         for part in ("calibration", "test")
     )
-    promises = {
-        name: f"The promise for {name}: {recipe['certificate']['promise']}."
-        for name, recipe in recipes.items()
-        if recipe["certificate"]
-    }
-    text = " ".join(promises.values())
+    outcome = _outcome(report, tested_on)
     if calibration["certificate"] is not None:
-        return f"{text} On the {tested_on} the change of accuracy is {outcome}.".strip()
-    text += (
-        f"{' So the thresholds are fitted: over' if promised else 'Over'} {_and(report['conditions'])} windows of the "
-        f"{calibrated_on}, they lose at most {100 * max_drop:g} point of {BOUNDED[metric]} against the full network; "
-        f"on the {tested_on} the change is {outcome}."
+        promises = (f"The promise for {name}: {certificate['promise']}." for name, certificate in certificates.items())
+        return " ".join([*promises, outcome])
+    reasons: dict[str, list[str]] = {}
+    for name, certificate in certificates.items():
+        new = "persons, who are the groups," if certificate["unit"] == "groups" else "samples"
+        reasons.setdefault(f"No promise about new {new} can be made for NAMES: {certificate['reason']}.", []).append(
+            name
+        )
+    text = [reason.replace("NAMES", _and(names)) for reason, names in reasons.items()]
+    bound = f"{100 * calibration['max_drop']:g}"
+    text.append(
+        f"{'So the thresholds are fitted instead, which promises nothing: over' if certificates else 'Over'} "
+        f"{_and(report['conditions'])} windows of the {calibrated_on}, they lose at most {counted(bound, 'point')} of "
+        f"{BOUNDED[calibration['metric']]} against the full network. {outcome}"
     )
-    if min(changes.values()) < -max_drop and persons["calibration"]:
-        text += " What holds for so few persons need not hold for others."
-    return text
+    return " ".join(text)
+
+
+def _outcome(report: Report, tested_on: str) -> str:
+    """What accuracy loses on the test persons, and whether that is within what may be lost."""
+    calibration = next(iter(report["recipes"].values()))["calibration"]
+    alike = len(report["data"]["persons"]["test"]) > 1
+    lost = {}
+    for name, recipe in report["recipes"].items():
+        rows = [at(recipe, severity) for severity in report["conditions"].values()]
+        lost[name] = max(
+            fmean(row["group_losses"])
+            if alike and row.get("group_losses")
+            else row["exits"][-1]["accuracy"] - row["early"]["accuracy"]
+            for row in rows
+        )
+    bound = calibration["max_drop"] if calibration["metric"] == "accuracy" else None
+    within = {
+        name: "" if bound is None else " (within it)" if loss <= bound else " (more)" for name, loss in lost.items()
+    }
+    worse = f", on the worse of {_and(report['conditions'])} input" * (len(report["conditions"]) > 1)
+    losses = _and(f"{100 * loss:.1f} points with {name}{within[name]}" for name, loss in lost.items())
+    return f"On the {tested_on}{', who count alike' * alike}{worse}, accuracy loses {losses}."
 
 
 def class_warnings(report: Report) -> list[str]:
@@ -129,12 +152,6 @@ def speeds(report: Report) -> Iterator[tuple[str, str, Condition, Speed]]:
         for name, by_condition in by_recipe.items():
             for condition, speed in by_condition.items():
                 yield what, name, condition, speed
-
-
-def _mean_change(recipe: RecipeReport, severities: Collection[float]) -> float:
-    """Of accuracy by leaving early, over these severities alike."""
-    rows = [at(recipe, severity) for severity in severities]
-    return sum(row["early"]["accuracy"] - row["exits"][-1]["accuracy"] for row in rows) / len(rows)
 
 
 def _set_up(report: Report) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cet.ops.definitions import SCORE_NAMES, SCORES
 from cet.runtime.scores import PolicyScore, ScoreFunction, check_score, has_kernel
+from cet.words import counted
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ExitPolicy:
             probability minus the second largest (``>= threshold``), or ``"patience"``, how many open exits before
             this one, without a break, have named the same class (``>= threshold``, a whole number; Zhou et al. 2020,
             arXiv 2006.04152). A patience of 1 is the agreement of two successive exits. Or a
-            :class:`cet.ScoreFunction` of one's own. The last two are for the eager runner alone.
+            :class:`cet.ScoreFunction` of one's own. The last two are for the eager runner and exported ``.onnx`` files.
         thresholds: one per early exit, shallow first; ``None`` closes that exit.
         temperatures: one per exit, the final one included; logits are divided by it before the softmax
             (Guo et al. 2017, arXiv 1706.04599). It changes scores, never the logits that are returned.
@@ -90,7 +91,8 @@ class ExitPolicy:
         """Refuse a policy that was made for another number of exits (the final one counted)."""
         if len(self.thresholds) != num_exits - 1:
             raise ValueError(
-                f"policy has {len(self.thresholds)} thresholds but the model has {num_exits - 1} early exits; "
+                f"policy has {counted(len(self.thresholds), 'threshold')} but the model has "
+                f"{counted(num_exits - 1, 'early exit')}; "
                 "give one threshold per early exit, None for a closed one"
             )
 

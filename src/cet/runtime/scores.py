@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -20,7 +20,8 @@ class ScoreFunction:
 
     Args:
         function: of logits ``(B, K)`` float32, divided by the exit's temperature; it returns scores ``(B,)``, each of
-            its own row alone. A row whose logits hold NaN or +Inf never leaves, whatever the function gives.
+            its own row alone, which is checked on the first rows that it is given. A row whose logits hold NaN or +Inf
+            never leaves, whatever the function gives.
         is_low_when_sure: whether a sample leaves at or below the threshold; else at or above it.
         name: for reports.
 
@@ -31,6 +32,7 @@ class ScoreFunction:
     function: Callable[[Tensor], Tensor]
     is_low_when_sure: bool = False
     name: str = "own"
+    _is_checked: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -40,8 +42,17 @@ class ScoreFunction:
         """Scores ``(B,)`` float32 of logits, checked.
 
         Raises:
-            TypeError, ValueError: for what is no tensor of numbers, or of another shape.
+            TypeError, ValueError: for what is no tensor of numbers, or of another shape, and for a row that has another
+                score alone than among others.
         """
+        if not self._is_checked:
+            rows = logits[logits.isfinite().all(dim=1)][:_CHECKED_ROWS]
+            if len(rows) > 1:
+                self._check_rows(rows)
+                object.__setattr__(self, "_is_checked", True)
+        return self._scores(logits)
+
+    def _scores(self, logits: Tensor) -> Tensor:
         scores = self.function(logits)
         if not isinstance(scores, Tensor) or scores.is_complex():
             raise TypeError(f"score {self.name!r} gives {type(scores).__name__}; return a tensor of real scores (B,)")
@@ -52,14 +63,10 @@ class ScoreFunction:
             )
         return scores.detach().to(logits.device, torch.float32)
 
-    def check_rows(self, logits: Tensor) -> None:
-        """Refuse a function that gives a row another score alone than among others.
-
-        Raises:
-            ValueError: then.
-        """
-        together = self(logits)
-        alone = torch.cat([self(logits[row : row + 1]) for row in range(len(logits))])
+    def _check_rows(self, logits: Tensor) -> None:
+        """Refuse a function that gives a row another score alone than among others."""
+        together = self._scores(logits)
+        alone = torch.cat([self._scores(row) for row in torch.split(logits, 1)])
         if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise ValueError(
                 f"score {self.name!r} gives a row another score alone than among others; compute it from that row's "
@@ -67,8 +74,11 @@ class ScoreFunction:
             )
 
 
+_CHECKED_ROWS = 8
+
 PolicyScore = ScoreName | Literal["patience"] | ScoreFunction
-"""``"patience"``: how many open exits before this one, without a break, have named the same class as it does."""
+"""``"patience"``: how many open exits before this one, without a break, have named the same class as it does. One whose
+logits hold NaN or +Inf names none."""
 
 POLICY_SCORES: tuple[str, ...] = (*SCORE_NAMES, "patience")
 
@@ -136,7 +146,7 @@ class Scorer:
         if isinstance(self._score, ScoreFunction):
             scores = self._score(logits / temperature)
         else:
-            named = logits.argmax(dim=1)
+            named = logits.argmax(dim=1).masked_fill(broken, -1)
             if self._seen:
                 before, count = self._seen
                 self._seen = [named, torch.where(named == before, count + 1, 0)]
