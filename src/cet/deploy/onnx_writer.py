@@ -288,14 +288,15 @@ class _Model:
         exit_index = self._segments[depth].exit_index
         last = depth + 1 == len(self._segments)
         leaving = block if last else Block(self._weights, f"{block.prefix}leaves/")
+        flat = block.op("Squeeze", score, block.integers(1))  # (1,), as OpenVINO wants conditions
         answers = [
             logits if last else leaving.op("Identity", logits),
             leaving.op("Identity", block.integers(exit_index)),
-            leaving.op("Squeeze", score, block.integers(1)),
+            flat if last else leaving.op("Identity", flat),
         ]
         if last:
             return block, answers
-        leaves = self._leaves(block, score, exit_index)
+        leaves = self._leaves(block, flat, exit_index)
         return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing, seen))
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
