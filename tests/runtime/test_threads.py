@@ -459,3 +459,15 @@ def test_an_error_in_a_call_leaves_nothing_locked() -> None:
         with pytest.raises(RuntimeError, match="channels"):
             model.exit_logits(R(3, 7, 41))
     run_together([lambda: model.predict(R(2, 6, 42)) and None, lambda: model.exit_logits(R(2, 6, 43)) and None])
+
+
+def test_samples_leave_while_another_thread_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.export`` says so in every thread."""
+    model, x = build(), R(8, 6, 40)
+    every_exit = exit_logits_of_eager_backbone(model, x)
+    model.policy = policy_that_parts(every_exit)
+    model.predict(x)
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_exporting()
+    assert_same([model.predict(x).logits, model(x)], [answers_of(every_exit, model.policy).logits] * 2)

@@ -434,7 +434,7 @@ class EarlyExit(nn.Module):
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = True) -> Answers:
         """The answers of a call in eval mode, with gradients where they are recorded."""
-        if torch.compiler.is_exporting():
+        if is_tracing() and torch.compiler.is_exporting():
             return self._exported_answer(args, kwargs, with_scores=with_scores)
         if torch.compiler.is_dynamo_compiling():
             return traced_answer(self, args, kwargs)

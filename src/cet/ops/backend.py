@@ -191,9 +191,12 @@ def traced_backend(device_type: str) -> Backend:
 
 
 def is_tracing() -> bool:
-    """Whether calls are being recorded: by ``torch.compile``, ``torch.export`` or a dispatch mode."""
+    """Whether calls of this thread are being recorded: by ``torch.compile``, ``torch.export`` or a dispatch mode.
+
+    ``torch.compiler.is_compiling`` and ``is_exporting`` are true in every thread while one of them exports.
+    """
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
