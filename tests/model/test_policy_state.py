@@ -155,7 +155,7 @@ def test_a_calibration_may_be_assigned() -> None:
     assert model.policy is POLICY
     with pytest.raises(TypeError, match=r"give a cet\.ExitPolicy"):
         model.policy = types.SimpleNamespace(policy=0.5)
-    with pytest.raises(ValueError, match="policy has 1 thresholds"):
+    with pytest.raises(ValueError, match="policy has 1 threshold "):
         model.policy = types.SimpleNamespace(policy=cet.ExitPolicy("confidence", (0.5,)))
     assert model.policy is POLICY
 

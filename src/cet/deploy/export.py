@@ -190,10 +190,10 @@ def _onnx(
     content = writer.with_exits(description)
     # Only where thresholds can be moved can every way through the file be taken.
     movable = replace(description, thresholds_are_input=True)
+    if movable != description and samples is None:  # first: each session of a large model takes gigabytes
+        compare(OnnxModel(session_of(content), "the model"), stages)
     loaded = OnnxModel(session_of(content if movable == description else writer.with_exits(movable)), "the model")
     comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
-    if movable != description and samples is None:
-        compare(OnnxModel(session_of(content), "the model"), stages)
     full = session_of(writer.without_exits(description))
     return content, comparison, time_exits(loaded, partial(full.run, None), stages)
 
