@@ -212,7 +212,7 @@ def test_what_would_train_nothing_is_refused_before_the_model_runs(model):
 def test_a_step_in_which_every_exit_that_counts_is_frozen_is_refused(model):
     model.requires_grad_(False).backbone.head.requires_grad_(True)
     for teacher in ("mean", "final", "ema"):
-        with pytest.raises(ValueError, match="every exit with a weight above 0 is frozen, .* give exit_weights"):
+        with pytest.raises(ValueError, match=r"every exit with a weight above 0 is frozen, .* give exit_weights"):
             cet.ConsistentExitLoss(shift, teacher=teacher, exit_weights=(1.0, 0.0))(model, X, Y)
     model.heads.requires_grad_(True)
     model.backbone.head.requires_grad_(False)
@@ -232,7 +232,7 @@ class TestMovingAverage:
             loss_of(other, X, Y)
         again = cet.ConsistentExitLoss(shift, teacher="ema")
         again.load_state_dict(model, loss_of.state_dict())
-        with pytest.raises(ValueError, match="make a cet.ConsistentExitLoss per model"):
+        with pytest.raises(ValueError, match=r"make a cet\.ConsistentExitLoss per model"):
             again(other, X, Y)
 
     def test_the_first_teacher_is_the_model_and_the_next_lies_between(self, model):

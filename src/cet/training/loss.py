@@ -187,9 +187,9 @@ class ConsistentExitLoss:
     def _check_reachable(self, logits: Sequence[Tensor]) -> None:
         """Refuse a step in which every exit that counts is frozen, up to its head."""
         weights = self.exit_weights or (1.0,) * (len(logits) // 2)
-        counts = [x for x, weight in zip(logits, (*weights, *weights), strict=True) if weight > 0]
-        # Logits that a caller made, rather than a model with parameters, may go without gradients.
-        if torch.is_grad_enabled() and any(x.requires_grad for x in logits) and not any(x.requires_grad for x in counts):
+        learns = [x.requires_grad for x, weight in zip(logits, (*weights, *weights), strict=True) if weight > 0]
+        # A model without parameters has no gradients at all.
+        if torch.is_grad_enabled() and not any(learns) and any(x.requires_grad for x in logits):
             raise ValueError(
                 "every exit with a weight above 0 is frozen, with all that is before it, so nothing can learn; call "
                 "requires_grad_(True) on its head, or give exit_weights to the exits that are trained"
@@ -261,8 +261,8 @@ def check_finite(loss: Tensor, x: Inputs) -> None:
                     f"row {int(bad[0])}; leave them out, or fill in what is missing"
                 )
     raise RuntimeError(
-        f"the loss is {loss.item()}, though the batch is finite; give a lower learning_rate, a perturb that gives finite "
-        "values, and train float16 models in float32 or bfloat16"
+        f"the loss is {loss.item()}, though the batch is finite; give a lower learning_rate, a perturb that gives "
+        "finite values, and train float16 models in float32 or bfloat16"
     )
 
 
