@@ -78,6 +78,7 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "label smoothing": lambda _: _compared(AUGMENTATION, "label smoothing"),
     "bootstrapping": lambda _: _compared(AUGMENTATION, "bootstrapping"),
     "GCE": lambda _: _compared(AUGMENTATION, "GCE"),
+    "GCE and consistency": lambda labels: _compared(consistent(labels), "GCE and consistency"),
     "early stopping": lambda _: _method(AUGMENTATION, way="early stopping"),
     "co-teaching": lambda labels: _method(
         AUGMENTATION, way="co-teaching, 40 %" if labels.startswith("40") else "co-teaching, 20 %"

@@ -46,6 +46,7 @@ SUPERVISED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "label smoothing": smoothed,
     "bootstrapping": bootstrapped,
     "GCE": generalised,
+    "GCE and consistency": generalised,
 }
 """Terms that take the place of cross-entropy on both copies."""
 
@@ -76,10 +77,16 @@ def same_decision(clean: Tensor, perturbed: Tensor) -> Tensor:
     return (clean_score.detach() - score).square().mean()
 
 
+def consistency(clean: Tensor, perturbed: Tensor) -> Tensor:
+    """The recipes' term."""
+    return divergence(mean_of_exits(clean), perturbed)
+
+
 TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "late to early": late_to_early,
     "exit ensemble": exit_ensemble,
     "decisions": same_decision,
+    "GCE and consistency": consistency,
 }
 """Terms that take the place of consistency, of the logits on both copies."""
 

@@ -12,6 +12,7 @@ from benchmarks.quality import objectives, sets
 from benchmarks.quality.conditions import METHODS
 from benchmarks.quality.runs import Job, run, split_of
 from benchmarks.quality.ways import WAYS, EquilibriumNet, KeepBest, Ramp, ScaledGradient
+from cet.ops import consistent_exit_loss
 from cet.training import SensorNet
 
 EXITS, ROWS, CLASSES = 2, 3, 4
@@ -111,3 +112,9 @@ def test_sets_are_whole_and_split_into_tenths() -> None:
     assert every.x.shape == (1797, 8, 8)
     assert every.y.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert every.person.bincount().tolist() == [180] * 7 + [179] * 3
+
+
+def test_the_recipes_term_is_that_of_the_product(logits: torch.Tensor) -> None:
+    perturbed = torch.randn_like(logits)
+    expected = consistent_exit_loss(list(logits.float()), list(perturbed.float()), Y).consistency.mean()
+    assert objectives.TERMS["GCE and consistency"](logits, perturbed).item() == pytest.approx(expected.item(), rel=1e-5)
