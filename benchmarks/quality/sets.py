@@ -16,7 +16,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -31,6 +31,7 @@ from torch import Tensor
 import cet
 from benchmarks.harness import provenance
 from benchmarks.quality.conditions import WIDTHS
+from benchmarks.quality.objectives import Compared
 from benchmarks.quality.report import half_width
 from cet import perturb
 from cet.data.smartwatch import Windows, mislabelled
@@ -46,6 +47,14 @@ TENTHS, SPLITS = 10, 5
 SEVERITIES = (0.0, 0.5, 1.0, 2.0)
 LABELS: dict[str, tuple[float, Recipe]] = {"full": (0.0, CONSISTENT), "40 % wrong": (0.4, NOISY_LABELS)}
 """The share of wrong labels, and the recipe for such."""
+BASELINE, MAIN = "augmentation", ("augmentation", "consistent")
+METHODS: dict[str, Callable[[str], Recipe]] = {
+    BASELINE: lambda _: AUGMENTATION,
+    "consistent": lambda labels: LABELS[labels][1],
+    "GCE": lambda _: Compared(**asdict(AUGMENTATION), objective="GCE"),
+    "GCE and consistency": lambda labels: Compared(**asdict(LABELS[labels][1]), objective="GCE and consistency"),
+}
+"""For each kind of labels."""
 
 Arrays = tuple[Tensor, Tensor]
 
@@ -90,7 +99,7 @@ class Job:
 
     @property
     def recipe(self) -> Recipe:
-        return AUGMENTATION if self.method == "augmentation" else LABELS[self.labels][1]
+        return METHODS[self.method](self.labels)
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.data}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
@@ -146,22 +155,25 @@ def accuracies(job: Job, folder: Path) -> NDArray[np.float64]:
     return np.stack([100 * right[:, tenth == t].mean(1) for t in np.unique(tenth)])
 
 
-def table(jobs: list[Job], folder: Path) -> list[dict[str, object]]:
-    """Per data set and kind of labels, at each severity: augmentation, and what the recipe gains."""
+def table(folder: Path) -> list[dict[str, object]]:
+    """Per data set, kind of labels and method, at each severity: augmentation, and what a method gains, over all splits that
+    both have been trained on."""
     rows: list[dict[str, object]] = []
-    for data, labels in dict.fromkeys((job.data, job.labels) for job in jobs):
-        ours = [job for job in jobs if (job.data, job.labels) == (data, labels)]
-        base, recipe = (
-            np.concatenate([accuracies(job, folder) for job in ours if (job.method == "augmentation") == is_base])
-            for is_base in (True, False)
-        )
-        gains = recipe - base
+    for data, labels, method in product(SETS, LABELS, METHODS):
+        pairs = [[Job(data, labels, name, split) for name in (BASELINE, method)] for split in range(SPLITS)]
+        kept = [pair for pair in pairs if all(job.path(folder).is_file() for job in pair)]
+        if not kept or method == BASELINE:
+            continue
+        base, ours = (np.concatenate([accuracies(job, folder) for job in jobs]) for jobs in zip(*kept, strict=True))
+        gains = ours - base
         for column, severity in enumerate(SEVERITIES):
             rows.append(
                 {
                     "data": data,
                     "labels": labels,
+                    "method": method,
                     "severity": severity,
+                    "tenths": len(gains),
                     "augmentation": round(float(base[:, column].mean()), 2),
                     "gain": round(float(gains[:, column].mean()), 2),
                     "half_width": round(half_width(gains[:, column], 0.05), 2),
@@ -171,29 +183,41 @@ def table(jobs: list[Job], folder: Path) -> list[dict[str, object]]:
 
 
 def as_markdown(rows: list[dict[str, object]]) -> str:
-    lines = ["| data | labels | severity | augmentation | recipe less augmentation |", "|---" * 5 + "|"]
+    lines = ["| data | labels | method | severity | tenths | augmentation | gain over it |", "|---" * 7 + "|"]
     for row in rows:
         gain = f"{row['gain']:+.1f} ± {row['half_width']:.1f}"
-        lines.append(f"| {row['data']} | {row['labels']} | {row['severity']:g} | {row['augmentation']:.1f} | {gain} |")
+        cells = (
+            row["data"],
+            row["labels"],
+            row["method"],
+            f"{row['severity']:g}",
+            row["tenths"],
+            f"{row['augmentation']:.1f}",
+            gain,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
 @click.command(help=__doc__)
 @click.option("--data", default=";".join(SETS), show_default=True, help="Split by semicolons.")
+@click.option("--labels", default=";".join(LABELS), show_default=True, help="Likewise.")
+@click.option("--methods", default=";".join(MAIN), show_default=True, help=f"Of {'; '.join(METHODS)}.")
 @click.option("--splits", type=click.IntRange(1, SPLITS), default=SPLITS, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), help="Other than the recipe's: the figures mean nothing.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where logits are kept.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Where figures go.")
-def main(data: str, splits: int, epochs: int | None, runs: Path, output: Path) -> None:
-    if unknown := [name for name in data.split(";") if name not in SETS]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {'; '.join(SETS)}", param_hint="--data")
+def main(data: str, labels: str, methods: str, splits: int, epochs: int | None, runs: Path, output: Path) -> None:
+    for given, known, option in ((data, SETS, "--data"), (labels, LABELS, "--labels"), (methods, METHODS, "--methods")):
+        if unknown := [name for name in given.split(";") if name not in known]:
+            raise click.BadParameter(f"{unknown[0]!r} is none of {'; '.join(known)}", param_hint=option)
     runs.mkdir(parents=True, exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(*one) for one in product(data.split(";"), LABELS, ("augmentation", "consistent"), range(splits))]
+    jobs = [Job(*one) for one in product(data.split(";"), labels.split(";"), methods.split(";"), range(splits))]
     for job in track([job for job in jobs if not job.path(runs).is_file()], "Trainings"):
         run(job, runs, epochs)
-    rows = table(jobs, runs)
-    recipes = {labels: recipe.name for labels, (_, recipe) in LABELS.items()}
+    rows = table(runs)
+    recipes = {kind: recipe.name for kind, (_, recipe) in LABELS.items()}
     summary = {**provenance(torch.device("cpu"), "quality.sets"), "recipes": recipes, "widths": WIDTHS, "rows": rows}
     write_atomically(output / "sets.json", (json.dumps(summary, indent=1) + "\n").encode())
     write_atomically(output / "sets.md", as_markdown(rows).encode())
