@@ -156,8 +156,8 @@ def accuracies(job: Job, folder: Path) -> NDArray[np.float64]:
 
 
 def table(folder: Path) -> list[dict[str, object]]:
-    """Per data set, kind of labels and method, at each severity: augmentation, and what a method gains, over all splits that
-    both have been trained on."""
+    """Per data set, kind of labels and method, at each severity: augmentation, and what the method gains, over all
+    splits that both have been trained on."""
     rows: list[dict[str, object]] = []
     for data, labels, method in product(SETS, LABELS, METHODS):
         pairs = [[Job(data, labels, name, split) for name in (BASELINE, method)] for split in range(SPLITS)]
