@@ -184,8 +184,8 @@ def split_parts(data: Arrays, calibration_share: float, test_share: float, seed:
         groups = np.array(data.labelled().groups())
         if len(groups) <= len(shares):
             raise ValueError(
-                f"{data.source}: group names {len(groups)} with a label, too few for {len(shares) + 1} parts that share "
-                "none; give samples of more, or files of their own for calibration and testing"
+                f"{data.source}: group names {len(groups)} with a label, too few for {len(shares) + 1} parts that "
+                "share none; give samples of more, or files of their own for calibration and testing"
             )
         _, *held_out = (np.isin(data.group, groups[part]) for part in _cut(rng.permutation(len(groups)), shares))
         train = ~np.logical_or.reduce([np.zeros(len(data), dtype=bool), *held_out])
