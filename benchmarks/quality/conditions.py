@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.quality.objectives import Compared
 from cet import perturb
 from cet.data.batches import UNLABELLED
 from cet.data.smartwatch import Windows, mislabelled
@@ -23,14 +24,20 @@ SPLITS = (10, 11, 12, 13, 14)
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is trained, and the widths of its net."""
+    """How a model is trained: the recipe, the widths of its net, and one of :data:`benchmarks.quality.ways.WAYS`."""
 
     recipe: Recipe
     widths: tuple[int, ...] = WIDTHS
+    way: str = "usual"
 
 
-def _method(recipe: Recipe, widths: tuple[int, ...] = WIDTHS, **changes: object) -> Method:
-    return Method(replace(recipe, **{"epochs": EPOCHS, **changes}), widths)
+def _method(recipe: Recipe, widths: tuple[int, ...] = WIDTHS, way: str = "usual", **changes: object) -> Method:
+    return Method(replace(recipe, **{"epochs": EPOCHS, **changes}), widths, way)
+
+
+def _compared(recipe: Recipe, objective: str, way: str = "usual", **changes: object) -> Method:
+    """The recipe with an objective of :mod:`benchmarks.quality.objectives`."""
+    return _method(Compared(**{**asdict(recipe), **changes}, objective=objective), way=way)
 
 
 def consistent(labels: str) -> Recipe:
@@ -50,6 +57,32 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "self teacher": lambda labels: _method(consistent(labels), teacher="self"),
     "final teacher": lambda labels: _method(consistent(labels), teacher="final"),
     "confident hard targets": lambda labels: _method(consistent(labels), target="hard", min_confidence=0.95),
+    # Further objectives.
+    "consistent, 3 times as long": lambda labels: _method(consistent(labels), epochs=3 * EPOCHS),
+    "EMA teacher": lambda labels: _method(consistent(labels), teacher="ema"),
+    "weak to strong, confident": lambda labels: _compared(
+        consistent(labels), "weak to strong", target="hard", min_confidence=0.95
+    ),
+    "ramp": lambda labels: _method(consistent(labels), way="ramp"),
+    "neighbours": lambda labels: _compared(consistent(labels), "neighbours", way="neighbours"),
+    "decisions": lambda labels: _compared(consistent(labels), "decisions"),
+    "worst of two": lambda labels: _compared(consistent(labels), "worst of two"),
+    # Other ways to train exits.
+    "backbone, then heads": lambda _: _method(AUGMENTATION, way="backbone, then heads"),
+    "backbone, then all": lambda _: _method(AUGMENTATION, way="backbone, then all"),
+    "late to early": lambda labels: _compared(consistent(labels), "late to early"),
+    "exit ensemble": lambda labels: _compared(consistent(labels), "exit ensemble"),
+    "gradient equilibrium": lambda _: _method(AUGMENTATION, way="gradient equilibrium"),
+    "wearer": lambda labels: _method(consistent(labels), way="wearer"),
+    # Remedies for wrong labels.
+    "label smoothing": lambda _: _compared(AUGMENTATION, "label smoothing"),
+    "bootstrapping": lambda _: _compared(AUGMENTATION, "bootstrapping"),
+    "GCE": lambda _: _compared(AUGMENTATION, "GCE"),
+    "GCE and consistency": lambda labels: _compared(consistent(labels), "GCE and consistency"),
+    "early stopping": lambda _: _method(AUGMENTATION, way="early stopping"),
+    "co-teaching": lambda labels: _method(
+        AUGMENTATION, way="co-teaching, 40 %" if labels.startswith("40") else "co-teaching, 20 %"
+    ),
 }
 """By name, for each kind of labels; batches, steps and rows a step are the same unless the name says otherwise."""
 

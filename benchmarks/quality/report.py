@@ -139,6 +139,24 @@ def tables(table: Table) -> str:
             lines.append(f"| {labels} | **{found}** | {interval} | {found.trainings} | {found.people} |")
     lines += ["", "## Against augmentation on the same steps and rows", ""]
     lines += _rows(table, lambda labels, method, column: str(table.difference(labels, method, column) or ""), skip=True)
+    lines += [
+        "",
+        "## Against the recipe",
+        "",
+        "Perturbed; a win or a loss is an interval clear of 0, not corrected for the number of rows.",
+        "",
+        "| labels | method | trainings | less augmentation | less consistent | verdict | clean, less consistent |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for labels, method in table.present():
+        if method in (BASELINE, "consistent") or (labels, "consistent") not in table.runs:
+            continue
+        over, recipe, clean = (
+            table.difference(labels, method, column, baseline=base)
+            for column, base in ((PRIMARY, BASELINE), (PRIMARY, "consistent"), ("clean", "consistent"))
+        )
+        cells = (str(over or ""), str(recipe or ""), verdict(recipe), str(clean or ""))
+        lines.append(f"| {labels} | {method} | {len(table.runs[labels, method])} | " + " | ".join(cells) + " |")
     lines += ["", "## Each method", ""]
     lines += _rows(table, lambda labels, method, column: f"{level(table, labels, method, column):.1f}")
     lines += ["", "## By kind and severity: consistent less augmentation", ""]
@@ -151,6 +169,13 @@ def tables(table: Table) -> str:
             cells = [table.difference(labels, "consistent", "perturbed", ((kind, s),)) for s in SEVERITIES]
             lines.append(f"| {labels} | {kind} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def verdict(found: Difference | None) -> str:
+    """Whether the interval is clear of 0."""
+    if found is None:
+        return ""
+    return "tie" if abs(found.mean) <= found.half_width else "win" if found.mean > 0 else "loss"
 
 
 def level(table: Table, labels: str, method: str, column: str) -> float:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 import cet
 from benchmarks.quality.conditions import INPUTS, KINDS, METHODS, with_labels
+from benchmarks.quality.ways import WAYS
 from cet.data.smartwatch import Split, Windows, load_windows, split_by_person
 from cet.files import write_atomically
-from cet.training import train
 
 MAX_DROP = 0.01
 
@@ -88,17 +88,23 @@ def run(job: Job, every: int = 1, epochs: int | None = None) -> Result:
     split = split_of(job.split, every)
     method = METHODS[job.method](job.labels)
     labelled = replace(split, train=with_labels(split.train, job.labels, job.split, job.seed))
-    model = train(method.recipe, labelled, job.seed, epochs=epochs, widths=method.widths)
+    trained = WAYS[method.way](method.recipe, labelled, job.seed, epochs or method.recipe.epochs, method.widths)
+    model = trained[0][0]
     costs = cet.exit_costs(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         calibration = cet.calibrate(model, [(split.calibration.x, split.calibration.y)], MAX_DROP, costs=costs)
     is_open = [threshold is not None for threshold in calibration.policy.thresholds]
+    inputs = [perturbed(split.test, i, job.seed) for i in range(len(INPUTS))]
+    logits = np.stack([_logits(model, x) for x in inputs])
+    for other, rows in trained[1:]:
+        logits[:, :, rows.numpy()] = np.stack([_logits(other, x[rows]) for x in inputs])
     return Result(
-        logits=np.stack([_logits(model, perturbed(split.test, i, job.seed)) for i in range(len(INPUTS))]),
+        logits=logits,
         y=split.test.y.numpy(),
         person=split.test.person.numpy(),
         calibration=_logits(model, split.calibration.x),
+        # Of models that share the test windows, those of the first.
         facts={
             "thresholds": calibration.policy.thresholds,
             "temperatures": calibration.policy.temperatures,

@@ -254,7 +254,7 @@ class TestTrain:
             ({"y": np.zeros(288, dtype=int)}, (), "y holds the label 0 alone; give samples of two classes"),
             ({"y": np.where(np.arange(288) == 0, 9, 1)}, (), "no calibration sample has the label 9"),
             ({"y": np.where(np.arange(288) % 6 == 0, 9, 1)}, ("--seed", 4), "sample has the label 9; split with"),
-            ({"group": np.arange(288) % 2}, (), "group names 2, too few for 3 parts that share none"),
+            ({"group": np.arange(288) % 2}, (), "group names 2 with a label, too few for 3 parts that share none"),
             ({"group": np.arange(288) / 2}, (), "group is float64; give whole numbers or strings"),
             ({}, ("--calibration-data", "VAL", "--test-data", "VAL"), "is in the samples for calibration and for test"),
             ({}, ("--calibration-share", 0), "there are no samples to calibrate on; give --calibration-data"),

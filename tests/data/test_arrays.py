@@ -170,7 +170,7 @@ def test_every_sample_is_in_one_part(
     data = samples([row[0] for row in rows], [row[1] for row in rows] if has_groups else None)
     num_parts = 1 + sum(share > 0 for share in shares)
     if has_groups and len(data.groups()) < num_parts:
-        with pytest.raises(ValueError, match=r"group names \d, too few for \d parts that share none"):
+        with pytest.raises(ValueError, match=r"group names \d with a label, too few for \d parts that share none"):
             split_parts(data, *shares, seed)
         return
     parts = split_parts(data, *shares, seed)
@@ -194,6 +194,21 @@ def test_shares_are_those_asked_for() -> None:
     assert [len(part.groups()) for part in by_group] == [5, 2, 3]
     seeds = {tuple(split_parts(samples([0] * 100, list(range(100))), 0.2, 0.2, seed)[1].groups()) for seed in range(5)}
     assert len(seeds) == 5
+
+
+def test_what_has_no_label_trains() -> None:
+    """Among them a person of whom nothing is labelled, as one whom a model is adapted to."""
+    y, group = [0, 1] * 50, [f"p{i // 10}" for i in range(100)]
+    known, *held_out = split_parts(samples(y, group), 0.2, 0.3, 0)
+    more = samples([*y, *[-100] * 30], [*group, *(f"new{i // 3}" for i in range(30))])
+    train, *same = split_parts(more, 0.2, 0.3, 0)
+    assert [part.groups() for part in same] == [part.groups() for part in held_out]
+    assert train.groups() == sorted([*known.groups(), *(f"new{i}" for i in range(10))])
+    train, *same = split_parts(samples([*y, *[-100] * 30]), 0.2, 0.3, 0)
+    assert [len(train), *map(len, same)] == [80, 20, 30]
+    assert all(part.labelled().x.shape == part.x.shape for part in same)
+    with pytest.raises(ValueError, match="no sample has a label in y"):
+        split_parts(samples([-100] * 4, ["a", "b", "c", "d"]), 0.2, 0.2, 0)
 
 
 def test_channels_are_standardised() -> None:

@@ -60,6 +60,19 @@ def test_groups_are_ranked_by_their_mean(model: cet.EarlyExit) -> None:
         cet.audit_labels(model, loader()).groups()
 
 
+def test_the_plot_names_the_first_suspects(model: cet.EarlyExit) -> None:
+    audit = cet.audit_labels(model, loader(), group=["a", "b", "a", "b", "c"])
+    top, whole = audit.plot().axes
+    assert [label.get_text() for label in top.get_yticklabels()] == ["b: 1, not 0?", "a: 0"]
+    assert [bar.get_width() for bar in top.patches] == [suspect.doubt for suspect in audit.groups()]
+    assert whole.lines[0].get_ydata().tolist() == [suspect.doubt for suspect in audit.groups()]
+    rows = cet.audit_labels(model, loader()).plot(limit=1).axes
+    assert [label.get_text() for label in rows[0].get_yticklabels()] == ["1: 2, not 1?"]
+    assert len(rows[1].lines[0].get_ydata()) == 4
+    with pytest.raises(ValueError, match="limit is 0; give at least 1"):
+        audit.plot(0)
+
+
 def test_what_cannot_be_audited_is_refused(model: cet.EarlyExit) -> None:
     with pytest.raises(TypeError, match=r"model is Sequential; wrap it in cet\.EarlyExit"):
         cet.audit_labels(model.backbone, loader())  # type: ignore[arg-type]

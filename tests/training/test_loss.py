@@ -187,6 +187,7 @@ BAD_ARGUMENTS = [
     ({"min_confidence": math.nan}, ValueError, "min_confidence is nan"),
     ({"exit_weights": (1.0, -1.0)}, ValueError, r"exit_weights\[1\] is -1.0"),
     ({"exit_weights": (math.nan, 1.0)}, ValueError, r"exit_weights\[0\] is nan"),
+    ({"exit_weights": (0.0, 0.0)}, ValueError, "exit_weights are all 0, so no exit would learn"),
 ]
 
 
@@ -208,7 +209,32 @@ def test_what_would_train_nothing_is_refused_before_the_model_runs(model):
         assert cet.ConsistentExitLoss(shift)(model, X, Y)[0].isfinite()
 
 
+def test_a_step_in_which_every_exit_that_counts_is_frozen_is_refused(model):
+    model.requires_grad_(False).backbone.head.requires_grad_(True)
+    for teacher in ("mean", "final", "ema"):
+        with pytest.raises(ValueError, match=r"every exit with a weight above 0 is frozen, .* give exit_weights"):
+            cet.ConsistentExitLoss(shift, teacher=teacher, exit_weights=(1.0, 0.0))(model, X, Y)
+    model.heads.requires_grad_(True)
+    model.backbone.head.requires_grad_(False)
+    cet.ConsistentExitLoss(shift, teacher="final")(model, X, Y)[0].backward()  # a frozen teacher is none of them
+    assert all(weight.grad.any() for weight in model.heads.parameters())
+
+
 class TestMovingAverage:
+    @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+    def test_it_is_of_one_model_compiled_or_not(self, model, wrap):
+        loss_of = cet.ConsistentExitLoss(shift, teacher="ema")
+        first = [loss_of(wrapped, X, Y)[0].item() for wrapped in (wrap(model), model)]
+        expected = cet.ConsistentExitLoss(shift, teacher="ema")
+        assert first == pytest.approx([expected(model, X, Y)[0].item() for _ in range(2)], rel=1e-5)
+        other = cet.EarlyExit(Net(), ["body"], (X,))
+        with pytest.raises(ValueError, match="teacher 'ema' averages the weights of another model already"):
+            loss_of(other, X, Y)
+        again = cet.ConsistentExitLoss(shift, teacher="ema")
+        again.load_state_dict(model, loss_of.state_dict())
+        with pytest.raises(ValueError, match=r"make a cet\.ConsistentExitLoss per model"):
+            again(other, X, Y)
+
     def test_the_first_teacher_is_the_model_and_the_next_lies_between(self, model):
         loss_of = cet.ConsistentExitLoss(shift, teacher="ema", ema_decay=0.75)
         before = {name: value.clone() for name, value in model.named_parameters()}

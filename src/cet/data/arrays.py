@@ -164,30 +164,35 @@ def split_parts(data: Arrays, calibration_share: float, test_share: float, seed:
     """Samples for training, calibration and testing; a part whose share is 0 is left out.
 
     Whole groups are drawn where the samples have groups, so that nobody is in two parts; else samples are drawn class
-    by class, so that every part has all classes.
+    by class, so that every part has all classes. Samples without a label, and groups without one, train: nothing else
+    can be done with them.
 
     Args:
-        data: labelled samples.
+        data: samples, some of which have a label.
         calibration_share: of the groups, or samples, that calibrate; at least one when > 0.
         test_share: likewise of those that test.
         seed: of the draw.
 
     Raises:
-        ValueError: when there are fewer groups than parts.
+        ValueError: when there are fewer groups with a label than parts, and where no sample has a label.
     """
+    data.classes()
+    has_label = data._has_label()
     rng = np.random.default_rng(seed)
     shares = [share for share in (calibration_share, test_share) if share > 0]
     if data.group is not None:
-        groups = np.array(data.groups())
+        groups = np.array(data.labelled().groups())
         if len(groups) <= len(shares):
             raise ValueError(
-                f"{data.source}: group names {len(groups)}, too few for {len(shares) + 1} parts that share none; give "
-                "samples of more, or files of their own for calibration and testing"
+                f"{data.source}: group names {len(groups)} with a label, too few for {len(shares) + 1} parts that "
+                "share none; give samples of more, or files of their own for calibration and testing"
             )
-        parts = _cut(rng.permutation(len(groups)), shares)
-        return tuple(data.rows(np.flatnonzero(np.isin(data.group, groups[part]))) for part in parts)
+        _, *held_out = (np.isin(data.group, groups[part]) for part in _cut(rng.permutation(len(groups)), shares))
+        train = ~np.logical_or.reduce([np.zeros(len(data), dtype=bool), *held_out])
+        return tuple(data.rows(np.flatnonzero(part)) for part in (train, *held_out))
     labels = data._labels()
-    of_classes = [_cut(rng.permutation(np.flatnonzero(labels == label)), shares) for label in np.unique(labels)]
+    of_classes = [_cut(rng.permutation(np.flatnonzero(labels == label)), shares) for label in data.classes()]
+    of_classes.append([np.flatnonzero(~has_label), *(np.empty(0, dtype=np.int64) for _ in shares)])
     return tuple(data.rows(np.sort(np.concatenate(part))) for part in zip(*of_classes, strict=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 from cet.data.batches import UNLABELLED, BatchFn, call, read_batches
 from cet.model.early_exit import EarlyExit
 from cet.partition.stages import evaluating
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,45 @@ class LabelAudit:
         ]
         return sorted(suspects, key=lambda suspect: -suspect.doubt)
 
+    def plot(self, limit: int = 20) -> Figure:
+        """The first suspects as a matplotlib figure, most suspicious on top: groups by their doubt where there are,
+        else rows by their suspicion, each with its label and what the exits answer; below, all of them in this order.
+
+        Args:
+            limit: how many are named, from 1 on.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: for a limit out of range.
+        """
+        if limit < 1:
+            raise ValueError(f"limit is {limit}; give at least 1")
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        from cet.plotting import GREY, STYLE
+
+        if self.group:
+            named = [(s.group, s.doubt, s.label, s.suggested) for s in self.groups()]
+        else:
+            named = [
+                (row, float(self.suspicion[row]), int(self.label[row]), int(self.suggested[row])) for row in self.rows()
+            ]
+        first = named[:limit]
+        with rc_context(STYLE):
+            figure = Figure(figsize=(6.4, 2.6 + 0.24 * len(first)), layout="constrained")
+            top, whole = figure.subplots(2, 1, height_ratios=[0.24 * len(first) + 0.4, 1.6])
+            colours = ["#D55E00" if label != suggested else GREY for _, _, label, suggested in first]
+            top.barh(range(len(first)), [score for _, score, _, _ in first], color=colours)
+            top.set_yticks(range(len(first)), [_question(*suspect) for suspect in first])
+            top.invert_yaxis()
+            whole.plot(range(1, len(named) + 1), [score for _, score, _, _ in named], color="#0072B2")
+            whole.axvline(len(first), linestyle="--", color="#888888", linewidth=1)
+            whole.set_xlabel(f"{'groups' if self.group else 'rows'}, most suspicious first")
+            top.set_xlabel(score := "mean doubt" if self.group else "suspicion")
+            whole.set_ylabel(score)
+        return figure
+
     def __str__(self) -> str:
         """The first ten suspects: groups where there are, else rows."""
         if self.group:
@@ -93,6 +135,10 @@ class LabelAudit:
             label, suggested, against = numbers
             lines.append(f"{row:>12}  {self.suspicion[row]:>9.2f}  {label:>5}  {suggested:>9}  {against:>13}")
         return "\n".join(lines)
+
+
+def _question(name: Any, _: float, label: int, suggested: int) -> str:
+    return f"{name}: {label}, not {suggested}?" if label != suggested else f"{name}: {label}"
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class ConsistentExitLoss:
     Raises:
         ValueError: for arguments out of range, labels of wrong shape or range, a model in eval mode or partly so, a
             perturbation that changes shapes, dtypes or shared inputs, a number of exit weights other than the
-            model's exits, a model of which nothing may be trained, and, where labels are on the CPU, a batch without
+            model's exits, a model of which nothing may be trained, or no exit that counts, a second model with the
+            teacher ``"ema"``, and, where labels are on the CPU, a batch without
             any label when ``consistency_weight`` is 0.
         TypeError: for labels that name no class, and a model that does not return a tuple of logits.
     """
@@ -114,6 +115,7 @@ class ConsistentExitLoss:
         else:
             clean = perturbed = _check_outputs(call(model, x), len(y))
         self._check_exit_weights(len(clean))
+        self._check_reachable((*clean, *perturbed))
         supervise_perturbed = self.supervise_perturbed if perturbs else 0.0
         if not perturbs or self._average is not None:
             parts = consistent_exit_loss(
@@ -182,6 +184,17 @@ class ConsistentExitLoss:
                 "labelled rows in each batch, as cet.training.LabelledShare does, or consistency_weight > 0"
             )
 
+    def _check_reachable(self, logits: Sequence[Tensor]) -> None:
+        """Refuse a step in which every exit that counts is frozen, up to its head."""
+        weights = self.exit_weights or (1.0,) * (len(logits) // 2)
+        learns = [x.requires_grad for x, weight in zip(logits, (*weights, *weights), strict=True) if weight > 0]
+        # A model without parameters has no gradients at all.
+        if torch.is_grad_enabled() and not any(learns) and any(x.requires_grad for x in logits):
+            raise ValueError(
+                "every exit with a weight above 0 is frozen, with all that is before it, so nothing can learn; call "
+                "requires_grad_(True) on its head, or give exit_weights to the exits that are trained"
+            )
+
     def _check_exit_weights(self, num_exits: int | None) -> None:
         if self.exit_weights is not None and num_exits is not None and len(self.exit_weights) != num_exits:
             raise ValueError(
@@ -195,12 +208,18 @@ class MovingAverage:
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
+        self.of: nn.Module | None = None
         self.model: nn.Module | None = None
         self.count = 0
 
     @torch.no_grad()
     def logits(self, model: nn.Module, x: Inputs, num_rows: int) -> tuple[Tensor, ...]:
         """What the average answers in train mode, the weights that the model has now taken in."""
+        if self.of is not None and self.of is not model:
+            raise ValueError(
+                "teacher 'ema' averages the weights of another model already; make a cet.ConsistentExitLoss per model"
+            )
+        self.of = model
         average = self.model = self.model or copy.deepcopy(model).requires_grad_(False)
         weight = max(1.0 - self.decay, 1.0 / (self.count + 1))
         self.count += 1
@@ -215,6 +234,7 @@ class MovingAverage:
         return {} if self.model is None else {"count": self.count, "model": self.model.state_dict()}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        self.of = model
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.model.load_state_dict(state["model"])
         self.count = state["count"]
@@ -241,8 +261,8 @@ def check_finite(loss: Tensor, x: Inputs) -> None:
                     f"row {int(bad[0])}; leave them out, or fill in what is missing"
                 )
     raise RuntimeError(
-        f"the loss is {loss.item()}; give a lower learning_rate or finite inputs, and train float16 models in float32 "
-        "or bfloat16"
+        f"the loss is {loss.item()}, though the batch is finite; give a lower learning_rate, a perturb that gives "
+        "finite values, and train float16 models in float32 or bfloat16"
     )
 
 

@@ -194,6 +194,8 @@ def check_loss_config(
     for index, weight in enumerate(exit_weights or ()):
         if not 0.0 <= weight < math.inf:
             raise ValueError(f"exit_weights[{index}] is {weight}; give a finite number >= 0")
+    if exit_weights and not any(exit_weights):
+        raise ValueError("exit_weights are all 0, so no exit would learn; give at least one above 0")
 
 
 def _check(logits: Sequence[Tensor], labels: Tensor, num_clean: int, num_weights: int) -> None:

