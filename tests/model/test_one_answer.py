@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -341,6 +342,29 @@ def test_a_forward_that_was_replaced_before_the_model_is_made_is_in_it() -> None
     assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
     net.b = nn.Linear(WIDTH, WIDTH)
     assert_answers_of_eager_backbone(model, R(ROWS, WIDTH))
+
+
+@pytest.mark.parametrize("how", ["default", "keyword", "closure", "global"])
+def test_a_replaced_forward_reads_the_weights_wherever_they_are(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights move as a model goes to another dtype and back, and the function reaches them by its own ways."""
+    net = Straight()
+    layer, bias = net.b, 3.0
+    monkeypatch.setitem(globals(), "LAYER", layer)
+    forwards: dict[str, Any] = {
+        "default": lambda x, m=layer: F.linear(x, m.weight) + bias,
+        "keyword": lambda x, *, m=layer: F.linear(x, m.weight) + bias,
+        "closure": lambda x: F.linear(x, layer.weight) + bias,
+        "global": lambda x: F.linear(x, LAYER.weight) + bias,  # type: ignore[name-defined]  # noqa: F821
+    }
+    layer.forward = forwards[how]
+    model, x = build(net), R(ROWS, WIDTH)
+    before = assert_answers_of_eager_backbone(model, x)[-1]
+    model.double().float()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    after = assert_answers_of_eager_backbone(model, x)[-1]
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert model.explain(x).reason is None
 
 
 CONV_CHANGES: dict[str, Callable[[nn.Conv1d], Any]] = {

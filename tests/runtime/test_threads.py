@@ -215,7 +215,7 @@ def layers_replaced_beside_calls() -> None:
     def replace() -> None:
         while time.monotonic() < end:
             model.backbone[1] = nn.Sequential(nn.Conv1d(8, 8, 5), nn.Tanh()).eval()
-            time.sleep(0.005)
+            time.sleep(0.01)
 
     def call() -> None:
         while time.monotonic() < end:

@@ -528,6 +528,7 @@ class EarlyExit(nn.Module):
 
         args, kwargs = way.input_format.unflatten(copied(inputs))
         self.observe(args, kwargs, keep)
+        self._require_all(features)
         for k, head in enumerate(self.heads):
             index = way.cache.masks[k]
             check_head(
@@ -668,15 +669,18 @@ class EarlyExit(nn.Module):
 
         args, kwargs = way.input_format.unflatten(copied(inputs) if self._changes_inputs else inputs)
         output = self.observe(args, kwargs, keep)
+        self._require_all(features)
+        # Behind the backbone, so that what it checkpoints or compiles holds the backbone alone.
+        masks = [None if index is None else inputs[index] for index in way.cache.masks]
+        early = [head_logits(head, features[k], masks[k]) for k, head in enumerate(self.heads)]
+        return (*early, check_classes(logits_of(output), self.num_classes))
+
+    def _require_all(self, features: Mapping[int, Tensor]) -> None:
         for k, path in enumerate(self.exit_names[:-1]):
             if k not in features:
                 raise RuntimeError(
                     f"exit {path!r} was not reached in this forward pass; name a submodule that every pass calls"
                 )
-        # Behind the backbone, so that what it checkpoints or compiles holds the backbone alone.
-        masks = [None if index is None else inputs[index] for index in way.cache.masks]
-        early = [head_logits(head, features[k], masks[k]) for k, head in enumerate(self.heads)]
-        return (*early, check_classes(logits_of(output), self.num_classes))
 
     @torch.inference_mode(False)
     @torch.no_grad()

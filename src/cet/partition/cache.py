@@ -286,8 +286,11 @@ class StageCache:
                 try:
                     refuse_mixed_rows(self.backbone, self.input_format, rows, why, may_be_random=may_be_random)
                     refuse_observed(self.backbone, self.exits, self.input_format, rows)
-                except DependentRowsError as error:
-                    state.refusals[kind] = str(error)
+                except CutError as error:
+                    if not state.fingerprint.is_current():  # another thread changed the backbone between two runs
+                        return
+                    if isinstance(error, DependentRowsError):
+                        state.refusals[kind] = str(error)
                     raise
             state.has_own_rows.add(kind)
 

@@ -130,6 +130,7 @@ class _Cutter:
     def _bind_placeholders(self) -> None:
         """Inputs become arguments; weights become look-ups in the dictionaries of the submodules that own them."""
         owners: dict[tuple[str, str], str] = {}
+        named = _places_of_weights(self.backbone)
         tensors = (index for index, value in enumerate(self.inputs) if isinstance(value, Tensor))
         for spec in self.program.graph_signature.input_specs:
             node = self.nodes.get(spec.arg.name)
@@ -141,8 +142,10 @@ class _Cutter:
             assert node is not None
             assert spec.target is not None
             path, _, name = spec.target.removeprefix(PREFIX).rpartition(".")
-            if spec.kind is InputKind.PARAMETER or spec.kind is InputKind.BUFFER:
-                kind = "_parameters" if spec.kind is InputKind.PARAMETER else "_buffers"
+            kind = {InputKind.PARAMETER: "_parameters", InputKind.BUFFER: "_buffers"}.get(spec.kind, "")
+            if not kind:  # a weight that code reached by another way than its submodule is one of its submodule's still
+                path, kind, name = named.get(_place(self.program.constants[spec.target]), ("", "", ""))
+            if kind:
                 owner = owners.setdefault((path, kind), f"{kind[1].upper()}{len(owners)}")
                 self.namespace[owner] = getattr(self.backbone.get_submodule(path), kind)
                 self.expressions[node] = f"{owner}[{name!r}]"
@@ -387,3 +390,24 @@ class _Cutter:
                 "batch alone; reshape it to (B, ...) or name an exit where it is not in use"
             )
         return dim
+
+
+def _places_of_weights(backbone: nn.Module) -> dict[Any, tuple[str, str, str]]:
+    """The submodule, dictionary and name of each parameter and buffer, by its place in memory."""
+    return {
+        _place(tensor): (path, kind, name)
+        for path, module in backbone.named_modules()
+        for kind in ("_buffers", "_parameters")
+        for name, tensor in getattr(module, kind).items()
+        if tensor is not None and _place(tensor) is not None
+    }
+
+
+def _place(value: Any) -> Any:
+    """What tells a tensor in memory from all others; None where it has no memory of its own."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.numel() == 0:
+        return None
+    try:
+        return value.data_ptr(), value.dtype, value.shape, value.stride()
+    except RuntimeError:  # a subclass without storage
+        return None

@@ -26,7 +26,7 @@ def private_copy(module: Module, tensors: Iterable[Tensor] = ()) -> Module:
         copied: Module = copy.deepcopy(module, memo)
         for submodule in copied.modules():
             forward = submodule.__dict__.get("forward")
-            if isinstance(forward, FunctionType) and forward.__closure__:
+            if isinstance(forward, FunctionType):
                 submodule.__dict__["forward"] = _rebound(forward, memo)
         return copied
     except Exception:  # whatever an attribute's __deepcopy__ may raise
@@ -35,11 +35,15 @@ def private_copy(module: Module, tensors: Iterable[Tensor] = ()) -> Module:
 
 
 def _rebound(function: FunctionType, copies: dict[int, Any]) -> FunctionType:
-    """The function with the copies in its closure: it would go on calling the originals."""
-    contents = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = tuple(CellType(copies.get(id(value), value)) for value in contents)
-    rebound = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    rebound.__kwdefaults__ = function.__kwdefaults__
+    """The function with the copies in its closure and defaults: it would go on calling the originals."""
+
+    def copied(value: Any) -> Any:
+        return copies.get(id(value), value)
+
+    cells = tuple(CellType(copied(cell.cell_contents)) for cell in function.__closure__ or ())
+    defaults = tuple(map(copied, function.__defaults__ or ())) or None
+    rebound = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+    rebound.__kwdefaults__ = {name: copied(value) for name, value in (function.__kwdefaults__ or {}).items()} or None
     return rebound
 
 
