@@ -1,24 +1,28 @@
-"""Compiles the Triton kernels for GPUs that need not be there: ``python compile_triton.py 80 90``.
+"""Compiles and launches the Triton kernels for GPUs that need not be there: ``python compile_triton.py 80 90``.
 
-The launchers run on CPU tensors, so each kernel is specialised as in a real launch, but it is only compiled. Prints one
-JSON object per kernel. The interpreter must be off.
+The launchers run on CPU tensors, through Triton's own, on a driver that notes what it is given and runs nothing. Prints
+one JSON object per kernel. The interpreter must be off.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 from triton.runtime import JITFunction, driver
 
 from cet.kernels import compact, consistent_exit_loss
@@ -30,14 +34,44 @@ from cet.ops.exit_gate import triton as triton_gate
 from cet.ops.padded import Answers, PaddedExit
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-MEMORY_INSTRUCTION = re.compile(r"\b(?:LDG|STG|LDL|STL)\b[.\w]*")
+INSTRUCTION_BYTES = 16
+INSTRUCTION = re.compile(r"/\*([0-9a-f]+)\*/ +(?:@!?\w+ +)?((?:LDG|STG|LDL|STL|MEMBAR|CCTL|ATOMG?|REDG?|BAR)\b[.\w]*)")
+STREAM = 0xABC
+
+
+class _Noted(ctypes.Structure):
+    """The ``noted`` of fake_driver.c."""
+
+    _fields_ = (
+        ("launches", ctypes.c_int64),
+        ("grid", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("shared", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("sizes", ctypes.c_int32 * 256),
+        ("stream", ctypes.c_uint64),
+        ("values", ctypes.c_uint64 * 256),
+    )
+
+
+def load_fake_driver(folder: Path) -> _Noted:
+    """Build fake_driver.c and load it as the CUDA driver of this process; what it notes."""
+    library = folder / "libcuda.so.1"
+    include = Path(triton.__file__).parent / "backends/nvidia/include"
+    source = Path(__file__).with_name("fake_driver.c")
+    command = ["cc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}", source, "-o", library]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)  # to link against; at runtime the name is known already
+    return _Noted.in_dll(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL), "noted")
 
 
 class AbsentGPU:
-    """What Triton asks a driver before it compiles."""
+    """What Triton asks a driver, and its own launcher."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
+        self.utils = CudaUtils()
+        self.launcher_cls = CudaLauncher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self._capability, 32)
@@ -46,7 +80,10 @@ class AbsentGPU:
         return self._capability  # what is compiled is cached by device
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return STREAM
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
 
 
 def step(
@@ -108,8 +145,8 @@ def send(rows: int) -> None:
 
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
-ROWS = (1024, 999)
-CASES: dict[str, Callable[[int], None]] = {
+ROWS = (1024, 999, 1)
+CASES: dict[str, Callable[[int], object]] = {
     "sensor rows": lambda rows: step((rows, 128, 64), 7, FLOAT),
     "sensor rows, tiny": lambda rows: step((rows, 6, 32), 7, HALF),
     "images": lambda rows: step((rows, 64, 784), 100, FLOAT, score="margin"),
@@ -117,6 +154,7 @@ CASES: dict[str, Callable[[int], None]] = {
     "one long recording": lambda _: step((1, 64, 16000), 7, HALF, score="confidence"),
     "100 classes": lambda rows: gate(rows, 100, FLOAT),
     "1000 classes": lambda rows: gate(rows, 1000, BFLOAT),
+    "whole numbers": lambda rows: [triton_gate.gate(torch.zeros(rows, 7), "margin", t, t) for t in (0.5, 1, 16)],
     "32000 classes": lambda _: gate(64, 32000, FLOAT, score="margin"),
     "padded": padded,
     "partition": partition,
@@ -135,13 +173,34 @@ CASES: dict[str, Callable[[int], None]] = {
 }
 
 
-def described(kernel: Any) -> dict[str, Any]:
+def machine_code(cubin: bytes) -> bytes:
+    """The one section of an ELF file that holds code."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + index * size) for index in range(count)]
+    (code,) = (h for h in headers if cubin.startswith(b".text.", headers[names][4] + h[0]))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def memory_instructions(cubins: Sequence[bytes], capability: int) -> list[list[str]]:
+    """Of each kernel, in order. All are disassembled at once, because starting the tool takes longer than its work."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"".join(codes))
+        command = [TOOLS / "nvdisasm", "--binary", f"SM{capability}", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of_kernel = [index for index, code in enumerate(codes) for _ in range(len(code) // INSTRUCTION_BYTES)]
+    found: list[list[str]] = [[] for _ in codes]
+    for address, name in INSTRUCTION.findall(text):
+        found[of_kernel[int(address, 16) // INSTRUCTION_BYTES]].append(name)
+    return found
+
+
+def described(kernel: Any, in_order: list[str]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage, code = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
@@ -151,29 +210,75 @@ def described(kernel: Any) -> dict[str, Any]:
         "local": local,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
-        "instructions": Counter(MEMORY_INSTRUCTION.findall(code)),
+        "instructions": Counter(in_order),
+        "in_order": in_order,
         "ptx": kernel.asm["ptx"],
     }
 
 
+def _flat(arguments: Sequence[Any], types: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+    """Those that are no constants of the kernel, each with its type."""
+    for argument, kind in zip(arguments, types, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(argument, kind)
+        elif kind != "constexpr":
+            yield argument, kind
+
+
+def _in_memory(argument: Any, kind: str) -> list[int]:
+    """Size and bits of a parameter."""
+    if kind.startswith("*"):
+        return [8, argument if isinstance(argument, int) else argument.data_ptr()]
+    if kind == "fp32":
+        return [4, *struct.unpack("I", struct.pack("f", argument))]
+    size = {"i32": 4, "i64": 8}[kind]
+    return [size, argument % (1 << 8 * size)]
+
+
+def launched(kernel: Any, arguments: dict[str, Any], grid: Sequence[int], noted: _Noted) -> dict[str, Any]:
+    """What a launch should have given to the driver, and what it gave."""
+    signature = kernel.src.signature
+    parameters = [_in_memory(*each) for each in _flat([arguments[name] for name in signature], [*signature.values()])]
+    wanted = {
+        "grid": [*grid, 1, 1][:3],
+        "threads": 32 * kernel.metadata.num_warps,
+        "shared": kernel.metadata.shared,
+        "stream": STREAM,
+        "parameters": [*parameters, [8, 0], [8, 0]],  # scratch memory, of which no kernel needs any
+    }
+    given = {name: getattr(noted, name) for name in ("threads", "shared", "stream")}
+    given["grid"] = list(noted.grid)
+    given["parameters"] = [list(each) for each in zip(noted.sizes[: noted.count], noted.values, strict=False)]
+    return {"wanted": wanted, "given": given}
+
+
 def main(capabilities: list[int]) -> None:
     launch = JITFunction.run
-    compiled: dict[str, tuple[str, Any]] = {}
+    launches: dict[str, tuple[str, Any, dict[str, Any]]] = {}
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[kernel.hash] = self.__name__, kernel
+    def launch_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        before = noted.launches
+        kernel = launch(self, *args, grid=grid, warmup=warmup, **options)
+        assert noted.launches == before + 1, "not launched once"
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **options}
+        launches[kernel.hash] = self.__name__, kernel, launched(kernel, arguments, grid, noted)
         return kernel
 
-    JITFunction.run = compile_only
-    for capability in capabilities:
-        driver.set_active(AbsentGPU(capability))
-        for case, run in CASES.items():
-            for rows in ROWS:
-                run(rows)
-            for name, kernel in compiled.values():
-                print(json.dumps({"capability": capability, "case": case, "kernel": name, **described(kernel)}))
-            compiled.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        noted = load_fake_driver(Path(folder))
+        JITFunction.run = launch_and_note
+        for capability in capabilities:
+            driver.set_active(AbsentGPU(capability))
+            found = []
+            for case, run in CASES.items():
+                for rows in ROWS:
+                    run(rows)
+                found += [(case, *each) for each in launches.values()]
+                launches.clear()
+            codes = memory_instructions([kernel.asm["cubin"] for _, _, kernel, _ in found], capability)
+            for (case, name, kernel, of_launch), in_order in zip(found, codes, strict=True):
+                about = {"capability": capability, "case": case, "kernel": name, "launch": of_launch}
+                print(json.dumps({**about, **described(kernel, in_order)}))
 
 
 if __name__ == "__main__":
