@@ -23,9 +23,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
-from triton.runtime import JITFunction, driver
+from triton.runtime import driver
 
-from cet.kernels import compact, consistent_exit_loss
+from cet.kernels import compact, consistent_exit_loss, launch
 from cet.ops.compact import RowOrder
 from cet.ops.compact import triton as triton_compact
 from cet.ops.consistent_exit_loss import LossConfig, Target, Teacher
@@ -50,6 +50,7 @@ class _Noted(ctypes.Structure):
         ("count", ctypes.c_int32),
         ("sizes", ctypes.c_int32 * 256),
         ("stream", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
         ("values", ctypes.c_uint64 * 256),
     )
 
@@ -144,6 +145,19 @@ def send(rows: int) -> None:
     triton_compact.gather_and_scatter_rows(order, order[0], num_kept, num_kept, [pair], [pair])
 
 
+def mixed(_: int) -> None:
+    """What needs other kernels than what came before: rows that begin anywhere, other strides, other dtypes."""
+    numbers = torch.zeros(3 * 129)
+    for logits in (
+        numbers[:384].view(3, 128),
+        numbers[1:385].view(3, 128),
+        numbers.view(3, 129)[:, :128],
+        numbers[:384].view(128, 3).T,
+        numbers[:384].view(3, 128).to(HALF),
+    ):
+        triton_gate.gate(logits, "entropy", 0.5, 1.0)
+
+
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 ROWS = (1024, 999, 1)
 CASES: dict[str, Callable[[int], object]] = {
@@ -168,6 +182,7 @@ CASES: dict[str, Callable[[int], object]] = {
     "loss, 32000 classes": lambda _: loss(64, 32000, 3, FLOAT, "soft", "mean"),
     "loss, 50257 classes": lambda _: loss(64, 50257, 3, BFLOAT, "soft", "mean"),
     "loss, 4097 classes": lambda _: loss(64, 4097, 2, FLOAT, "hard", "final"),
+    "mixed": mixed,
     "gradients": lambda _: scale(FLOAT),
     "gradients in float16": lambda _: scale(HALF),
 }
@@ -235,49 +250,72 @@ def _in_memory(argument: Any, kind: str) -> list[int]:
     return [size, argument % (1 << 8 * size)]
 
 
-def launched(kernel: Any, arguments: dict[str, Any], grid: Sequence[int], noted: _Noted) -> dict[str, Any]:
-    """What a launch should have given to the driver, and what it gave."""
+def wanted_by(kernel: Any, arguments: dict[str, Any], programs: int) -> dict[str, Any]:
+    """What a launch should give to the driver."""
     signature = kernel.src.signature
     parameters = [_in_memory(*each) for each in _flat([arguments[name] for name in signature], [*signature.values()])]
-    wanted = {
-        "grid": [*grid, 1, 1][:3],
+    return {
+        "grid": [programs, 1, 1],
         "threads": 32 * kernel.metadata.num_warps,
         "shared": kernel.metadata.shared,
         "stream": STREAM,
+        "function": kernel.function,
         "parameters": [*parameters, [8, 0], [8, 0]],  # scratch memory, of which no kernel needs any
     }
-    given = {name: getattr(noted, name) for name in ("threads", "shared", "stream")}
-    given["grid"] = list(noted.grid)
-    given["parameters"] = [list(each) for each in zip(noted.sizes[: noted.count], noted.values, strict=False)]
-    return {"wanted": wanted, "given": given}
+
+
+def given_to(noted: _Noted) -> dict[str, Any]:
+    given = {name: getattr(noted, name) for name in ("threads", "shared", "stream", "function")}
+    parameters = [list(each) for each in zip(noted.sizes[: noted.count], noted.values, strict=False)]
+    return {**given, "grid": list(noted.grid), "parameters": parameters}
+
+
+class Launches:
+    """Every launch twice: what was given to the driver, by Triton's own way and by cet's for what is compiled."""
+
+    def __init__(self, noted: _Noted) -> None:
+        self.kernels: dict[str, tuple[str, Any]] = {}
+        self.wrong: list[dict[str, Any]] = []
+        self._noted = noted
+        self._launch = launch.launch
+        for module in (launch, compact, consistent_exit_loss):
+            module.launch = self
+
+    def __call__(self, function: Any, programs: int, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+        constants["num_warps"] = num_warps
+        kernel = function.warmup(*args, grid=(programs,), **constants)  # the one that Triton chooses
+        self.kernels[kernel.hash] = function.__name__, kernel
+        arguments = {**dict(zip(function.arg_names, args, strict=False)), **constants}
+        for _ in range(2):
+            before = self._noted.launches
+            self._launch(function, programs, *args, **constants)
+            assert self._noted.launches == before + 1, "not launched once"
+            wanted, given = wanted_by(kernel, arguments, programs), given_to(self._noted)
+            if given != wanted:
+                self.wrong.append({"kernel": function.__name__, "wanted": wanted, "given": given})
+
+    def taken(self) -> tuple[dict[str, tuple[str, Any]], list[dict[str, Any]]]:
+        """The kernels since the last call, and the launches that were wrong."""
+        taken = self.kernels, self.wrong
+        self.kernels, self.wrong = {}, []
+        launch._compiled.clear()
+        return taken
 
 
 def main(capabilities: list[int]) -> None:
-    launch = JITFunction.run
-    launches: dict[str, tuple[str, Any, dict[str, Any]]] = {}
-
-    def launch_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        before = noted.launches
-        kernel = launch(self, *args, grid=grid, warmup=warmup, **options)
-        assert noted.launches == before + 1, "not launched once"
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **options}
-        launches[kernel.hash] = self.__name__, kernel, launched(kernel, arguments, grid, noted)
-        return kernel
-
     with tempfile.TemporaryDirectory() as folder:
-        noted = load_fake_driver(Path(folder))
-        JITFunction.run = launch_and_note
+        launches = Launches(load_fake_driver(Path(folder)))
         for capability in capabilities:
             driver.set_active(AbsentGPU(capability))
             found = []
             for case, run in CASES.items():
                 for rows in ROWS:
                     run(rows)
-                found += [(case, *each) for each in launches.values()]
-                launches.clear()
-            codes = memory_instructions([kernel.asm["cubin"] for _, _, kernel, _ in found], capability)
-            for (case, name, kernel, of_launch), in_order in zip(found, codes, strict=True):
-                about = {"capability": capability, "case": case, "kernel": name, "launch": of_launch}
+                kernels, wrong = launches.taken()
+                found += [(case, wrong, *each) for each in kernels.values()]
+            codes = memory_instructions([kernel.asm["cubin"] for *_, kernel in found], capability)
+            for (case, wrong, name, kernel), in_order in zip(found, codes, strict=True):
+                about = {"capability": capability, "case": case, "kernel": name, "wrong_launches": wrong}
                 print(json.dumps({**about, **described(kernel, in_order)}))
 
 

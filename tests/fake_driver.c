@@ -24,7 +24,7 @@ struct {
   int64_t launches;
   int32_t grid[3], threads, shared, count;
   int32_t sizes[MOST];
-  uint64_t stream, values[MOST];
+  uint64_t stream, function, values[MOST];
 } noted;
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
@@ -101,6 +101,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   noted.threads = (int)config->blockDimX;
   noted.shared = (int)config->sharedMemBytes;
   noted.stream = (uint64_t)config->hStream;
+  noted.function = (uint64_t)function;
   noted.count = known->count;
   for (int i = 0; i < known->count; ++i) {
     noted.sizes[i] = known->sizes[i];
