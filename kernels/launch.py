@@ -89,16 +89,16 @@ def _numbers_of(args: tuple[Any, ...], params: Any, key: list[Any]) -> tuple[Any
     numbers = []
     for index, arg in enumerate(args):
         kind = type(arg)
-        if kind is int:
-            key.append(arg >> 31 if params is not None and params[index].do_not_specialize else arg)
-        elif kind is float or arg is None:
+        if arg is None or kind is float:
             key.append(kind)
+        elif kind is int:
+            key.append(arg >> 31 if params is not None and params[index].do_not_specialize else arg)
         elif isinstance(arg, tuple):
             key.append(len(arg))
             arg = _numbers_of(arg, None, key)
         else:
             dtype = arg.dtype
             arg = arg.data_ptr()
-            key.append((dtype if isinstance(dtype, torch.dtype) else dtype.name, arg & 15 == 0))
+            key += dtype if isinstance(dtype, torch.dtype) else dtype.name, arg & 15 == 0
         numbers.append(arg)
     return tuple(numbers)

@@ -198,6 +198,16 @@ def test_the_same_row_has_the_same_answer_in_any_batch(backend: str) -> None:  #
         assert torch.equal(alone[1], scores[rows])
 
 
+def test_another_number_of_rows_is_parted_as_the_first(backend: str) -> None:  # noqa: F811
+    """Without a thought: that is most of what a launch would cost the host."""
+    kernels._plan.cache_clear()
+    compact._extents.cache_clear()
+    for rows in (5, 1, 9):
+        features = torch.randn(rows, 8, 40)
+        exit_step(features, torch.randn(5, 8), None, [features], threshold=0.5)
+    assert kernels._plan.cache_info().misses == compact._extents.cache_info().misses == 1
+
+
 def test_a_poisoned_row_in_a_shared_launch_is_kept(backend: str) -> None:  # noqa: F811
     features, weight = torch.randn(40, 8, 40), torch.randn(5, 8)
     features[7, 3, 0], features[11] = float("nan"), float("inf")
