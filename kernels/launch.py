@@ -51,6 +51,7 @@ def block_size(extent: int, largest: int, smallest: int = 1) -> int:
     return max(smallest, min(largest, 1 << (max(1, extent) - 1).bit_length()))
 
 
+_MOST_PROGRAMS = (1 << 31) - 1  # of more Triton's launcher starts none, without a word
 _MOST_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -61,7 +62,12 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constan
     Triton looks at each argument in each call, and asks the driver about each address. All that a kernel is compiled
     for is compared here: dtypes, whether addresses are multiples of 16, and whole numbers, of which Triton only asks
     whether they are 1 or multiples of 16.
+
+    Raises:
+        ValueError: for more programs than a launch has.
     """
+    if programs > _MOST_PROGRAMS:
+        raise ValueError(f"a launch of {programs} programs is more than a GPU takes; give smaller batches")
     if is_interpreted():
         kernel[(programs,)](*args, num_warps=num_warps, **constants)
         return
