@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels.launch import VECTOR_BYTES, block_size, on_device_of
+from cet.kernels.launch import VECTOR_BYTES, block_size, launch, on_device_of
 
 SCAN_BLOCK = 1024
 _WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32}
@@ -136,17 +137,16 @@ class _Span(NamedTuple):
     target: int
 
 
-def _as_one(source: Tensor, target: Tensor, dims: Sequence[int]) -> _Span | None:
+def _as_one(dims: Sequence[_Span]) -> _Span | None:
     """The dimensions, outermost first, as one; ``None`` where their entries are not evenly apart."""
     span = _Span(1, 0, 0)
     for dim in reversed(dims):
-        size, strides = source.shape[dim], (source.stride(dim), target.stride(dim))
-        if size == 1:
+        if dim.size == 1:
             continue
         if span.size == 1:
-            span = _Span(size, *strides)
-        elif strides == (span.size * span.source, span.size * span.target):
-            span = span._replace(size=span.size * size)
+            span = dim
+        elif dim[1:] == (span.size * span.source, span.size * span.target):
+            span = span._replace(size=span.size * dim.size)
         else:
             return None
     return span
@@ -154,24 +154,44 @@ def _as_one(source: Tensor, target: Tensor, dims: Sequence[int]) -> _Span | None
 
 def as_move(source: Tensor, target: Tensor, dim: int) -> tuple[RowMove, int] | None:
     """The move and the bytes of its unit; ``None`` where what lies on one side of the rows is not one dimension."""
-    order = sorted(range(target.ndim), key=lambda d: -target.stride(d))  # outermost first
+    offset = (source.data_ptr() | target.data_ptr()) % VECTOR_BYTES
+    sizes = source.shape[:dim], source.shape[dim + 1 :]
+    extents = _extents(*sizes, source.stride(), target.stride(), source.element_size(), offset)
+    if extents is None:
+        return None
+    unit = extents[-1]
+    word = _WORDS[min(unit, 4)]
+    return RowMove(triton.reinterpret(source, word), triton.reinterpret(target, word), *extents[:-1]), unit
+
+
+@lru_cache(maxsize=4096)
+def _extents(
+    before: Sequence[int],
+    behind: Sequence[int],
+    source: Sequence[int],
+    target: Sequence[int],
+    itemsize: int,
+    offset: int,
+) -> tuple[int, ...] | None:
+    """The numbers of a :class:`RowMove`, then the bytes of a unit, by the sizes before and behind the rows, strides,
+    and how far from a multiple of 16 bytes the tensors begin: whatever the number of rows."""
+    dim = len(before)
+    spans = [_Span(*each) for each in zip((*before, 0, *behind), source, target, strict=True)]
+    order = sorted(range(len(spans)), key=lambda d: -target[d])  # outermost first
     split = order.index(dim)
-    outer, inner = _as_one(source, target, order[:split]), _as_one(source, target, order[split + 1 :])
+    outer, inner = _as_one([spans[d] for d in order[:split]]), _as_one([spans[d] for d in order[split + 1 :]])
     if outer is None or inner is None:
         return None
-    unit = itemsize = source.element_size()
+    unit = itemsize
     units = inner.size
-    s_source, s_target = [outer.source, source.stride(dim)], [outer.target, target.stride(dim)]
+    s_source, s_target = [outer.source, source[dim]], [outer.target, target[dim]]
     s_unit = inner[1:]
     if inner.size == 1 or s_unit == (1, 1):
-        extents = [itemsize * extent for extent in (units, *s_source, *s_target)]
-        unit = math.gcd(VECTOR_BYTES, source.data_ptr(), target.data_ptr(), *extents)
+        unit = math.gcd(VECTOR_BYTES, offset, *(itemsize * extent for extent in (units, *s_source, *s_target)))
         units = units * itemsize // unit
         s_source, s_target = ([stride * itemsize // unit for stride in strides] for strides in (s_source, s_target))
         s_unit = 1, 1
-    word = _WORDS[min(unit, 4)]
-    pointers = triton.reinterpret(source, word), triton.reinterpret(target, word)
-    return RowMove(*pointers, outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1]), unit
+    return outer.size, units, *s_source, s_unit[0], *s_target, s_unit[1], unit
 
 
 def moves_into(
@@ -194,7 +214,9 @@ def moves_into(
             for move, row_block, unit_block in zip(moves, row_blocks, unit_blocks, strict=True)
         )
         with on_device_of(order if order is not None else positions):
-            gather_and_scatter_rows_kernel[(programs,)](
+            launch(
+                gather_and_scatter_rows_kernel,
+                programs,
                 moves,
                 order,
                 positions,
@@ -224,4 +246,4 @@ def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor 
 
 def order_rows_into(exit_mask: Tensor, order: Tensor, num_kept: Tensor) -> None:
     with on_device_of(exit_mask):
-        order_rows_kernel[(1,)](exit_mask, order, num_kept, exit_mask.shape[0], BLOCK=SCAN_BLOCK)
+        launch(order_rows_kernel, 1, exit_mask, order, num_kept, exit_mask.shape[0], BLOCK=SCAN_BLOCK)

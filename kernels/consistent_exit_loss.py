@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cet.kernels.launch import alignment, block_size, num_processors, on_device_of
+from cet.kernels.launch import alignment, block_size, launch, num_processors, on_device_of
 
 _CLASS_BLOCK = 4096  # logits of a row that stay in registers; of more, all are read twice
 _TILE = 256  # logits of a program, where a row has fewer
@@ -452,8 +452,10 @@ def consistent_exit_loss_into(
     labels = labels.contiguous()
     numbers = config.consistency_weight, config.supervise_perturbed, config.min_confidence
     with on_device_of(labels):
-        count_labelled_kernel[(1,)](labels, work, rows, BLOCK=_BLOCK)
-        consistent_exit_loss_kernel[(blocks * exits,)](
+        launch(count_labelled_kernel, 1, labels, work, rows, BLOCK=_BLOCK)
+        launch(
+            consistent_exit_loss_kernel,
+            blocks * exits,
             clean,
             perturbed,
             labels,
@@ -506,7 +508,9 @@ def scale_into(
     size = given[0][1].numel()
     with on_device_of(scale):
         most = _PROGRAMS_PER_PROCESSOR * num_processors(scale.device) // len(given)
-        scale_kernel[(max(1, min(triton.cdiv(size, _BLOCK), most)) * len(given),)](
+        launch(
+            scale_kernel,
+            max(1, min(triton.cdiv(size, _BLOCK), most)) * len(given),
             tuple(gradient for _, gradient in given),
             None if factors is None else tuple(zip(*(factors[i] for i, _ in given), strict=True)),
             scale,

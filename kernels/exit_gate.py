@@ -8,6 +8,7 @@ there. Other heads are multiplied by PyTorch, and :func:`gate_kernel` takes the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -312,22 +313,50 @@ class _Shape(NamedTuple):
         return block_size(self.channels, min(_TILE // block_p, most_channels)), block_p
 
 
-def _as_shape(features: Tensor, layout: str) -> tuple[Tensor, _Shape]:
-    """The features, copied where their positions are more than two dimensions in memory, and their shape."""
-    channel = 1 if layout == "channels_first" else features.ndim - 1
+def _shape_of(sizes: Sequence[int], strides: Sequence[int], channel: int) -> _Shape | None:
+    """Of features of such sizes, without that of the rows; ``None`` where their positions are more than two dimensions
+    in memory."""
     spans: list[tuple[int, int]] = []
-    positions = [dim for dim in range(1, features.ndim) if dim != channel and features.shape[dim] != 1]
-    for dim in sorted(positions, key=features.stride):
-        size, stride = features.shape[dim], features.stride(dim)
+    positions = [dim for dim in range(1, len(strides)) if dim != channel and sizes[dim - 1] != 1]
+    for dim in sorted(positions, key=strides.__getitem__):
+        size, stride = sizes[dim - 1], strides[dim]
         if spans and stride == spans[-1][0] * spans[-1][1]:
             spans[-1] = spans[-1][0] * size, spans[-1][1]
         else:
             spans.append((size, stride))
     if len(spans) > 2:
-        return _as_shape(features.contiguous(), layout)
+        return None
     (inner, s_inner), (outer, s_outer) = (*spans, (1, 0), (1, 0))[:2]
-    strides = features.stride(0), features.stride(channel), s_outer, s_inner
-    return features, _Shape(features.shape[channel], outer, inner, *strides)
+    return _Shape(sizes[channel - 1], outer, inner, strides[0], strides[channel], s_outer, s_inner)
+
+
+class _Plan(NamedTuple):
+    """How features and a head are parted among programs."""
+
+    shape: _Shape
+    align: int
+    slices: int
+    block_c: int
+    block_p: int
+    block_k: int
+    warps: int
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    sizes: Sequence[int], strides: Sequence[int], itemsize: int, channel: int, classes: int, share: int, most: int
+) -> _Plan | None:
+    """For features as :func:`_shape_of` takes them, ``share`` bytes of a row for one of at most ``most`` programs."""
+    shape = _shape_of(sizes, strides, channel)
+    if shape is None:
+        return None
+    block_k = block_size(classes, _MAX_CLASSES)
+    slices = _slices(shape.channels * shape.outer * shape.inner * itemsize, share, most)
+    block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k), slices=slices)
+    slices = min(slices, _power_within(triton.cdiv(shape.channels, block_c)))
+    # Programs that share rows take more registers; and no more of them may run at once than the cache has room for.
+    warps = 1 if block_c * block_p < 1024 else 4 if slices == 1 else 8
+    return _Plan(shape, shape.alignment(itemsize), slices, block_c, block_p, block_k, warps)
 
 
 def fuses(features: Tensor, weight: Tensor, pool: str) -> bool:
@@ -342,10 +371,12 @@ def fuses(features: Tensor, weight: Tensor, pool: str) -> bool:
 
 def _slices(size: int, share: int, most: int) -> int:
     """Among how many programs a row is shared: a power of two. It depends on the row alone, as rounding does on it."""
-    if launch.runs_one_by_one():
-        return 1
     wanted = 1 << (triton.cdiv(max(1, size), share) - 1).bit_length()
-    return min(_MAX_SLICES, wanted, _power_within(most))
+    return min(wanted, _power_within(most))
+
+
+def _most_slices() -> int:
+    return 1 if launch.runs_one_by_one() else _MAX_SLICES
 
 
 def _power_within(extent: int) -> int:
@@ -368,12 +399,14 @@ def gate_into(logits: Tensor, score: str, gate: Gate) -> None:
         return
     block_k = block_size(classes, _CLASS_BLOCK)
     row_block = max(1, 512 // block_k)
-    slices = _slices(classes, _CLASS_BLOCK, classes)
+    slices = _slices(classes, _CLASS_BLOCK, min(classes, _most_slices()))
     blocks = triton.cdiv(rows, row_block)
     gate = _with_state(gate, blocks, slices)
     partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, 4, slices)
     with on_device_of(logits):
-        gate_kernel[(blocks * slices,)](
+        launch.launch(
+            gate_kernel,
+            blocks * slices,
             logits,
             partials,
             gate,
@@ -405,35 +438,36 @@ def exit_gate_into(
         if gate.num_kept_ptr is not None:
             gate.num_kept_ptr.zero_()
         return
-    features, shape = _as_shape(features, layout)
-    block_k = block_size(classes, _MAX_CLASSES)
-    row_bytes = shape.channels * shape.outer * shape.inner * features.element_size()
-    slices = _slices(row_bytes, _SHARE_BYTES, _MAX_SLICES)
-    block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k), slices=slices)
-    slices = min(slices, _power_within(triton.cdiv(shape.channels, block_c)))
-    # Programs that share rows take more registers; and no more of them may run at once than the cache has room for.
-    warps = 1 if block_c * block_p < 1024 else 4 if slices == 1 else 8
+    channel = 1 if layout == "channels_first" else features.ndim - 1
+    numbers = features.element_size(), channel, classes, _SHARE_BYTES, _most_slices()
+    plan = _plan(features.shape[1:], features.stride(), *numbers)
+    if plan is None:
+        features = features.contiguous()
+        plan = _plan(features.shape[1:], features.stride(), *numbers)
+    slices, warps = plan.slices, plan.warps
     gate = _with_state(gate, rows, slices, moves)
-    partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, slices, block_k)
+    partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, slices, plan.block_k)
     unit_blocks = tuple(block_size(move.units, 128 * warps) for move, _ in moves)
     with on_device_of(features):
-        exit_gate_kernel[(rows * slices,)](
+        launch.launch(
+            exit_gate_kernel,
+            rows * slices,
             features,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
             partials,
             gate,
-            shape,
+            plan.shape,
             tuple(move for move, _ in moves),
             rows,
             CLASSES=classes,
             SCORE=score,
-            CHANNELS_LAST=shape.s_channel == 1,
-            ALIGN=shape.alignment(features.element_size()),
+            CHANNELS_LAST=plan.shape.s_channel == 1,
+            ALIGN=plan.align,
             SLICES=slices,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            BLOCK_K=block_k,
+            BLOCK_C=plan.block_c,
+            BLOCK_P=plan.block_p,
+            BLOCK_K=plan.block_k,
             WINDOW=32 * warps,
             MOVES=len(moves),
             UNITS=unit_blocks,

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 CAPABILITIES = (80, 90, 100)
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a processor
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+L2_BYTES = {80: 40 << 20, 90: 50 << 20, 100: 126 << 20}
 ROW_COPIES = ["row copy", "row copy, channels last", "row copy, padded"]
 
 
@@ -40,6 +43,48 @@ def test_nothing_is_spilled(kernels: list[dict[str, Any]]) -> None:
         assert kernel["stack"] == kernel["local"] == 0, kernel["case"]
         assert not [name for name in kernel["instructions"] if name[:3] in ("LDL", "STL")], kernel["case"]
         assert kernel["registers"] * 32 * kernel["warps"] <= 2**15, f"{kernel['case']}: not even two programs at a time"
+
+
+def test_the_driver_is_given_what_each_kernel_takes(kernels: list[dict[str, Any]]) -> None:
+    """By Triton's launcher, and by cet's of what is compiled: parameters, their sizes, grid, threads, shared memory."""
+    for kernel in kernels:
+        assert kernel["wrong_launches"] == [], (kernel["case"], kernel["kernel"])
+    assert len([kernel for kernel in kernels if kernel["case"] == "mixed"]) == 5
+
+
+def programs_at_once(kernel: dict[str, Any]) -> int:
+    """On one processor, by warps, by registers, of which a warp gets multiples of 256, and by shared memory."""
+    warps, capability = kernel["warps"], kernel["capability"]
+    by_registers = 2**16 // (-(-kernel["registers"] * 32 // 256) * 256 * warps)
+    by_memory = SHARED_BYTES[capability] // (kernel["shared"] + 1024)
+    return min(by_registers, by_memory, 64 // warps, 32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "warps"),
+    [
+        ("exit_gate_kernel", 32),
+        ("gate_kernel", 16),
+        ("gather_and_scatter_rows_kernel", 32),
+        ("consistent_exit_loss_kernel", 24),
+        ("scale_kernel", 64),
+    ],
+)
+def test_enough_warps_run_at_once_to_hide_what_each_waits_for(
+    kernels: list[dict[str, Any]], kernel: str, warps: int
+) -> None:
+    for found in kernels:
+        if found["kernel"] == kernel:
+            assert programs_at_once(found) * found["warps"] >= warps, (found["case"], found["registers"])
+
+
+def test_all_shared_rows_under_way_stay_in_the_cache(kernels: list[dict[str, Any]]) -> None:
+    """Until they are copied: the parts of 16 KiB that programs of all processors hold fill no more than half of it."""
+    shared = [k for k in kernels if k["kernel"] == "exit_gate_kernel" and k["warps"] == 8]
+    assert shared
+    for kernel in shared:
+        at_once = PROCESSORS[kernel["capability"]] * programs_at_once(kernel)
+        assert at_once * (16 << 10) <= L2_BYTES[kernel["capability"]] // 2, (kernel["case"], at_once)
 
 
 def wide(kernel: dict[str, Any]) -> dict[str, int]:
@@ -90,9 +135,9 @@ def test_odd_rows_of_many_classes_are_read_in_words_by_programs_that_share_a_pro
         assert 2 * found[case]["registers"] * 32 * found[case]["warps"] <= 2**16
 
 
-def test_another_number_of_rows_compiles_nothing(kernels: list[dict[str, Any]]) -> None:
-    """Each case was launched with two."""
-    compiled = [(kernel["case"], kernel["kernel"]) for kernel in kernels]
+def test_another_number_of_rows_or_threshold_compiles_nothing(kernels: list[dict[str, Any]]) -> None:
+    """Each case was launched with several."""
+    compiled = [(kernel["case"], kernel["kernel"]) for kernel in kernels if kernel["case"] != "mixed"]
     assert len(compiled) == len(set(compiled))
 
 
@@ -118,9 +163,20 @@ def test_the_last_program_sees_what_the_others_wrote(kernels: list[dict[str, Any
         assert "ld.global.nc" not in ptx
 
 
+def test_the_machine_code_writes_back_before_and_reads_anew_after_the_addition(kernels: list[dict[str, Any]]) -> None:
+    """All threads arrive, one fences, adds, and invalidates the first cache, and all go on; but for turns, which order
+    nothing."""
+    ordered = re.compile(r"BAR\S* MEMBAR\.(?:ALL|SC)\.GPU (ATOMG\.E\.ADD\.\S*STRONG\.GPU) CCTL\.IVALL BAR\S*")
+    for kernel in kernels:
+        found = ordered.findall(" ".join(kernel["in_order"]))
+        additions = [name for name in kernel["in_order"] if name.startswith("ATOM") and ".ADD" in name]
+        turns = kernel["kernel"] in ("exit_gate_kernel", "gate_kernel") and len(additions) > 0
+        assert len(found) == len(additions) - turns, (kernel["case"], kernel["in_order"])
+
+
 def test_words_are_read_anew_each_time(kernels: list[dict[str, Any]]) -> None:
     """By volatile loads, which no cache serves, one for each thread: of copies, threads could make different things."""
-    looking = [kernel for kernel in kernels if kernel["kernel"] in ("exit_gate_kernel", "gate_kernel")]
+    looking = [k for k in kernels if k["kernel"] in ("exit_gate_kernel", "gate_kernel") and "atom" in k["ptx"]]
     for kernel in looking:
         loads = re.findall(r"ld\.volatile\.global\.(\S+)", kernel["ptx"])
         assert len(loads) == 1, (kernel["case"], loads)

@@ -24,7 +24,7 @@ from test_exit_gate import (  # noqa: F401
 from torch import Tensor
 
 from cet import ops
-from cet.kernels import compact
+from cet.kernels import compact, launch
 from cet.kernels import exit_gate as kernels
 from cet.kernels.placing import state_size
 from cet.ops.exit_step import exit_step
@@ -196,6 +196,21 @@ def test_the_same_row_has_the_same_answer_in_any_batch(backend: str) -> None:  #
         alone = ops.exit_gate(features[rows], weight, threshold=0.5)
         assert torch.equal(alone[0], logits[rows])
         assert torch.equal(alone[1], scores[rows])
+
+
+def test_another_number_of_rows_is_parted_as_the_first(backend: str) -> None:  # noqa: F811
+    """Without a thought: that is most of what a launch would cost the host."""
+    kernels._plan.cache_clear()
+    compact._extents.cache_clear()
+    for rows in (5, 1, 9):
+        features = torch.randn(rows, 8, 40)
+        exit_step(features, torch.randn(5, 8), None, [features], threshold=0.5)
+    assert kernels._plan.cache_info().misses == compact._extents.cache_info().misses == 1
+
+
+def test_more_programs_than_a_launch_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="a launch of 2147483648 programs is more than a GPU takes"):
+        launch.launch(kernels.gate_kernel, 1 << 31)
 
 
 def test_a_poisoned_row_in_a_shared_launch_is_kept(backend: str) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -236,3 +237,37 @@ def test_an_error_without_a_message_is_told_by_its_name() -> None:
 
     with pytest.raises(CaptureError, match="raise RuntimeError: RuntimeError"):
         CudaGraphs(CPU, 1).capture(body)
+
+
+class Deep(Net):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*(nn.Conv1d(8, 8, 1) for _ in range(depth)))
+
+
+def calls_per_predict(depth: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of Python and by it; without those of the graphs, which the device runs."""
+    model, x, calls = model_run_by("device", Deep(depth)), torch.randn(8, 3, 16), 0
+    model.predict(x)
+    assert model.captures[0].runner == "device"
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal.Stream, "launch", lambda stream, work: None)
+        model.predict(x)
+        sys.setprofile(count)
+        try:
+            model.predict(x)
+        finally:
+            sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.usefixtures("on_fake_gpu")
+def test_what_a_call_costs_the_host_does_not_grow_with_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a look at the address of each."""
+    few = calls_per_predict(2, monkeypatch)
+    assert few == calls_per_predict(40, monkeypatch) <= 250

@@ -124,7 +124,7 @@ class Fingerprint:
         self._norm_modes = [module.training for module in self._batch_norms]
         self._expired = False
         containers = [(container, self._skipped(path)) for path, container in self.containers.items()]
-        self._watch = _watch(containers, modules, parameters)
+        self._watch = watching(containers, modules, parameters)
 
     @property
     def shared(self) -> list[Tensor]:
@@ -415,7 +415,7 @@ class _Comparison:
     """What the compiled watch does, by comparison of whole containers."""
 
     def __init__(
-        self, entries: list[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]
+        self, entries: Sequence[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]
     ) -> None:
         self._objects, self._types = objects, [*map(type, objects)]
         self._tensors, self._dtypes = tensors, [*map(_dtype_of, tensors)]
@@ -446,8 +446,11 @@ def _contents(container: Any) -> Any:
     return dict(vars(container)) if isinstance(container, type) else container.copy()
 
 
-def _watch(entries: list[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]) -> Any:
-    """Notices when containers hold something else, objects are of another class, or tensors of another dtype."""
+def watching(
+    entries: Sequence[tuple[Any, frozenset[Any] | None]], objects: list[Any], tensors: Sequence[Tensor]
+) -> Any:
+    """Notices when containers hold something else, but for the keys beside them, objects are of another class, or
+    tensors of another dtype."""
     if importlib.util.find_spec("cet._C") is None:
         return _Comparison(entries, objects, tensors)
     return importlib.import_module("cet._C").Watch(entries, objects, tensors, Tensor.dtype)

@@ -51,10 +51,14 @@ class Gathering:
         self.moves: list[tuple[RowMove, int]] = []
         self._targets: list[Tensor | None] = []
         for tensor, dim in zip(tensors, dims, strict=True):
-            source = without_repeats(tensor)
-            target = None
-            if tensor.stride(dim) != 0 and memory_order(source)[0] == dim:
-                target = _room(source, dim, rows)
+            source, target = tensor, None
+            if dim == 0 and tensor.is_contiguous():
+                target = torch.empty_like(tensor) if tensor.stride(0) != 0 else None
+            else:
+                source = without_repeats(tensor)
+                if tensor.stride(dim) != 0 and memory_order(source)[0] == dim:
+                    target = _room(source, dim, rows)
+            if target is not None:
                 move = kernels.as_move(source, target, dim)
                 if move is None:
                     target = None

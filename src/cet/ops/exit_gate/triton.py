@@ -30,7 +30,7 @@ def gate(logits: Tensor, score: ScoreName, threshold: float, temperature: float)
     from cet.kernels import exit_gate as kernels
 
     exit_mask = logits.new_empty(logits.shape[0], dtype=torch.bool)
-    where = kernels.Gate(_new_scores(logits), threshold, temperature, exit_mask_ptr=exit_mask)
+    where = _decided(logits, threshold, temperature, exit_mask_ptr=exit_mask)
     kernels.gate_into(logits, score, where)
     return where.scores_ptr, exit_mask
 
@@ -46,10 +46,8 @@ def exit_gate(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`cet.ops.exit_gate`."""
-    from cet.kernels import exit_gate as kernels
-
     exit_mask = features.new_empty(features.shape[0], dtype=torch.bool)
-    where = kernels.Gate(_new_scores(features), threshold, temperature, exit_mask_ptr=exit_mask)
+    where = _decided(features, threshold, temperature, exit_mask_ptr=exit_mask)
     return _run(features, weight, bias, layout, pool, score, where), where.scores_ptr, exit_mask
 
 
@@ -67,12 +65,9 @@ def exit_gate_and_order(
 ) -> tuple[Tensor, Tensor, RowOrder]:
     """As :func:`exit_gate`, but with the rows in order instead of the exit mask, and with moves of kept rows; in one
     launch where it fuses."""
-    from cet.kernels import exit_gate as kernels
-
     row_order = RowOrder.empty(features)
-    where = kernels.Gate(
-        _new_scores(features), threshold, temperature, order_ptr=row_order.order, num_kept_ptr=row_order.num_kept
-    )
+    order, num_kept = row_order
+    where = _decided(features, threshold, temperature, order_ptr=order, num_kept_ptr=num_kept)
     logits = _run(features, weight, bias, layout, pool, score, where, moves)
     return logits, where.scores_ptr, row_order
 
@@ -138,6 +133,13 @@ def padded_exit_step(
     if where.order_ptr is not None:
         others = moves[compact.MAX_MOVES :]
         compact.moves_into(others, [], rows, where.order_ptr, None, at.num_kept, None)
+
+
+def _decided(like: Tensor, threshold: float, temperature: float, **where: Tensor) -> Gate:
+    """Of every row, by numbers of one kind: whole ones would be compiled for."""
+    from cet.kernels import exit_gate as kernels
+
+    return kernels.Gate(_new_scores(like), float(threshold), float(temperature), **where)
 
 
 def _new_scores(like: Tensor) -> Tensor:
