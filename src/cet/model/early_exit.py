@@ -49,8 +49,8 @@ from cet.runtime.scores import Scorer, has_kernel, require_kernel
 
 FINAL = "final"
 
-_ATTEMPTS = 4
-"""How often a call that fails is begun again where the backbone has changed meanwhile."""
+_ATTEMPTS = 5
+"""How often a call is begun at most, where it fails and the backbone has changed meanwhile."""
 
 _EXTRA_STATE = "_extra_state"  # the name that PyTorch gives to what get_extra_state returns
 
@@ -434,21 +434,25 @@ class EarlyExit(nn.Module):
 
     def answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool = True) -> Answers:
         """The answers of a call in eval mode, with gradients where they are recorded."""
-        if is_tracing() and torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and is_tracing():  # the first is so in every thread, the second in this one
             return self._exported_answer(args, kwargs, with_scores=with_scores)
         if torch.compiler.is_dynamo_compiling():
             return traced_answer(self, args, kwargs)
         way, inputs = self.bind(args, kwargs)
-        for _ in range(_ATTEMPTS):
+        changes = way.cache.num_changes
+        try:
+            return self._answer(way, inputs, with_scores=with_scores)
+        except (RuntimeError, ValueError) as error:
+            failure, attempts = error, 1
+        # Another thread may have changed the backbone in the midst of this call.
+        while attempts < _ATTEMPTS and not (way.cache.num_changes == changes and way.cache.is_current()):
             changes = way.cache.num_changes
             try:
                 return self._answer(way, inputs, with_scores=with_scores)
             except (RuntimeError, ValueError) as error:
-                # Another thread may have changed the backbone in the midst of this call.
-                if way.cache.num_changes == changes and way.cache.is_current():
-                    with self._naming_unlike(way, inputs):
-                        raise error
-        return self._answer(way, inputs, with_scores=with_scores)
+                failure, attempts = error, attempts + 1
+        with self._naming_unlike(way, inputs):
+            raise failure
 
     def _exported_answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool) -> Answers:
         """What ``torch.export`` records, where every exit is closed: the backbone."""

@@ -104,7 +104,8 @@ class StageCache:
         self._states: list[_State] = []
         self._volatile: frozenset[Path] = frozenset()
         self._num_states = 0
-        self._num_changes = 0
+        self.num_changes = 0
+        """How often another state of the backbone was met so far."""
         self._last_cut = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,11 +175,6 @@ class StageCache:
         """Whether the backbone was ever cut for such inputs."""
         return any(state.programs for state in self._states)
 
-    @property
-    def num_changes(self) -> int:
-        """How often another state of the backbone was met so far."""
-        return self._num_changes
-
     def is_current(self) -> bool:
         """Whether the backbone is in the state that was met last."""
         return not self._states or self._states[0].fingerprint.is_current()
@@ -232,7 +228,7 @@ class StageCache:
         )
 
     def _first(self, state: _State) -> _State:
-        self._num_changes += 1
+        self.num_changes += 1
         others = [other for other in self._states if other is not state]
         self._states = [state, *others[: _MAX_STATES - 1]]
         return state
