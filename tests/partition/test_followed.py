@@ -350,7 +350,7 @@ def test_classes_and_dtypes_of_submodules_are_watched(compiled: bool, monkeypatc
         pass
 
     if not compiled:
-        monkeypatch.setattr(fingerprint, "_watch", fingerprint._Comparison)
+        monkeypatch.setattr(fingerprint, "watching", fingerprint._Comparison)
     for change in (
         lambda net: setattr(net.b, "__class__", Louder),
         lambda net: setattr(net.b.weight, "data", net.b.weight.data.double()),
