@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,15 +92,16 @@ TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Terms that take the place of consistency, of the logits on both copies."""
 
 
-class Objective:
+class Objective(ABC):
     """Changes what the usual objective of a recipe is given, or takes its place."""
 
     def __init__(self, usual: ConsistentExitLoss) -> None:
         assert usual.perturb is not None
         self.usual, self.perturb = usual, usual.perturb
 
+    @abstractmethod
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+        """The loss, as :class:`cet.ConsistentExitLoss` gives it."""
 
 
 class OnLogits(Objective):

@@ -503,6 +503,9 @@ class TestExport:
         assert "mean cost" in out
         assert any(threshold is not None for threshold in cet.load_exported(small).thresholds)
         assert (mine / "model.safetensors").read_bytes() == before
+        code, _, err = run("export", mine, "--output", tmp_path / "b.onnx", "--max-drop", "0.2")
+        assert code == 2
+        assert "--max-drop and --no-guarantee are for --int8" in err
         done = run("export", mine, "--output", tmp_path / "a.pte", "--int8")
         check_one_sentence(done, "quantize is for .onnx and .stages")
         assert {path.name for path in tmp_path.iterdir()} == {"mine", "small.onnx"}

@@ -44,15 +44,13 @@ if TYPE_CHECKING:
 @click.option(
     "--int8",
     is_flag=True,
-    help="Quantise a run of cet train by the samples that it kept for calibration, and calibrate on what comes of it; "
+    help="Quantise a run of cet train by samples that it was trained on, and calibrate on those that it kept for that; "
     "for .onnx and .stages.",
 )
 @click.option(
     "--max-drop",
     type=FiniteRange(0, 1, max_open=True),
-    default=0.01,
-    show_default=True,
-    help="With --int8, how much accuracy may fall on new samples, as a fraction.",
+    help="With --int8, how much accuracy may fall on new samples, as a fraction.  [default: 0.01]",
 )
 @click.option(
     "--no-guarantee", is_flag=True, help="With --int8, fit the thresholds on these samples, without a promise."
@@ -66,7 +64,7 @@ def command(
     batch: str,
     thresholds: Literal["baked", "input"],
     int8: bool,
-    max_drop: float,
+    max_drop: float | None,
     no_guarantee: bool,
     overwrite: bool,
 ) -> None:
@@ -89,11 +87,14 @@ def command(
     format_of(output)
     from cet.deploy.export import export
 
+    if not int8 and (max_drop is not None or no_guarantee):
+        raise click.UsageError("--max-drop and --no-guarantee are for --int8; calibrate a run by cet calibrate")
     if int8 and not Path(model).is_dir():
         raise click.UsageError("--int8 is for a run of cet train, which keeps samples; in Python give quantize=")
     loaded, labels = _load(model, backbone)
     rows: Literal["dynamic", 1] = 1 if batch == "1" else "dynamic"
-    samples = _calibrated_in_int8(Path(model), loaded, output, rows, max_drop, no_guarantee) if int8 else None
+    drop = 0.01 if max_drop is None else max_drop
+    samples = _calibrated_in_int8(Path(model), loaded, output, rows, drop, no_guarantee) if int8 else None
     report = export(loaded, output, batch=rows, thresholds=thresholds, class_labels=labels, quantize=samples)
     click.echo(str(report))
 
@@ -107,15 +108,16 @@ def _calibrated_in_int8(
     from cet.data.arrays import Arrays
 
     run = load_run(TrainingFolder(folder))
-    _, samples = run.kept(folder)
+    parts, samples = run.kept(folder)
     groups = samples.group if isinstance(samples, Arrays) else None
-    loader = list(run.labelled(samples))
+    # Not by those that calibrate: what is promised of new samples must not be judged by what the scales were fitted to.
+    quantize = run.some_for_training(parts)
     with TemporaryDirectory() as temporary:
         path = Path(temporary, f"int8{output.suffix}")
-        report = cet.export(model, path, batch=batch, thresholds="input", quantize=loader)
+        report = cet.export(model, path, batch=batch, thresholds="input", quantize=quantize)
         calibration = cet.calibrate(
             cet.load_exported(path),
-            loader,
+            run.labelled(samples),
             max_drop,
             guarantee=None if no_guarantee else "auto",
             groups=None if no_guarantee else groups,
@@ -123,7 +125,7 @@ def _calibrated_in_int8(
         )
     click.echo(f"{calibration.report}\n")
     model.policy = calibration.policy
-    return loader
+    return quantize
 
 
 def _load(spec: str, backbone: str | None) -> tuple[EarlyExit, tuple[str, ...] | None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,14 @@ class Run:
         check_same(self.facts["made_with"], made_with(Path(self.settings.data)), where)
         parts = read_parts(self.settings)
         return parts, parts.calibration
+
+    def some_for_training(self, parts: Parts | None) -> list[Any]:
+        """A few batches ``(x, y)`` of the samples that the run was trained on, spread over all of them where it has
+        arrays."""
+        if parts is None:
+            return list(islice(call_function(self.settings)[1], 8))
+        rows = np.linspace(0, len(parts.train) - 1, min(len(parts.train), 2 * BATCH_SIZE)).astype(np.int64)
+        return list(self.labelled(parts.train.rows(rows)))
 
     def perturbed(self, arrays: Arrays, severity: float) -> Arrays:
         """The same samples, perturbed as in training but with this severity."""

@@ -81,8 +81,9 @@ def export(
             be given.
         quantize: batches of samples like those to come, as for :func:`cet.calibrate`; labels may be -100. The stages
             become int8, by ONNX Runtime, for the formats of ONNX; the report says how many answers stay the same. The
-            thresholds are the policy's, which was chosen by float32 scores: calibrate those of the file, as
-            docs/howto/deploy.md shows. Values that are not finite become numbers: such a row may leave early.
+            thresholds are the policy's, which was chosen by float32 scores: calibrate those of the file, by other
+            samples, as docs/howto/deploy.md shows. Values that are not finite become numbers, so that such a row may
+            leave early.
         class_labels: a name for each class, to be kept in the file.
 
     Returns:
@@ -148,6 +149,8 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
     samples = [
         (pytree.tree_map_only(Tensor, Tensor.cpu, x), y) for x, y in read_batches(loader, stages.model.num_classes)
     ]
+    for x, _ in samples:
+        stages.input_format.flatten(*as_call(x))  # for its own errors
     if not samples:
         raise ValueError("quantize yields no batches; give samples like those to come")
     return samples

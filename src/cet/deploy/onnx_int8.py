@@ -21,6 +21,7 @@ from cet.data.batches import as_call
 from cet.deploy.check import parts_of
 from cet.deploy.description import ExportError, reason_of
 from cet.deploy.loaded import Array
+from cet.deploy.onnx_nodes import IR_VERSION
 from cet.deploy.segments import ExportedStages
 
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
@@ -52,7 +53,7 @@ def quantized(graph: ir.Graph, exit_logits: Sequence[ir.Value], feeds: Iterable[
         )
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
-        model = ir.Model(graph, ir_version=10)
+        model = ir.Model(graph, ir_version=IR_VERSION)
         model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"  # or it warns that this was not done
         ir.save(model, plain)
         try:
@@ -108,7 +109,12 @@ def feeds_of(
         args, kwargs = as_call(x)
         inputs = stages.input_format.flatten(args, kwargs)
         for given in parts_of(inputs, is_batched, batch):
-            yield dict(zip(names, _taken(stages, given), strict=True))
+            try:
+                yield dict(zip(names, _taken(stages, given), strict=True))
+            except RuntimeError as error:
+                raise ExportError(
+                    f"the model fails on a batch of quantize ({reason_of(error)}); give samples that it takes"
+                ) from error
 
 
 def _taken(stages: ExportedStages, inputs: Sequence[Any]) -> Iterator[Array]:

@@ -12,6 +12,9 @@ import onnx_ir as ir
 
 Value = ir.Value
 
+IR_VERSION = 10
+"""Of the files."""
+
 _DTYPES = {
     "ArgMax": ir.DataType.INT64,
     "Equal": ir.DataType.BOOL,

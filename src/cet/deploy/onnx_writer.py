@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from cet.deploy.description import BATCH, KEY, OUTPUTS, THRESHOLDS, Description, ExportError
 from cet.deploy.manifest import StageEntry
 from cet.deploy.onnx_int8 import feeds_of, quantized
-from cet.deploy.onnx_nodes import Block, Value, Weights
+from cet.deploy.onnx_nodes import IR_VERSION, Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
 from cet.deploy.onnx_scores import negated, own_score, patience, scores
 from cet.deploy.segments import ExportedStages, SegmentModule
@@ -36,7 +36,6 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 Kind = tuple[ir.DataType, Sequence[int | str]]
 
 OPSET = 20
-IR_VERSION = 10
 
 _SMALL = 64
 """Bytes."""

@@ -451,8 +451,11 @@ class EarlyExit(nn.Module):
                 return self._answer(way, inputs, with_scores=with_scores)
             except (RuntimeError, ValueError) as error:
                 failure, attempts = error, attempts + 1
-        with self._naming_unlike(way, inputs):
-            raise failure
+        try:
+            with self._naming_unlike(way, inputs):
+                raise failure
+        finally:
+            del failure  # its traceback holds this frame, and so the tensors of the call
 
     def _exported_answer(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, with_scores: bool) -> Answers:
         """What ``torch.export`` records, where every exit is closed: the backbone."""
