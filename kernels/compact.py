@@ -59,7 +59,7 @@ def copy_row(move, i_source, i_target, i_slice, SLICES: tl.constexpr, UNITS: tl.
         copy_units(move, i_tile // unit_tiles, i_source + o_one, i_target + o_one, o_unit, o_one == 0, WORDS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "source_rows", "target_rows"])
 def gather_and_scatter_rows_kernel(
     moves,
     order_ptr,
@@ -67,6 +67,8 @@ def gather_and_scatter_rows_kernel(
     num_kept_ptr,
     count_ptr,
     rows,
+    source_rows,
+    target_rows,
     MOVES: tl.constexpr,
     EXITED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,7 +78,8 @@ def gather_and_scatter_rows_kernel(
     """Each move is ``(outer, rows, units)``, a unit being ``WORDS`` words.
 
     One of kept rows: ``target[:, j] = source[:, order[0, j]]`` for ``j < num_kept``. One of rows that leave:
-    ``target[:, positions[order[1, j]]] = source[:, order[1, j]]`` for ``j < count - num_kept``.
+    ``target[:, positions[order[1, j]]] = source[:, order[1, j]]`` for ``j < count - num_kept``. Where the numbers of
+    rows are given, a row that is not in the source or has no place in the target is left out.
     """
     i_tile = tl.program_id(0).to(tl.int64)
     num_kept = 0
@@ -100,11 +103,15 @@ def gather_and_scatter_rows_kernel(
                 b_source = o_row
                 if order_ptr is not None:
                     b_source = tl.load(order_ptr + o_order, mask=m_row, other=0).to(tl.int64)
+                if source_rows is not None:
+                    m_row &= (b_source >= 0) & (b_source < source_rows)
                 b_target = o_row
                 if EXITED[i_move]:
                     b_target = b_source
                     if positions_ptr is not None:
                         b_target = tl.load(positions_ptr + b_source, mask=m_row, other=0).to(tl.int64)
+                if target_rows is not None:
+                    m_row &= (b_target >= 0) & (b_target < target_rows)
                 i_outer = i_tile // unit_tiles // row_tiles
                 o_unit = i_tile % unit_tiles * UNITS[i_move] + tl.arange(0, UNITS[i_move])
                 copy_units(move, i_outer, b_source, b_target, o_unit, m_row, WORDS[i_move])
@@ -202,8 +209,13 @@ def moves_into(
     positions: Tensor | None,
     num_kept: Tensor | None,
     count: Tensor | None,
+    source_rows: int | None = None,
+    target_rows: int | None = None,
 ) -> None:
-    """Move kept rows, and those that leave; ``order`` is ``(2, rows)``; ``(rows,)`` or None if none is kept."""
+    """Move kept rows, and those that leave; ``order`` is ``(2, rows)``; ``(rows,)`` or None if none is kept.
+
+    The last two are for indices that a caller made: those out of range are left out.
+    """
     all_moves = [(*move, False) for move in kept] + [(*move, True) for move in exited]
     for begin in range(0, len(all_moves), MAX_MOVES):
         moves, units, exited_flags = zip(*all_moves[begin : begin + MAX_MOVES], strict=True)
@@ -223,6 +235,8 @@ def moves_into(
                 num_kept,
                 count,
                 rows,
+                source_rows,
+                target_rows,
                 MOVES=len(moves),
                 EXITED=exited_flags,
                 ROWS=row_blocks,
@@ -239,9 +253,10 @@ def moves_of(pairs: RowPairs) -> list[tuple[RowMove, int]]:
 
 
 def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
-    """:func:`cet.ops.scatter_rows` of contiguous tensors."""
+    """:func:`cet.ops.scatter_rows` of contiguous tensors; what is out of range is not written."""
     if index.shape[0] > 0 and output.numel() > 0:
-        moves_into([], [as_move(rows, output, 0)], index.shape[0], index, positions, None, None)
+        rows_in_all = rows.shape[0], output.shape[0]
+        moves_into([], [as_move(rows, output, 0)], index.shape[0], index, positions, None, None, *rows_in_all)
 
 
 def order_rows_into(exit_mask: Tensor, order: Tensor, num_kept: Tensor) -> None:

@@ -140,3 +140,18 @@ def test_padded_rows_go_on_or_home(backend: str, num_kept: int, count: int) -> N
     for pairs, targets in zip((stay, leave), wanted, strict=True):
         for (_, target), expected in zip(pairs, targets, strict=True):
             assert same_bits(target, expected)
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_scatter_rows_leaves_out_what_is_out_of_range(backend: str, with_positions: bool) -> None:  # noqa: F811
+    """A GPU cannot be asked before without waiting for it; so nothing is read or written elsewhere."""
+    rows, memory = torch.randn(6, 3), torch.full((20, 3), -7.0)
+    output = memory[7:12]  # poisoned on both sides
+    index = torch.tensor([0, -1, 2, 6, 4, 2**40, 5])
+    positions = torch.tensor([3, 0, 5, 1, 1, -1]) if with_positions else None
+    ops.scatter_rows(output, rows, index, positions)
+    expected = torch.full((20, 3), -7.0)
+    places = {0: 3, 4: 1} if with_positions else {0: 0, 2: 2, 4: 4}
+    for row, place in places.items():
+        expected[7 + place] = rows[row]
+    assert torch.equal(memory, expected)

@@ -180,8 +180,8 @@ def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor 
     Raises:
         ValueError: for shapes that do not fit.
         TypeError: for indices that are not int64.
-        IndexError: for an index or a position out of range, before anything is written; on the CPU alone, as looking
-            would wait for a GPU.
+        IndexError: for an index or a position out of range, before anything is written. On a GPU, where looking would
+            wait for it, Triton's kernel leaves such a row out, and PyTorch's operation ends in a device-side assertion.
     """
     _check_scatter(output, rows, index, positions)
     if not is_tracing():
