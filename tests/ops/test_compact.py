@@ -250,7 +250,15 @@ def test_flags_of_any_strides_and_bytes(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "positions"), [([-1], None), ([4], None), ([1], [0, 9, 1, 2]), ([1], [0, -1, 1, 2]), ([4], [0, 1, 2, 3])]
+    ("index", "positions"),
+    [
+        ([-1], None),
+        ([4], None),
+        ([1], [0, 9, 1, 2]),
+        ([1], [0, -1, 1, 2]),
+        ([4], [0, 1, 2, 3]),
+        ([-1], [0, 1, 2, 3]),
+    ],
 )
 def test_scatter_rows_never_writes_elsewhere(backend: str, index: list[int], positions: list[int] | None) -> None:
     where = None if positions is None else torch.tensor(positions)

@@ -104,7 +104,9 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 def scatter_rows_definition(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor | None) -> None:
     """The definition of :func:`scatter_rows`."""
-    output.index_copy_(0, index if positions is None else positions[index], rows[index].to(output.dtype))
+    # index_select refuses what counts from the end.
+    places = index if positions is None else positions.index_select(0, index)
+    output.index_copy_(0, places, rows[index].to(output.dtype))
 
 
 def gather_and_scatter_rows_definition(
