@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import types
 import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -421,3 +424,42 @@ def test_a_backbone_without_gradients_answers_where_they_are_recorded() -> None:
     net = RewritesWhatGradientsNeed()
     model = wrapped(net)
     torch.testing.assert_close(model(X), net(X))
+
+
+class Numbered(float):
+    k = 1.0
+
+
+class Holder:
+    k = 1.0
+
+
+HOLDER = Holder()
+SETTINGS = {"k": 1.0}
+CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("k", default=1.0)
+
+
+@pytest.mark.parametrize(
+    ("held", "read", "change"),
+    [
+        (lambda: types.MappingProxyType(SETTINGS), lambda o: o["k"], lambda o: SETTINGS.update(k=4.0)),
+        (lambda: weakref.ref(HOLDER), lambda o: o().k, lambda o: setattr(HOLDER, "k", 4.0)),
+        (lambda: CONTEXT, lambda o: o.get(), lambda o: CONTEXT.set(4.0)),
+        (lambda: OrderedDict(a=1.0, b=3.0), lambda o: next(iter(o.values())), lambda o: o.move_to_end("a")),
+        (lambda: torch.ones(()), lambda o: o.item(), lambda o: o.numpy().fill(4.0)),
+        (lambda: torch.ones(2), lambda o: o.tolist()[1], lambda o: o.data.fill_(4.0)),
+        (lambda: Numbered(2.0), lambda o: o.k, lambda o: setattr(o, "k", 4.0)),
+    ],
+    ids=["mapping proxy", "weak reference", "context", "order", "number", "numbers", "attribute of a number"],
+)
+def test_values_that_change_without_their_holder(held: Any, read: Any, change: Any) -> None:
+    class Scaled(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = held()
+
+        def scale(self) -> Any:
+            return read(self.held)
+
+    net = Scaled()
+    assert_follows(wrapped(net), lambda: change(net.held))

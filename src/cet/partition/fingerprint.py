@@ -9,8 +9,9 @@ Numbers, strings and the like are compared by value, plain tensors by identity, 
 identity and entries, anything else by identity. Of :class:`cet.Stages` the structure is followed: they call their
 submodules as these are.
 
-Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures; what
-lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
+Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures;
+attributes that were set on a tensor; numbers that code reads of a plain tensor of more than 16 entries and NumPy or
+``.data`` writes; what lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import inspect
 import math
 import sys
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, partial
 from operator import attrgetter
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 _MAX_DEPTH = 6
 _MAX_ARRAY = 1 << 16
+_MAX_READ = 16
 _SIMPLE = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
 _LIBRARIES = {"torch", "numpy", "transformers", "torchvision", "timm", "peft", "cet"}
@@ -237,11 +241,17 @@ class Fingerprint:
     def _record(self, path: Path, value: Any, depth: int) -> None:
         """Record a value, and what is in it."""
         self.entries[path] = value
-        if depth > _MAX_DEPTH or isinstance(value, _SIMPLE):
+        if depth > _MAX_DEPTH:
+            return
+        if isinstance(value, _SIMPLE):
+            if not _is_of_library(type(value).__module__):  # a number or a string with attributes
+                self._record_object(path, value, depth)
             return
         if isinstance(value, (list, dict)):
             self.entries[path] = type(value) if isinstance(value, list) else _Content([type(value), *value])
             self._walk(path, value, depth + 1)
+            if isinstance(value, OrderedDict):  # its order may change by itself
+                self._snapshot(partial(list, value))
         elif isinstance(value, (tuple, frozenset)):
             self.entries[path] = type(value)
             for index, item in enumerate(value if isinstance(value, tuple) else sorted(value, key=repr)):
@@ -250,6 +260,15 @@ class Fingerprint:
             before = copy.copy(value)
             self.entries[path] = _Content(before)
             self._snapshots.append((partial(copy.copy, value), before))
+        elif isinstance(value, MappingProxyType):
+            self.entries[path] = _Content([type(value), *value])
+            for key, item in value.items():
+                self._record((*path, key), item, depth + 1)
+            self._snapshot(partial(_identities_in, value))
+        elif isinstance(value, (ReferenceType, ContextVar)):
+            read = value if isinstance(value, ReferenceType) else partial(value.get, None)
+            self._record((*path, "()"), read(), depth + 1)
+            self._snapshot(partial(_identity_of, read))
         elif isinstance(value, np.ndarray):
             if value.size <= _MAX_ARRAY and not value.dtype.hasobject:
                 self.entries[*path, "content"] = before_bytes = value.tobytes()
@@ -279,10 +298,19 @@ class Fingerprint:
         elif isinstance(value, Tensor):
             if id(value) not in self._of_modules:
                 self.tensors.append(value)
+                # A number that code reads of it becomes a constant, and NumPy writes to it unseen.
+                if value.numel() <= _MAX_READ and value.device.type == "cpu" and type(value) is Tensor:
+                    read = partial(_numbers_of, value)
+                    self.entries[*path, "content"] = read()
+                    self._snapshot(read)
         elif not isinstance(value, _OPAQUE):
             self._record_object(path, value, depth)
         if isinstance(value, (list, dict, tuple)) and not _is_of_library(type(value).__module__):
             self._record_object(path, value, depth)
+
+    def _snapshot(self, read: Callable[[], Any]) -> None:
+        """Compare at each call what no watch sees."""
+        self._snapshots.append((read, read()))
 
     def _record_function(self, path: Path, function: FunctionType, depth: int) -> None:
         """Follow what may be changed of a function in place, as by those who reload a module into it."""
@@ -314,8 +342,7 @@ class Fingerprint:
             self._seen.add(id(value))
             for name in names:
                 self._record((*path, name), getattr(value, name, None), depth + 1)
-            read = partial(_identities, value, names)
-            self._snapshots.append((read, read()))
+            self._snapshot(partial(_identities, value, names))
 
 
 class _Content:
@@ -375,6 +402,21 @@ def _address(tensor: Tensor) -> int:
 
 def _identities(value: Any, names: list[str]) -> list[int]:
     return [id(getattr(value, name, None)) for name in names]
+
+
+def _identities_in(mapping: Mapping[Any, Any]) -> list[tuple[Any, int]]:
+    return [(key, id(value)) for key, value in mapping.items()]
+
+
+def _identity_of(read: Callable[[], Any]) -> int:
+    return id(read())
+
+
+def _numbers_of(tensor: Tensor) -> str | None:
+    try:
+        return repr(tensor.tolist())
+    except (RuntimeError, NotImplementedError):  # without values, as within a trace
+        return None
 
 
 def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
