@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from torch import nn
 
 import cet
 from cet.deploy import aoti_writer
+from cet.deploy.aoti import NestedModel
+from cet.deploy.host_loop import MethodsModel
+from cet.deploy.nested import NestedStages
 from cet.ops.definitions import SCORE_NAMES, ScoreName
 from families import FAMILIES
 from stages_in_one_file import check_answers, check_bad_files, check_scores, check_small_file, small_model
@@ -50,6 +56,85 @@ def test_any_number_of_rows(file: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_of_every_family(name: str, tmp_path: Path) -> None:
     check_answers(name, "entropy", tmp_path / "m.pt2", ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_of_every_family_row_by_row(name: str, tmp_path: Path) -> None:
+    check_answers(name, "entropy", tmp_path / "m.pt2", (1,) * 50, batch=1)
+
+
+@pytest.fixture(scope="module")
+def row_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("aoti") / "row.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cet.export(small_model(), path, batch=1, thresholds="input", class_labels=["a", "b", "c"])
+    return path
+
+
+def test_one_row_at_a_time_in_one_model(row_file: Path) -> None:
+    """No loop on the host: the model branches by itself."""
+    model, loaded = small_model(), cet.load_exported(row_file)
+    assert isinstance(loaded, NestedModel)
+    assert loaded.class_labels == ("a", "b", "c")
+    x = torch.randn(40, 4)
+    x[5] = torch.nan
+    for thresholds in ((0.45, None), (0.4, 0.5), (None, None), (math.inf, 0.4), (-math.inf, -math.inf)):
+        loaded.thresholds = thresholds
+        model.policy = cet.ExitPolicy("confidence", thresholds)
+        expected = model.predict(x)
+        for i, row in enumerate(x.split(1)):
+            got = loaded.predict(row)
+            assert got.exit_index == expected.exit_index[i]
+            torch.testing.assert_close(got.logits, expected.logits[i : i + 1], equal_nan=True)
+            torch.testing.assert_close(got.score, expected.score[i : i + 1], equal_nan=True)
+    with pytest.raises(ValueError, match=r"for one row at a time; export with batch='dynamic' for more"):
+        loaded.predict(x)
+
+
+def test_one_row_from_many_threads(row_file: Path) -> None:
+    loaded, x = cet.load_exported(row_file), torch.randn(200, 4)
+    expected = [loaded.predict(row).logits for row in x.split(1)]
+    with ThreadPoolExecutor(8) as pool:
+        for got, wanted in zip(pool.map(lambda row: loaded.predict(row).logits, x.split(1)), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_pytorch_alone_runs_one_row(row_file: Path) -> None:
+    """As the page tells, in a process without ``cet``."""
+    code = f"""
+import json, sys, zipfile, torch
+from torch._inductor.package import load_package
+path = {str(row_file)!r}
+thresholds = json.loads(zipfile.ZipFile(path).read("archive/extra/cet"))["thresholds"]
+assert thresholds == [0.45, None]
+torch.manual_seed(5)
+logits, exit_index, score = load_package(path, "one_row")(torch.randn(1, 4), torch.tensor([0.45, torch.inf]))
+assert "cet" not in sys.modules
+print(json.dumps([logits.tolist(), exit_index.tolist(), score.tolist()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = small_model()
+    torch.manual_seed(5)
+    expected = model.predict(torch.randn(1, 4))
+    wanted = expected.logits, expected.exit_index, expected.score
+    torch.testing.assert_close(tuple(map(torch.tensor, json.loads(done.stdout))), wanted)
+
+
+def test_branches_that_cannot_be_compiled_become_a_loop_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no branches today")
+
+    monkeypatch.setattr(NestedStages, "traced", fail)
+    with pytest.warns(UserWarning, match=r"no form as branches \(no branches today\); the file has a model per stage"):
+        cet.export(small_model(), tmp_path / "m.pt2", batch=1)
+    loaded, x = cet.load_exported(tmp_path / "m.pt2"), torch.randn(1, 4)
+    assert isinstance(loaded, MethodsModel)
+    torch.testing.assert_close(loaded.predict(x).logits, small_model().predict(x).logits)
 
 
 @pytest.mark.slow

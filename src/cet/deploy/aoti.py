@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cet.deploy.description import KEY, ExportError, reason_of
+from cet.deploy.description import KEY, Description, ExportError, reason_of
 from cet.deploy.host_loop import MethodsModel
-from cet.deploy.loaded import Array, check_is_file
+from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
 from cet.deploy.manifest import Manifest
 from cet.partition.export import quiet
 
+NESTED = "one_row"
+"""The model that holds all stages of a file for one row."""
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsModel:
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedModel:
     """Read a ``.pt2`` file that :func:`cet.export` wrote. It holds machine code, which reading it makes runnable: read
     only files that you trust.
 
@@ -36,11 +40,14 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsMod
     return model_of(Path(path).read_bytes(), os.fspath(path), threads)
 
 
-def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
+def model_of(content: bytes, path: str, threads: int | None = None) -> LoadedModel:
     """The model in a ``.pt2`` file, whose path is for errors."""
     archive = read(content, path, threads)
     if KEY not in archive.extra_files:
         raise ExportError(f"{path} was not written by cet.export; give a file that was")
+    if NESTED in archive.aoti_runners:
+        description = Description.from_json(archive.extra_files[KEY], path)
+        return NestedModel(description, StageMethod(archive, NESTED, path))
     manifest = Manifest.from_json(archive.extra_files[KEY], path)
     return MethodsModel(manifest, partial(StageMethod, archive, path=path))
 
@@ -62,6 +69,20 @@ def read(content: bytes, path: str, threads: int | None = None) -> Any:
         raise ExportError(
             f"PyTorch cannot read {path} ({reason_of(error)}); export it again, on such a machine"
         ) from error
+
+
+class NestedModel(LoadedModel):
+    """A model for one row that branches by itself, run by PyTorch."""
+
+    def __init__(self, description: Description, method: StageMethod) -> None:
+        super().__init__(description)
+        self._method = method
+        self._lock = threading.Lock()  # its runs share its memory
+
+    def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
+        with self._lock:
+            logits, exit_index, score = self._method([*arrays, self._threshold_array(thresholds)])
+        return logits, exit_index, score
 
 
 class StageMethod:

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from cet.data.batches import read_batches
 from cet.deploy.check import Agreement, Comparison, agreement, compare
 from cet.deploy.description import Description, ExportError, Input
-from cet.deploy.host_loop import Method, StagesModel
+from cet.deploy.host_loop import Method
+from cet.deploy.loaded import LoadedModel
 from cet.deploy.loading import format_of
 from cet.deploy.manifest import Manifest
 from cet.deploy.report import ExportReport, time_exits
@@ -228,7 +229,7 @@ def _one_file_of_stages(
 
 def in_runtime(
     name: str, stages: ExportedStages, description: Description, threads: int | None = None
-) -> tuple[bytes, StagesModel, Method]:
+) -> tuple[bytes, LoadedModel, Method]:
     """The file of such a format, what is read from it, with thresholds that move, and the backbone alone."""
     writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
     most_rows = None if description.batch is not None else writer.MOST_ROWS

@@ -133,6 +133,11 @@ class LoadedModel(ABC):
             raise ValueError("a threshold is NaN; give a number, or None to close the exit")
         self._thresholds = chosen
 
+    def _threshold_array(self, thresholds: Thresholds) -> Array:
+        """``(E - 1,)`` float32, with numbers at which no sample leaves where an exit is closed."""
+        closed = -math.inf if self.description.is_low_when_sure else math.inf
+        return np.array([closed if threshold is None else threshold for threshold in thresholds], np.float32)
+
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The tensors of a call, in the order of the file's inputs."""
         known = self.description

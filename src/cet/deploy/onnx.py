@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError, reason_of
 from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
@@ -44,12 +41,11 @@ class OnnxModel(LoadedModel):
         super().__init__(Description.from_json(metadata.get(KEY), path))
         self.session = session
         self._names = [given.name for given in self.description.inputs]
-        self._closed = -math.inf if self.description.is_low_when_sure else math.inf
 
     def run(self, arrays: Sequence[Array], thresholds: Thresholds) -> tuple[Array, Array, Array]:
         feeds = dict(zip(self._names, arrays, strict=True))
         if thresholds is not self.description.thresholds:
-            feeds[THRESHOLDS] = np.array([self._closed if t is None else t for t in thresholds], np.float32)
+            feeds[THRESHOLDS] = self._threshold_array(thresholds)
         logits, exit_index, score = self.session.run(OUTPUTS, feeds)
         return logits, exit_index, score
 
