@@ -44,7 +44,7 @@ def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> by
             warnings.warn(
                 f"the exits of this model have no form as branches ({reason_of(error)}); the file has a model per "
                 "stage and needs a loop on the host",
-                stacklevel=2,
+                stacklevel=5,  # who called cet.export
             )
     described = None if manifest is None else manifest.to_json()
     return write_naming_stages(

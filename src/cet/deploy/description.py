@@ -23,8 +23,11 @@ class ExportError(ValueError):
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error of another library, or its class."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line of an error of another library, with the next where that announces it, or its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 1 + lines[0].endswith(":")])
 
 
 class Range(NamedTuple):

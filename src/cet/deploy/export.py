@@ -68,8 +68,9 @@ def export(
         path: of the file. ``.onnx``: one file of standard operators, with an ``If`` behind each exit. For runtimes that
             cannot branch, where a loop on the host, as in :mod:`cet.deploy.host_loop`, lets rows leave between two
             stages: ``.pte``, an ExecuTorch program with a method per stage; ``.tflite``, a LiteRT model with a
-            signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor;
-            ``.stages``, a folder with one ``.onnx`` file per stage and ``manifest.json``.
+            signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor, for one
+            row with one model that branches; ``.stages``, a folder with one ``.onnx`` file per stage and
+            ``manifest.json``.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
             not given. Sizes besides the batch may vary later where the model's stages allow it, in ONNX alone.
         format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path``

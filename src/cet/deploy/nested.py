@@ -33,8 +33,7 @@ class NestedStages(nn.Module):
         self.example = (*(tensors[name] for name in self.names), torch.zeros(len(description.thresholds)))
         self._entries = [stage.entry for stage in stages]
         self._is_low, self._dtype = description.is_low_when_sure, getattr(torch, description.logits_dtype)
-        # A branch is traced by its code, so that stages have to be graphs before.
-        self.stages = nn.ModuleList(stage.traced().module(check_guards=False) for stage in stages)
+        self.stages = nn.ModuleList(map(_graph, stages))
 
     def traced(self) -> ExportedProgram:
         """Its graph."""
@@ -68,3 +67,11 @@ class NestedStages(nn.Module):
         """Of copies, laid out alike: both branches have to return the same kind of tensors, and none that they take."""
         row = torch.full((1,), exit_index, dtype=torch.int64)
         return logits.to(self._dtype).clone(memory_format=torch.contiguous_format), row, score.clone()
+
+
+def _graph(stage: StageModule) -> nn.Module:
+    """A stage as a graph, since a branch is traced by its code; without what nobody reads, which may be no tensor."""
+    module = stage.traced().module(check_guards=False)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
