@@ -59,7 +59,7 @@ EDGE := build/edge
 $(EDGE)/.ready: pyproject.toml setup.py requirements/edge.txt
 	test -x $(EDGE)/bin/python || $(PYTHON) -m venv $(EDGE)
 	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/edge.txt --editable '.[executorch,litert,onnx]' pytest hypothesis transformers openvino triton
+	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/edge.txt --editable '.[executorch,litert,onnx]' pytest hypothesis transformers openvino triton matplotlib
 	touch $@
 
 edge: $(EDGE)/.ready
