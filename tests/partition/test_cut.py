@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cet
 
@@ -264,3 +264,31 @@ def test_an_exit_that_the_graph_does_not_show_is_refused_with_the_reasons() -> N
         cet.EarlyExit(CalledWithinAutocast().eval(), ["b"], (x,))
     model = cet.EarlyExit(CalledWithinAutocast().eval(), ["a"], (x,))
     assert model.predict(x).logits.shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float64)],
+)
+def test_logits_finer_than_what_they_are_computed_in(inner: torch.dtype, outer: torch.dtype) -> None:
+    """They differ by the rounding of the coarser dtype when a row runs alone."""
+
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 256).to(inner), nn.Linear(256, 4).to(inner)
+            self.blocks = nn.ModuleList(nn.Linear(256, 256) for _ in range(4)).to(inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x.to(inner))
+            for block in self.blocks:
+                h = h + block(h).relu()
+            logits: Tensor = self.head(h)
+            return logits.to(outer)
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    model = cet.EarlyExit(Cast().eval(), ["blocks.1"], (x[:2],)).eval()
+    assert model.explain(x).reason is None
+    assert model.predict(x).logits.dtype == outer
+    model.check(x)

@@ -16,7 +16,7 @@ from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
 from cet.model.check import AnswerMismatchError
 from cet.partition.inputs import copied
-from cet.partition.verify import is_close
+from cet.partition.verify import coarsest_dtype, is_close
 
 Thresholds = tuple[float | None, ...]
 
@@ -91,7 +91,7 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
     Raises:
         AnswerMismatchError: naming the exit at which the first row differs.
     """
-    description = loaded.description
+    description, dtype = loaded.description, coarsest_dtype(stages.model)
     own = loaded.thresholds
     rows, near, largest = 0, 0, 0.0
     by_exit = [0] * len(description.exits)
@@ -111,7 +111,7 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
                 chosen = sure & (exit_index == k)
                 pairs = ((got.logits[chosen], logits[chosen]), (got.score[chosen], score[chosen]))
                 same = torch.equal(got.exit_index[chosen], exit_index[chosen])
-                if not (same and all(is_close(answer, wanted) for answer, wanted in pairs)):
+                if not (same and all(is_close(answer, wanted, dtype) for answer, wanted in pairs)):
                     raise AnswerMismatchError(
                         f"the exported model answers otherwise than the model at exit {exit_name!r}; nothing was "
                         "written: report the backbone, or export it in another format"

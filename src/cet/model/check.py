@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cet.partition.verify import is_close
+from cet.partition.verify import coarsest_dtype, is_close
 
 if TYPE_CHECKING:
     from cet.model.early_exit import EarlyExit
@@ -25,10 +25,11 @@ def check_answers(model: EarlyExit, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     by_stages = model.exit_answers(*args, **kwargs)
     by_backbone = model.exit_logits(*args, **kwargs)
+    dtype = coarsest_dtype(model)
     for name, (logits, _), expected in zip(model.exit_names, by_stages, by_backbone, strict=True):
-        if not is_close(logits, expected):
+        if not is_close(logits, expected, dtype):
             again = model.exit_logits(*args, **kwargs)[model.exit_names.index(name)]
-            if not is_close(again, expected):
+            if not is_close(again, expected, dtype):
                 raise AnswerMismatchError(
                     f"exit {name!r} answers otherwise each time, as a submodule in train mode does, such as dropout; "
                     "call model.eval()"

@@ -26,7 +26,7 @@ def verify(
 
     Args:
         program: the stages.
-        backbone: for errors.
+        backbone: whose precision counts, and whose name errors say.
         exits: for errors.
         input_format: the format of the inputs.
         inputs: of ``EXAMPLE_ROWS`` rows.
@@ -41,17 +41,17 @@ def verify(
     values: Sequence[Any] = program.entry_values(inputs)
     *early, last = program.stages
     dims: Sequence[int | None] = [0 if input_format.is_batched[index] else None for index in program.entry]
-    name = type(backbone).__name__
-    _verify_single_rows(program, name, 0, "", values, dims, sizes, expected)
+    _verify_single_rows(program, backbone, 0, "", values, dims, sizes, expected)
     for k, stage in enumerate(early):
         _, *values = stage.run(EXAMPLE_ROWS, *sizes, *values)
-        _verify_single_rows(program, name, k + 1, f" behind exit {exits[k]!r}", values, stage.row_dims, sizes, expected)
-    _compare(name, last.run(EXAMPLE_ROWS, *sizes, *values), expected, "run in one piece")
+        where = f" behind exit {exits[k]!r}"
+        _verify_single_rows(program, backbone, k + 1, where, values, stage.row_dims, sizes, expected)
+    _compare(backbone, last.run(EXAMPLE_ROWS, *sizes, *values), expected, "run in one piece")
 
 
 def _verify_single_rows(
     program: Program,
-    name: str,
+    backbone: nn.Module,
     start: int,
     where: str,
     values: Sequence[Any],
@@ -70,10 +70,10 @@ def _verify_single_rows(
             logits = program.stages[-1].run(1, *sizes, *alone)
         except RuntimeError as error:
             raise CutError(
-                f"{name} fails for one row{where} ({str(error).splitlines()[0]}); its code must work for any number "
-                "of rows"
+                f"{type(backbone).__name__} fails for one row{where} ({str(error).splitlines()[0]}); its code must "
+                "work for any number of rows"
             ) from error
-        _compare(name, logits, expected[row : row + 1], f"when a row goes on alone{where}")
+        _compare(backbone, logits, expected[row : row + 1], f"when a row goes on alone{where}")
 
 
 class DependentRowsError(CutError):
@@ -103,7 +103,8 @@ def refuse_mixed_rows(
         return _logits(backbone, input_format, inputs, chosen)
 
     together = logits(slice(None))
-    if not is_close(logits(slice(None)), together):
+    dtype = coarsest_dtype(backbone)
+    if not is_close(logits(slice(None)), together, dtype):
         if may_be_random:
             return
         raise DependentRowsError(
@@ -111,7 +112,7 @@ def refuse_mixed_rows(
             "depend on itself alone"
         )
     alone = torch.cat([logits(slice(row, row + 1)) for row in range(EXAMPLE_ROWS)])
-    if not is_close(alone, together):
+    if not is_close(alone, together, dtype):
         raise DependentRowsError(
             f"the rows of a batch depend on each other, perhaps because {reason}; let each row depend on itself alone"
         )
@@ -134,7 +135,8 @@ def refuse_observed(
             hooks.callback(backbone.get_submodule(path).register_forward_hook(_Onlooker()).remove)
         observed = logits()
     expected = logits()
-    if not is_close(observed, expected) and is_close(logits(), expected):
+    dtype = coarsest_dtype(backbone)
+    if not is_close(observed, expected, dtype) and is_close(logits(), expected, dtype):
         raise ObservedError(
             f"{type(backbone).__name__} answers otherwise when its exits are observed by hooks, as "
             "nn.TransformerEncoderLayer does with an adapter or a replaced submodule, which its fused kernel passes "
@@ -188,23 +190,32 @@ def has_same_gradients(program: Program, backbone: nn.Module, input_format: Inpu
             other = expected if got is None else got
             if other is not None and bool(other.any()):
                 return False
-        elif not is_close(got.detach(), expected.detach()):
+        elif not is_close(got.detach(), expected.detach(), coarsest_dtype(backbone)):
             return False
     return True
 
 
-def is_close(got: Tensor, expected: Tensor) -> bool:
-    """Whether two answers differ by rounding at most, judged by the largest of the expected."""
+def coarsest_dtype(module: nn.Module) -> torch.dtype:
+    """The floating dtype among the parameters that rounds most; float64 where there is none."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
+def is_close(got: Tensor, expected: Tensor, computed_in: torch.dtype = torch.float64) -> bool:
+    """Whether two answers differ by rounding at most, judged by the largest of the expected, and by the dtype that they
+    were computed in if that rounds more than their own."""
     if got.shape != expected.shape:
         return False
     scale = float(expected.float().abs().nan_to_num(0, 0, 0).max().clamp(min=0.1)) if expected.numel() else 1.0
-    tolerance = scale * min(64 * torch.finfo(expected.dtype).eps ** 0.75, 0.125)
+    rounding = max(torch.finfo(expected.dtype).eps, torch.finfo(computed_in).eps)
+    tolerance = scale * min(64 * rounding**0.75, 0.125)
     return torch.allclose(got.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
 
 
-def _compare(name: str, got: Tensor, expected: Tensor, when: str) -> None:
-    if not is_close(got, expected):
+def _compare(backbone: nn.Module, got: Tensor, expected: Tensor, when: str) -> None:
+    if not is_close(got, expected, coarsest_dtype(backbone)):
         raise CutError(
-            f"the stages of {name} answer otherwise than the backbone {when}, as they do where it mixes rows, changes "
-            "values in place across an exit, is random or keeps state; let each row depend on itself alone"
+            f"the stages of {type(backbone).__name__} answer otherwise than the backbone {when}, as they do where it "
+            "mixes rows, changes values in place across an exit, is random or keeps state; let each row depend on "
+            "itself alone"
         )
