@@ -250,7 +250,7 @@ class Fingerprint:
         if isinstance(value, (list, dict)):
             self.entries[path] = type(value) if isinstance(value, list) else _Content([type(value), *value])
             self._walk(path, value, depth + 1)
-            if isinstance(value, OrderedDict):  # its order may change by itself
+            if isinstance(value, OrderedDict) and len(value) > 1:  # its order may change by itself
                 self._snapshot(partial(list, value))
         elif isinstance(value, (tuple, frozenset)):
             self.entries[path] = type(value)
