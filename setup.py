@@ -17,7 +17,14 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
+
+try:
+    from setuptools.modified import newer_group
+except ImportError:  # before 69.0
+
+    def newer_group(sources, target):
+        return not os.path.exists(target) or any(os.path.getmtime(s) > os.path.getmtime(target) for s in sources)
+
 
 HOST = ["csrc/bindings.cpp", "csrc/cpu/parallel.cpp"]
 KERNELS = sorted({str(path) for path in Path("csrc/cpu").glob("*.cpp")} - {*HOST})

@@ -97,7 +97,7 @@ def set_up(point: Point) -> Case:
                 raise WrongResultError(f"{name} moves other rows than the kept ones")
         if "padded" in results:
             kept = results["cet"][2]
-            leaves = torch.ones(rows, dtype=torch.bool).index_fill(0, kept, False)
+            leaves = torch.ones(rows, dtype=torch.bool, device=x.device).index_fill(0, kept, False)
             for name in ("padded", "graphed"):
                 if int(num_kept) != len(kept) or not torch.equal(results[name][: len(kept)], x[kept]):
                     raise WrongResultError(f"{name} moves other rows than the kept ones")

@@ -104,6 +104,7 @@ def stages(work: Path, device: str) -> list[Stage]:
         # PyTorch looks for functions that the driver lacks, which is no error.
         under = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", *names)
         command = ["-m", "benchmarks.smoke", str(work / f"{tool}.jsonl"), device, "every_way", "loss_and_gradients"]
+        command += ["--limit", "100"]
         # Within a block of PyTorch's own cache no access would be out of bounds.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Stage(tool, "B", command, 110, under if on_gpu else (), alone, beside=True)
@@ -117,7 +118,7 @@ def stages(work: Path, device: str) -> list[Stage]:
     return [
         Stage("machine", "0", ["-m", "benchmarks.smoke", str(checks), device, "machine"], 30, beside=not on_gpu),
         Stage("cuda_part", "0", ["-c", "from benchmarks.gpu_first import build_cuda; build_cuda()"], 60),
-        Stage("smoke", "A", ["-m", "benchmarks.smoke", str(checks), device], 110),
+        Stage("smoke", "A", ["-m", "benchmarks.smoke", str(checks), device, "--limit", "30" if on_gpu else "100"], 140),
         sanitized("memcheck"),
         sanitized("racecheck"),
         tests("op_tests", "B", 100, *OP_TESTS, "-k", "cuda or triton"),

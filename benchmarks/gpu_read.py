@@ -117,8 +117,8 @@ def report(archive: Archive) -> str:
         if line["check"].startswith("bandwidth_") and line["ok"]
     ]
     if points:
-        head = ("rows_channels_positions_classes_dtype", "MB", "step us", "copy us", "of the copy's bandwidth")
-        parts += ["## The exit step against a copy", table(head, points)]
+        head = ("rows_channels_positions_classes_dtype, or loss", "MB", "step us", "copy us", "of the copy's bandwidth")
+        parts += ["## The exit step, and the loss, against a copy", table(head, points)]
     for name in BENCHMARKS:
         figures = [(_point(r), r["quantity"], r["median"], r["unit"]) for r in _figures(archive, name) if r["median"]]
         if figures:

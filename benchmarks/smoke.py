@@ -1,20 +1,23 @@
 """The first minute on a GPU: many short checks in one process, one JSON line per check, written as it happens.
 
-A check that fails keeps no other from running; what it raises is in its line. ``python -m benchmarks.smoke FILE cuda``
-runs all, more arguments choose checks by how their names begin. On ``cpu`` the CPU stands for the GPU
-(:mod:`benchmarks.rehearsal`) and Triton interprets: that rehearses this file.
+A check that fails keeps no other from running; what it raises is in its line. One that does not end, as where programs
+wait for each other for ever, is noted after ``--limit`` seconds, and a new process goes on behind it. ``python -m
+benchmarks.smoke FILE cuda`` runs all, more arguments choose checks by how their names begin. On ``cpu`` the CPU stands
+for the GPU (:mod:`benchmarks.rehearsal`) and Triton interprets: that rehearses this file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 import cet
 from cet import ops
+from cet.ops.consistent_exit_loss import LossConfig
 from cet.ops.exit_step import exit_step
 from cet.ops.padded import Answers, PaddedExit, padded_exit_step
 from cet.runtime import cuda_graphs
@@ -66,29 +70,6 @@ def machine() -> dict[str, Any]:
     x = torch.randn(64, 8, 32, device=DEVICE)
     exit_step(x, torch.randn(3, 8, device=DEVICE), None, [x], threshold=0.5)
     return {"ok": True, **found}
-
-
-@check
-def places_under_load() -> dict[str, Any]:
-    """Who goes where, found by programs that look back at each other: many rows, two streams, many launches."""
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    bad, launches = 0, enough(600, 1)
-    for shape in (
-        (enough(3000, 24), 64, 16),
-        (enough(300, 2), 64, enough(4096, 192)),
-    ):  # one, and several programs a row
-        x, weight = torch.randn(shape, device=DEVICE), torch.randn(7, 64, device=DEVICE)
-        scores = ops.exit_gate(x, weight, threshold=0.0)[1]
-        ascending = scores.sort().values.tolist()
-        synchronize()
-        for launch in range(launches):
-            with torch.cuda.stream(streams[launch % 2]):
-                threshold = ascending[launch * 37 % len(ascending)]
-                kept, exited, (moved,) = exit_step(x, weight, None, [x[:, 0]], threshold=threshold)[2]
-                want = (scores <= threshold).long().argsort(stable=True)
-                right = torch.equal(torch.cat([kept, exited]), want) and torch.equal(moved, x[kept, 0])
-                bad += not right
-    return {"ok": bad == 0, "bad": bad, "launches": 2 * launches}
 
 
 @check
@@ -216,6 +197,68 @@ for _name in ("graphs", "device"):
     for _backend in (None, "triton"):
         CHECKS[f"runner_{_name}_{_backend}"] = partial(runner, _name, _backend)
 
+
+class Step:
+    """The padded exit step of some features on static memory; nobody waits for it."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        rows, channels = shape[:2]
+        self.x = torch.randn(shape, device=DEVICE).to(dtype)
+        self.y = torch.empty_like(self.x)
+        self.weight = torch.randn(classes, channels, device=DEVICE).to(dtype) / channels**0.5
+        self.decision = torch.ones(2, device=DEVICE)
+        numbers = torch.tensor([rows, 0], dtype=torch.int32, device=DEVICE)
+        self.num_kept = numbers[1]
+        self._at = PaddedExit(
+            self.decision,
+            torch.zeros((), dtype=torch.int64, device=DEVICE),
+            numbers[0],
+            self.num_kept,
+            torch.arange(rows, dtype=torch.int32, device=DEVICE),
+            torch.zeros(2 + 2 * rows, dtype=torch.int64, device=DEVICE),
+        )
+        self._answers = Answers(
+            self.x.new_empty(rows, classes),
+            torch.zeros(rows, device=DEVICE),
+            torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        )
+
+    def __call__(self) -> None:
+        kept, where = [(self.x, self.y)], {"layout": "channels_first", "pool": "mean", "score": "entropy"}
+        padded_exit_step(self.x, self.weight, None, self._at, kept, self._answers, **where)
+
+
+@check
+def places_under_load() -> dict[str, Any]:
+    """Who goes where, found by programs that look back at each other: many rows, launches on two streams at once."""
+    bad, launches = 0, enough(600, 2)
+    for shape in (
+        (enough(3000, 24), 64, 16),
+        (enough(300, 2), 64, enough(4096, 192)),
+    ):  # one, and several programs a row
+        steps = [Step(shape, 7) for _ in range(2)]
+        scores = ops.exit_gate(steps[0].x, steps[0].weight, threshold=0.0)[1]
+        ascending = scores.sort().values
+        streams = [torch.cuda.Stream() for _ in steps]
+        wrong = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        synchronize()
+        for launch in range(launches):
+            step, stream = steps[launch % 2], streams[launch % 2]
+            with torch.cuda.stream(stream):
+                threshold = ascending[launch * 37 % len(ascending)]
+                step.decision[0] = threshold
+                step()
+                want = (scores <= threshold).long().argsort(stable=True)
+                num_kept = (scores > threshold).sum()
+                is_kept = torch.arange(len(scores), device=DEVICE) < num_kept
+                is_wrong = (step.y[:, 0, 0] != step.x[want, 0, 0]) & is_kept
+                wrong[launch % 2] += is_wrong.any() | (step.num_kept != num_kept)
+        synchronize()
+        bad += int(wrong.sum())
+    return {"ok": bad == 0, "bad": bad, "launches": 2 * launches}
+
+
 POINTS = (
     (1, 128, 32, 7),
     (32, 128, 32, 7),
@@ -226,29 +269,13 @@ POINTS = (
 )
 
 
-def point(rows: int, channels: int, positions: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The graphed step on static input, half of the rows leaving, against a copy of the features, caches cold."""
+def against_copy(step: Callable[[], Any], copy: Callable[[], Any], moved: int, share: float) -> dict[str, Any]:
+    """The graphed step on static input against a copy of ``moved`` bytes, of whose traffic it needs ``share``; caches
+    cold."""
     from benchmarks import gpu
     from cet.measure.timers import cuda_events
 
-    x = torch.randn(rows, channels, positions, device=DEVICE).to(dtype)
-    weight = torch.randn(classes, channels, device=DEVICE).to(dtype) / channels**0.5
-    scores = ops.exit_gate(x, weight, threshold=0.0)[1].sort().values
-    y, numbers = torch.empty_like(x), torch.tensor([rows, 0], dtype=torch.int32, device=DEVICE)
-    at = PaddedExit(
-        torch.stack([scores[rows // 2], scores.new_ones(())]),
-        torch.zeros((), dtype=torch.int64, device=DEVICE),
-        numbers[0],
-        numbers[1],
-        torch.arange(rows, dtype=torch.int32, device=DEVICE),
-        torch.zeros(2 + 2 * rows, dtype=torch.int64, device=DEVICE),
-    )
-    answers = Answers(x.new_empty(rows, classes), scores.clone(), torch.zeros(rows, dtype=torch.int64, device=DEVICE))
-
-    def step() -> None:
-        padded_exit_step(x, weight, None, at, [(x, y)], answers, layout="channels_first", pool="mean", score="entropy")
-
-    replays = gpu.graphed(step), gpu.graphed(lambda: y.copy_(x))
+    replays = gpu.graphed(step), gpu.graphed(copy)
     flush = torch.empty(enough(128 << 20, 8), dtype=torch.uint8, device=DEVICE)
     times: list[list[float]] = [[], []]
     for _ in range(enough(15, 1)):
@@ -260,28 +287,83 @@ def point(rows: int, channels: int, positions: int, classes: int, dtype: torch.d
         "ok": True,
         "step_us": round(1e6 * step_s, 1),
         "copy_us": round(1e6 * copy_s, 1),
-        "of_copy_bandwidth": round(0.75 * copy_s / step_s, 3) if step_s else None,  # it writes half of what a copy does
-        "megabytes": round(x.nbytes / 1e6, 1),
+        "of_copy_bandwidth": round(share * copy_s / step_s, 3) if step_s else None,
+        "megabytes": round(moved / 1e6, 1),
     }
 
 
-for _shape in POINTS if ON_GPU else POINTS[:1]:
-    for _dtype in (torch.float32, torch.bfloat16):
-        CHECKS[f"bandwidth_{'_'.join(map(str, _shape))}_{str(_dtype)[6:]}"] = partial(point, *_shape, _dtype)
+def exit_step_bandwidth(rows: int, channels: int, positions: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Half of the rows leave, so that half of the features are written."""
+    step = Step((rows, channels, positions), classes, dtype)
+    step.decision[0] = ops.exit_gate(step.x, step.weight, threshold=0.0)[1].sort().values[rows // 2]
+    return against_copy(step, lambda: step.y.copy_(step.x), step.x.nbytes, 0.75)
 
 
-def main(path: Path, wanted: list[str]) -> int:
+def loss_bandwidth(rows: int, classes: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The loss of four exits with its gradients, which are as large as the logits."""
+    from cet.kernels.consistent_exit_loss import losses_and_gradients
+
+    logits = [torch.randn(rows, classes, device=DEVICE).to(dtype) for _ in range(8)]
+    labels = torch.randint(0, classes, (rows,), device=DEVICE)
+    copies, config = [torch.empty_like(x) for x in logits], LossConfig(1.0, 1.0, "soft", "mean", 0.0, (0.25,) * 4)
+
+    def step() -> None:
+        losses_and_gradients(logits, labels, config, [True] * 8)
+
+    def copy() -> None:
+        for to, x in zip(copies, logits, strict=True):
+            to.copy_(x)
+
+    return against_copy(step, copy, 8 * logits[0].nbytes, 1.0)
+
+
+for _dtype in (torch.float32, torch.bfloat16):
+    for _shape in POINTS if ON_GPU else POINTS[:1]:
+        _name = f"bandwidth_{'_'.join(map(str, _shape))}_{str(_dtype)[6:]}"
+        CHECKS[_name] = partial(exit_step_bandwidth, *_shape, _dtype)
+    _rows, _classes = enough(8192, 4), enough(1000, 10)
+    CHECKS[f"bandwidth_loss_{_rows}_{_classes}_{str(_dtype)[6:]}"] = partial(loss_bandwidth, _rows, _classes, _dtype)
+
+
+class Watch:
+    """Notes a check that does not end, and puts a process that goes on behind it in the place of this one: nothing else
+    would end what waits for a device."""
+
+    def __init__(self, file: Path, limit: float, onward: list[str]) -> None:
+        self._file, self._limit, self._onward = file, limit, onward
+
+    @contextmanager
+    def over(self, name: str) -> Iterator[None]:
+        timer = threading.Timer(self._limit, self._give_up, [name])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, name: str) -> None:
+        error = f"no end after {self._limit:g} s"
+        line = {"check": name, "seconds": self._limit, "device": DEVICE, "ok": False, "error": error}
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(name, f"FAILED {error}", flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.smoke", *self._onward, "--after", name])
+
+
+def main(path: Path, wanted: list[str], limit: float, after: str | None, onward: list[str]) -> int:
     """Run the checks whose names begin so, or all; 1 if one failed, 3 if the GPU did not survive it."""
-    failed = 0
+    failed = int(after is not None)
+    names = [name for name in CHECKS if not wanted or name.startswith(tuple(wanted))]
+    watch = Watch(path, limit, onward)
     ops.use_backend("triton")
     with path.open("a") as file:
-        for name, run in CHECKS.items():
-            if wanted and not name.startswith(tuple(wanted)):
-                continue
+        for name in names[names.index(after) + 1 if after in names else 0 :]:
             start = time.perf_counter()
             torch.manual_seed(0)
             try:
-                result = run()
+                with watch.over(name):
+                    result = CHECKS[name]()
             except Exception as error:
                 result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
                 result["trace"] = traceback.format_exc()[-2000:]
@@ -300,14 +382,20 @@ def main(path: Path, wanted: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m benchmarks.smoke FILE cuda|cpu [CHECK ...]")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
+    parser.add_argument("file", type=Path, help="that lines are added to")
+    parser.add_argument("device", choices=["cuda", "cpu"])
+    parser.add_argument("checks", nargs="*", help="how their names begin")
+    parser.add_argument("--limit", type=float, default=30, help="seconds for a check")
+    parser.add_argument("--after", choices=CHECKS, help="begin behind this one, which had no end")
+    given = parser.parse_args()
     if ON_GPU and not torch.cuda.is_available():
-        sys.exit("torch sees no CUDA device here; rehearse with cpu")
+        parser.error("torch sees no CUDA device here; rehearse with cpu")
     rehearsed: Any = nullcontext()
     if not ON_GPU:
         from benchmarks.rehearsal import rehearsing
 
         rehearsed = rehearsing()
+    onward = [str(given.file), given.device, *given.checks, "--limit", str(given.limit)]
     with rehearsed:
-        sys.exit(main(Path(sys.argv[1]), sys.argv[3:]))
+        sys.exit(main(given.file, given.checks, given.limit, given.after, onward))

@@ -77,9 +77,9 @@ def place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW: tl.constexpr
         if gate.order_ptr is not None:
             b_place = tl.where(b_kept != 0, b_place, rows + o_row - b_place)
             tl.store(gate.order_ptr + b_place, o_row.to(gate.order_ptr.dtype.element_ty), mask=m_row)
-        is_end = i_block == tl.maximum(tl.cdiv(valid, b_kept.shape[0]), 1) - 1
-        if (gate.num_kept_ptr is not None) & is_end:
-            tl.store(gate.num_kept_ptr, (before + num_kept).to(gate.num_kept_ptr.dtype.element_ty))
+        if gate.num_kept_ptr is not None:  # by itself: joined to what is known later, it would be asked later
+            if i_block == tl.maximum(tl.cdiv(valid, b_kept.shape[0]), 1) - 1:
+                tl.store(gate.num_kept_ptr, (before + num_kept).to(gate.num_kept_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -257,8 +257,9 @@ def exit_gate_kernel(
             answer(gate, i_row, b_rounded, b_score, b_kept, o_class, CLASSES)
         if MOVES > 0:
             is_kept, i_place = wait_for_place(gate.state_ptr, i_row)
-    elif (gate.num_kept_ptr is not None) & (i_row == 0):  # of no rows none is kept
-        tl.store(gate.num_kept_ptr, tl.zeros([], gate.num_kept_ptr.dtype.element_ty))
+    elif i_row == 0:  # of no rows none is kept
+        if gate.num_kept_ptr is not None:
+            tl.store(gate.num_kept_ptr, tl.zeros([], gate.num_kept_ptr.dtype.element_ty))
     leave(gate.state_ptr, rows, WINDOW)
     if is_kept != 0:
         for i_move in tl.static_range(MOVES):

@@ -108,6 +108,16 @@ def gate(rows: int, classes: int, dtype: torch.dtype, score: ScoreName = "entrop
     triton_gate.padded_gate(logits, torch.ones(2), count, num_kept, score)
 
 
+def alone(shape: tuple[int, ...], classes: int, dtype: torch.dtype) -> None:
+    """A head and its gate, without an order of the rows."""
+    features, weight = torch.zeros(shape, dtype=dtype), torch.zeros(classes, shape[1], dtype=dtype)
+    triton_gate.exit_gate(features, weight, None, "channels_first", "mean", "entropy", 0.5, 1.0)
+
+
+def scores(rows: int, classes: int) -> None:
+    triton_gate.padded_scores(torch.zeros(rows, classes), torch.ones(2), torch.ones((), dtype=torch.int32), "entropy")
+
+
 def padded(rows: int) -> None:
     features, weight = torch.zeros(rows, 64, 128), torch.zeros(12, 64)
     count, num_kept, numbers = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.int32), torch.zeros(2)
@@ -172,6 +182,12 @@ CASES: dict[str, Callable[[int], object]] = {
     "1000 classes": lambda rows: gate(rows, 1000, BFLOAT),
     "whole numbers": lambda rows: [triton_gate.gate(torch.zeros(rows, 7), "margin", t, t) for t in (0.5, 1, 16)],
     "32000 classes": lambda _: gate(64, 32000, FLOAT, score="margin"),
+    "without an order": lambda rows: alone((rows, 6, 32), 7, FLOAT),
+    "without an order, long rows": lambda _: alone((2, 64, 16000), 7, BFLOAT),
+    "without an order, 7 classes": lambda rows: triton_gate.gate(torch.zeros(rows, 7), "entropy", 0.5, 1.0),
+    "without an order, 32000 classes": lambda _: triton_gate.gate(torch.zeros(64, 32000), "entropy", 0.5, 1.0),
+    "scores, 100 classes": lambda rows: scores(rows, 100),
+    "scores, 32000 classes": lambda _: scores(64, 32000),
     "padded": padded,
     "partition": partition,
     "row copy": lambda rows: take(torch.zeros(rows, 128, 64)),

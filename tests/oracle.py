@@ -82,9 +82,10 @@ def policy_between_scores(
 def assert_same_answers(got: cet.ExitOutput, expected: Answers) -> None:
     assert got.exit_index.dtype == torch.int64
     assert got.score.dtype == torch.float32
-    assert torch.equal(got.exit_index, expected.exit_index)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.score, expected.score.float(), rtol=1e-3, atol=1e-4)
+    device = got.logits.device
+    assert torch.equal(got.exit_index, expected.exit_index.to(device))
+    torch.testing.assert_close(got.logits, expected.logits.to(device), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.score, expected.score.float().to(device), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

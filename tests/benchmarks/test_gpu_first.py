@@ -149,8 +149,18 @@ def test_every_stage_is_rehearsed_to_its_end(rehearsed: Path) -> None:
 def test_the_archive_becomes_tables(rehearsed: Path) -> None:
     text = CliRunner().invoke(gpu_read.main, [str(rehearsed / gpu_first.ARCHIVE)]).output
     assert "| places_under_load | yes |" in text
-    assert "## The exit step against a copy" in text
+    assert "## The exit step, and the loss, against a copy" in text
     assert re.search(r"\| 1_128_32_7_float32 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", text)
+
+
+def test_a_check_that_does_not_end_is_noted_and_those_behind_it_run(tmp_path: Path) -> None:
+    checks = tmp_path / "checks.jsonl"
+    command = [sys.executable, "-m", "benchmarks.smoke", str(checks), "cpu", "machine", "every_way", "--limit", "0.001"]
+    assert subprocess.run(command, cwd=gpu_first.ROOT, capture_output=True).returncode == 1
+    lines = [json.loads(line) for line in checks.read_text().splitlines()]
+    assert [(line["check"], line["ok"], line["error"]) for line in lines] == [
+        (name, False, "no end after 0.001 s") for name in ("machine", "every_way")
+    ]
 
 
 def packed(path: Path, files: dict[str, str]) -> Path:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cet import ops
-from cet.ops.backend import kernels, preferring_triton, why_no_triton
+from cet.ops.backend import _why_no_triton, kernels, preferring_triton, why_no_triton
 from cet.ops.consistent_exit_loss.definition import HALF_GRADIENT_SCALE, UNLABELLED
 from cet.ops.definitions import SCORE_NAMES, SCORES
 from cet.ops.padded import gather_and_scatter_rows, padded_exit_step, padded_gate
@@ -164,7 +164,7 @@ def test_graphs_prefer_triton_where_it_works(
     monkeypatch.setattr("cet.ops.backend.has_triton", lambda: has_triton)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     monkeypatch.setattr("cet.ops.backend._launch_on", launch)
-    why_no_triton.cache_clear()
+    _why_no_triton.cache_clear()
     try:
         cuda = torch.device("cuda", 0)
         warned = pytest.warns(RuntimeWarning, match=reason) if "launched" in (reason or "") else nullcontext()
@@ -177,7 +177,24 @@ def test_graphs_prefer_triton_where_it_works(
         assert reason is None or re.search(reason, str(why_no_triton(cuda)))
         assert ops.explain(ops.gate, LOGITS, threshold=0.5).backend == "cpp"
     finally:
-        why_no_triton.cache_clear()
+        _why_no_triton.cache_clear()
+
+
+def test_a_lack_of_memory_is_not_kept_as_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: torch.device) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("cet.ops.backend.has_triton", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    _why_no_triton.cache_clear()
+    try:
+        cuda = torch.device("cuda", 0)
+        monkeypatch.setattr("cet.ops.backend._launch_on", fails)
+        assert "has no memory left" in str(why_no_triton(cuda))
+        monkeypatch.setattr("cet.ops.backend._launch_on", lambda device: None)
+        assert why_no_triton(cuda) is None
+    finally:
+        _why_no_triton.cache_clear()
 
 
 def test_explain_refuses_what_is_no_operation() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -237,6 +238,43 @@ def test_an_error_without_a_message_is_told_by_its_name() -> None:
 
     with pytest.raises(CaptureError, match="raise RuntimeError: RuntimeError"):
         CudaGraphs(CPU, 1).capture(body)
+
+
+@pytest.mark.usefixtures("on_fake_gpu")
+def test_graphs_of_two_models_are_not_launched_side_by_side() -> None:
+    """They share the workspace that products were captured with."""
+    entered = threading.Event()
+
+    def launch_another() -> None:
+        with CudaGraphs(CPU, 1).in_order():
+            entered.set()
+
+    other = threading.Thread(target=launch_another)
+    with CudaGraphs(CPU, 1).in_order():
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(20)
+    assert entered.is_set()
+
+
+@pytest.mark.usefixtures("on_fake_gpu")
+def test_a_count_on_its_way_is_waited_for_also_where_the_work_beside_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[Any] = []
+    backend = CudaGraphs(CPU, 1)
+    monkeypatch.setattr(rehearsal.Stream, "wait_stream", lambda stream, other: waits.append(other))
+    with pytest.raises(ZeroDivisionError), backend.sending(0, torch.zeros((), dtype=torch.int32)):
+        raise ZeroDivisionError
+    assert len(waits) == 2
+    assert waits[1] is backend._streams.beside
+
+
+@pytest.mark.usefixtures("on_fake_gpu")
+def test_another_backend_or_constant_is_another_kind_of_call() -> None:
+    model, x = model_run_by("graphs"), torch.randn(4, 3, 16)
+    model.predict(x)
+    with cet.ops.use_backend("reference"):
+        model.predict(x)
+    assert len(model.captures) == 2
 
 
 class Deep(Net):

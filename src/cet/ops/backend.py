@@ -126,12 +126,20 @@ def preferring_triton(device: torch.device) -> Iterator[None]:
         PREFERRED.reset(token)
 
 
-@cache
 def why_no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels do not work on a device, found by a launch; ``None`` where they do.
+    """Why Triton's kernels do not work on a device, found by a launch of each that a graph may hold; ``None`` where
+    they do.
 
     What lies in the environment, as a compiler that Triton lacks, is told in a warning too, once.
     """
+    try:
+        return _why_no_triton(device)
+    except torch.OutOfMemoryError:  # which is not kept: there may be more another time
+        return f"{device} has no memory left to try its kernels; free some"
+
+
+@cache
+def _why_no_triton(device: torch.device) -> str | None:
     if not has_triton():
         return "the package triton is not installed; install it"
     if device.type != "cuda":
@@ -140,21 +148,26 @@ def why_no_triton(device: torch.device) -> str | None:
         return f"{device} is older than compute capability 8.0, which the kernels need"
     try:
         _launch_on(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever it is, nothing was launched, and there is another way
         message = (str(error).splitlines() or [""])[0]
         reason = (
             f"its kernels cannot be launched on {device} ({type(error).__name__}: {message}); cet doctor tells more"
         )
-        warnings.warn(f"backend 'triton': {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"backend 'triton': {reason}", RuntimeWarning, stacklevel=3)
         return reason
     return None
 
 
 def _launch_on(device: torch.device) -> None:
     from cet.kernels import compact
+    from cet.ops.exit_gate import triton
 
-    numbers = torch.zeros(3, dtype=torch.int64, device=device)
+    numbers, logits = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(1, 2, device=device)
     compact.order_rows_into(numbers[:1].bool(), numbers[:2], numbers[2])
+    triton.gate(logits, "entropy", 0.5, 1.0)
+    triton.exit_gate(logits[..., None], logits, None, "channels_first", "mean", "entropy", 0.5, 1.0)
 
 
 def has_triton() -> bool:

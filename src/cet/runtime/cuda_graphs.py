@@ -48,12 +48,18 @@ def _dotted(version: int) -> str:
 
 
 class _Streams(NamedTuple):
-    """On one device, for all captures and models: each stream keeps a workspace of cuBLAS, and PyTorch has only 32."""
+    """On one device, for all captures and models: each stream keeps a workspace of cuBLAS, and PyTorch has only 32.
+
+    Captured products keep their workspace in that of the stream, so that no two graphs may run at once, also of
+    different models.
+    """
 
     captures: torch.cuda.Stream
     beside: torch.cuda.Stream
+    done: torch.cuda.Event
+    """Recorded behind all that was started last."""
     lock: threading.RLock
-    """Held while a capture records what runs on the stream, whoever launches it."""
+    """Held while a capture records what runs on the stream, whoever launches it, and while graphs are launched."""
 
 
 _streams: dict[torch.device, _Streams] = {}
@@ -65,7 +71,8 @@ def _streams_of(device: torch.device) -> _Streams:
         if device not in _streams:
             with torch.cuda.device(device):
                 captures, beside = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            _streams[device] = _Streams(captures, beside, threading.RLock())
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            _streams[device] = _Streams(captures, beside, done, threading.RLock())
         return _streams[device]
 
 
@@ -93,7 +100,7 @@ class CudaGraphs:
     """The :class:`cet.runtime.graph_backend.GraphBackend` of one CUDA device.
 
     All graphs share one memory pool, until a capture fails. That is safe because they hand on values in memory of the
-    caller's only, and no two of them run at once.
+    caller's only, and no two of them run at once, nor beside those of another model on this device.
     """
 
     def __init__(self, device: torch.device, num_counts: int) -> None:
@@ -108,12 +115,12 @@ class CudaGraphs:
             torch.cuda.Event(external=True)  # type: ignore[no-untyped-call]
             for _ in range(num_counts)
         ]
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def capture(self, body: Callable[[], None]) -> _CudaGraph:
         captured, stream = _CudaGraph(), self._streams.captures
         with torch.cuda.device(self._device), self._streams.lock:
             stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_event(self._streams.done)
             with torch.cuda.stream(stream):
                 drawn = self._draws()
                 body()  # kernels are compiled and libraries make their handles outside of the capture
@@ -177,7 +184,12 @@ class CudaGraphs:
         with torch.cuda.stream(beside):
             self._received[index].copy_(count, non_blocking=True)
             self._arrived[index].record()
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # of a capture that failed; the first error is the one to tell
+                current.wait_stream(beside)
+            raise
         current.wait_stream(beside)
 
     def receive_count(self, index: int) -> int:
@@ -192,18 +204,19 @@ class CudaGraphs:
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
+        done = self._streams.done
+        with torch.cuda.device(self._device), self._streams.lock:
             stream = torch.cuda.current_stream()
-            stream.wait_event(self._done)
+            stream.wait_event(done)
             # Every count of earlier calls was waited for, so none is on its way here: what is read is of this call.
             self._received.fill_(-1)
             try:
                 yield
             except BaseException:
-                self._done.record(stream)
-                self._done.synchronize()
+                done.record(stream)
+                done.synchronize()
                 raise
-            self._done.record(stream)
+            done.record(stream)
 
     def memory(self) -> int:
         segments = (torch.cuda.memory_snapshot(pool) for pool in self._pools)  # type: ignore[no-untyped-call]
@@ -213,7 +226,7 @@ class CudaGraphs:
         return int(_MEMORY_FRACTION * torch.cuda.get_device_properties(self._device).total_memory)
 
     def close(self) -> None:
-        self._done.synchronize()
+        self._streams.done.synchronize()
 
 
 class _Linked:

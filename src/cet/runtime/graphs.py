@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.callers import level_of_caller
-from cet.ops.backend import needs_grad, preferring_triton
+from cet.ops.backend import chosen_backend, needs_grad, preferring_triton
 from cet.partition.fingerprint import watching
 from cet.partition.stages import Program
 from cet.runtime.buckets import choose_buckets
@@ -93,17 +93,20 @@ class _Kind(NamedTuple):
     open_exits: tuple[bool, ...]
     score: str
     autocast: torch.dtype | None
+    backend: str | None
 
     @classmethod
     def of(cls, request: Request, *, linked: bool) -> _Kind:
         device = request.device.type
         inputs = tuple(
-            (value.dtype, value.device, value.shape[batched:]) if isinstance(value, Tensor) else value
+            (value.dtype, value.device, value.shape[batched:]) if isinstance(value, Tensor) else (type(value), value)
             for value, batched in zip(request.inputs, request.is_batched, strict=True)
         )
         open_exits = tuple(threshold is not None for threshold in request.policy.thresholds)
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(linked, inputs, open_exits, require_kernel(request.policy.score, "a CUDA graph"), autocast)
+        return cls(
+            linked, inputs, open_exits, require_kernel(request.policy.score, "a CUDA graph"), autocast, chosen_backend()
+        )
 
 
 class _Weights:
