@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train, calibrate and run early exit on real sensor data (about 6 minutes on two cores)"
 	@echo "make test       linters, type checker and tests"
 	@echo "make test-slow  more cases of what the tests try too"
-	@echo "make edge       ExecuTorch, LiteRT and OpenVINO in an environment of their own, and the tests of their files (10 minutes)"
+	@echo "make edge       ExecuTorch, LiteRT, TFLite Micro and OpenVINO in an environment of their own, and the tests of their files (10 minutes)"
 	@echo "make docs       the pages as a site, into build/site; a warning is an error"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
@@ -59,11 +59,11 @@ EDGE := build/edge
 $(EDGE)/.ready: pyproject.toml setup.py requirements/edge.txt
 	test -x $(EDGE)/bin/python || $(PYTHON) -m venv $(EDGE)
 	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/edge.txt --editable '.[executorch,litert,onnx]' pytest hypothesis transformers openvino triton matplotlib
+	$(EDGE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/edge.txt --editable '.[executorch,litert,tflite-micro,onnx]' pytest hypothesis transformers openvino triton matplotlib
 	touch $@
 
 edge: $(EDGE)/.ready
-	OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -m "slow or not slow" tests/deploy/test_executorch.py tests/deploy/test_litert.py tests/deploy/test_openvino.py $(ARGS)
+	OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -m "slow or not slow" tests/deploy/test_executorch.py tests/deploy/test_litert.py tests/deploy/test_tflite_micro.py tests/deploy/test_openvino.py $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup

@@ -43,7 +43,7 @@ def test_json_reports_every_section_and_the_core_works(capsys: pytest.CaptureFix
     assert [row["name"] for row in document["backends"]] == ["reference", "cpp", "triton"]
     assert [row["name"] for row in document["runners"]] == ["eager", "graphs", "device"]
     assert [row["name"] for row in document["extras"]] == [
-        *("train", "demo", "onnx", "executorch", "litert", "ray", "docs", "dev")
+        *("train", "demo", "onnx", "executorch", "litert", "tflite-micro", "ray", "docs", "dev")
     ]
     for section in ("backends", "runners", "extras"):
         for row in document[section]:

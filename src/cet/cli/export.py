@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     required=True,
     metavar="FILE",
     help="Where the model goes: model.onnx; with a loop on the host model.stages, model.pt2 (AOTInductor), model.pte "
-    "(ExecuTorch) or model.tflite (LiteRT).",
+    "(ExecuTorch), model.tflite (LiteRT) or model.tflm (TFLite Micro).",
 )
 @click.option(
     "--batch",

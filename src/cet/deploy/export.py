@@ -70,14 +70,15 @@ def export(
             stages: ``.pte``, an ExecuTorch program with a method per stage; ``.tflite``, a LiteRT model with a
             signature per stage; ``.pt2``, a package of machine code with a model per stage, by AOTInductor, for one
             row with one model that branches; ``.stages``, a folder with one ``.onnx`` file per stage and
-            ``manifest.json``.
+            ``manifest.json``; ``.tflm``, such a folder for TFLite Micro, with one ``.tflite`` file per stage, and all
+            of them as C sources for a firmware.
         example_inputs: what one call takes, with at least one row, as for :class:`cet.EarlyExit`; its own example when
             not given. Sizes besides the batch may vary later where the model's stages allow it, in ONNX alone.
-        format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"`` or ``"litert"``, where the suffix of ``path``
-            does not tell.
+        format: ``"onnx"``, ``"stages"``, ``"aoti"``, ``"executorch"``, ``"litert"`` or ``"tflite-micro"``, where the
+            suffix of ``path`` does not tell.
         batch: ``"dynamic"`` for any number of rows, which are compacted at each exit; 1 for one row at a time, which
-            is faster for that. AOTInductor takes 512 rows at once, ExecuTorch 64 and LiteRT one: the loop answers more
-            in parts.
+            is faster for that. AOTInductor takes 512 rows at once, ExecuTorch 64, LiteRT and TFLite Micro one: the loop
+            answers more in parts.
         thresholds: ``"baked"`` into the file, without the exits that are closed; or ``"input"``: an input named
             ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
             be given.
@@ -122,7 +123,7 @@ def export(
         raise ValueError(f"quantize is for .onnx and .stages, and the format is {name!r}; leave it out")
     require(f"export to {target.title}", target.packages, extra=target.extra)
     check_file(Path(os.path.realpath(path)))
-    if name == "stages":
+    if name in ("stages", "tflite-micro"):
         check_replaceable(path, MANIFEST)
     call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
@@ -221,8 +222,8 @@ def _onnx_stages(
 
 def _one_file_of_stages(
     name: str, stages: ExportedStages, description: Description, _: Samples | None
-) -> tuple[bytes, Comparison, Timings[str]]:
-    """The file of a format whose stages are methods of one program, what came of comparing it, and its speed."""
+) -> tuple[bytes | dict[str, bytes], Comparison, Timings[str]]:
+    """The file or folder of a format with a program per stage, what came of comparing it, and its speed."""
     content, loaded, full = in_runtime(name, stages, description)
     comparison = compare(loaded, stages)
     return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
@@ -230,8 +231,8 @@ def _one_file_of_stages(
 
 def in_runtime(
     name: str, stages: ExportedStages, description: Description, threads: int | None = None
-) -> tuple[bytes, LoadedModel, Method]:
-    """The file of such a format, what is read from it, with thresholds that move, and the backbone alone."""
+) -> tuple[bytes | dict[str, bytes], LoadedModel, Method]:
+    """The file or folder of such a format, what is read from it, with thresholds that move, and the backbone alone."""
     writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
     most_rows = None if description.batch is not None else writer.MOST_ROWS
     modules = stage_modules(stages, description, most_rows)
@@ -268,6 +269,13 @@ _TARGETS = {
     ),
     "litert": _Target(
         "LiteRT", "litert", ("litert-torch", "ai-edge-litert"), False, partial(_one_file_of_stages, "litert")
+    ),
+    "tflite-micro": _Target(
+        "TFLite Micro",
+        "tflite-micro",
+        ("litert-torch", "ai-edge-litert", "tflite-micro"),
+        False,
+        partial(_one_file_of_stages, "tflite_micro"),
     ),
 }
 

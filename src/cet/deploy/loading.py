@@ -8,7 +8,14 @@ from pathlib import Path
 
 from cet.deploy.loaded import LoadedModel
 
-FORMATS = {".onnx": "onnx", ".stages": "stages", ".pt2": "aoti", ".pte": "executorch", ".tflite": "litert"}
+FORMATS = {
+    ".onnx": "onnx",
+    ".stages": "stages",
+    ".pt2": "aoti",
+    ".pte": "executorch",
+    ".tflite": "litert",
+    ".tflm": "tflite-micro",
+}
 """The formats by the suffix of a file or folder."""
 
 
@@ -48,6 +55,6 @@ def load_exported(
         ModuleNotFoundError: where its runtime is not installed.
         OSError: where it cannot be read.
     """
-    reader = import_module(f"cet.deploy.{format_of(path, format)}")
+    reader = import_module(f"cet.deploy.{format_of(path, format).replace('-', '_')}")
     loaded: LoadedModel = reader.load(path, threads)
     return loaded

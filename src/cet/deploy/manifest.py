@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from cet.deploy.description import Description, ExportError
 
@@ -20,6 +21,7 @@ class StageEntry:
             holds the rows; None: common to all rows.
         outputs: the tensors that it makes for later stages, behind ``logits`` ``(n, K)`` and ``score`` ``(n,)``.
         sha256: of the file beside the manifest, in hexadecimal digits.
+        arena_bytes: the memory that TFLite Micro needs for it; None in other formats.
     """
 
     file: str
@@ -27,6 +29,7 @@ class StageEntry:
     inputs: Mapping[str, int | None]
     outputs: tuple[str, ...]
     sha256: str = ""
+    arena_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Manifest:
             "model": json.loads(self.description.to_json()),
             "leaves": "at or below" if self.description.is_low_when_sure else "at or above",
             "most_rows": self.most_rows,
-            "stages": [asdict(entry) for entry in self.stages],
+            "stages": [_as_dict(entry) for entry in self.stages],
         }
         return json.dumps(manifest, indent=1) + "\n"
 
@@ -71,6 +74,13 @@ class Manifest:
             if isinstance(error, ExportError):
                 raise
             raise ExportError(f"{name} is damaged ({error}); export the model again") from error
+
+
+def _as_dict(entry: StageEntry) -> dict[str, Any]:
+    values = asdict(entry)
+    if entry.arena_bytes is None:
+        del values["arena_bytes"]  # which older readers do not know
+    return values
 
 
 def _check(entries: Sequence[StageEntry], description: Description) -> None:

@@ -116,7 +116,7 @@ def write_naming_stages(
     except ExportError:
         raise
     except Exception as together:
-        what, error = "the model", together
+        what, error = stages[0].title if len(stages) == 1 else "the model", together
         for stage in stages if len(stages) > 1 else ():
             try:
                 write([stage])
@@ -162,10 +162,13 @@ def _score(log_p: Tensor, name: ScoreName) -> Tensor:
 
 
 def _margin(log_p: Tensor) -> Tensor:
-    """Without the two largest by ``topk``, which becomes a sort that LiteRT lacks."""
+    """Without the two largest by ``topk``, which becomes a sort that LiteRT lacks, or the place of the largest, which
+    becomes an operator that TFLite Micro lacks."""
     p = log_p.exp()
-    is_first = torch.arange(p.shape[1]) == p.argmax(dim=1, keepdim=True)
-    return p.amax(dim=1) - p.masked_fill(is_first, -1.0).amax(dim=1)
+    first = p.amax(dim=1, keepdim=True)
+    is_first = p == first
+    is_shared = is_first.float().sum(dim=1) > 1
+    return (first[:, 0] - p.masked_fill(is_first, -1.0).amax(dim=1)).masked_fill(is_shared, 0.0)
 
 
 class _Whole(nn.Module):

@@ -38,11 +38,13 @@ class OnnxStages(StagesModel):
         return outputs
 
 
-def with_manifest(description: Description, written: Sequence[tuple[StageEntry, bytes]]) -> dict[str, bytes]:
+def with_manifest(
+    description: Description, written: Sequence[tuple[StageEntry, bytes]], most_rows: int | None = None
+) -> dict[str, bytes]:
     """The files of a folder by name."""
     entries = tuple(replace(entry, sha256=sha256(content).hexdigest()) for entry, content in written)
     contents = {entry.file: content for entry, content in written}
-    return {**contents, MANIFEST: Manifest(description, entries).to_json().encode()}
+    return {**contents, MANIFEST: Manifest(description, entries, most_rows).to_json().encode()}
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxStages:
@@ -57,6 +59,16 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxStages
         ModuleNotFoundError: where ONNX Runtime is not installed.
         OSError: where a file cannot be read.
     """
+    return OnnxStages(read_folder(path), os.fspath(path), threads)
+
+
+def read_folder(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The manifest of a folder and the files that it names, by name.
+
+    Raises:
+        ExportError: where one is damaged or missing.
+        OSError: where one cannot be read.
+    """
     folder, name = Path(path), os.fspath(path)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{name} holds no {MANIFEST}; give the folder that cet.export wrote")
@@ -67,4 +79,4 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxStages
         contents[stage.file] = (folder / stage.file).read_bytes()
         if sha256(contents[stage.file]).hexdigest() != stage.sha256:
             raise ExportError(f"{name}/{stage.file} is not the file of its manifest; copy the folder whole")
-    return OnnxStages(contents, name, threads)
+    return contents

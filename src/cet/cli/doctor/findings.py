@@ -101,7 +101,7 @@ def _extra_packages() -> dict[str, list[str]]:
     """Distribution names per extra, read off cet's own metadata; an extra may include an extra declared before it."""
     packages: dict[str, list[str]] = {}
     for requirement in metadata.requires("cet") or ():
-        match = re.fullmatch(r"([\w.-]+)(?:\[(\w+)\])?[^;]*;\s*extra == ['\"](\w+)['\"]", requirement)
+        match = re.fullmatch(r"([\w.-]+)(?:\[([\w-]+)\])?[^;]*;\s*extra == ['\"]([\w-]+)['\"]", requirement)
         if match is not None:
             package, of_package, extra = match.groups()
             packages.setdefault(extra, []).extend(packages[of_package] if package == "cet" else [package])
