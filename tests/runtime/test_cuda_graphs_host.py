@@ -94,6 +94,31 @@ def test_graphs_hold_the_kernels_of_triton(runner: RunnerName, monkeypatch: pyte
     assert model.captures[0].runner == runner
 
 
+class CompilationError(Exception):
+    __module__ = "triton.compiler.errors"
+
+
+def fails(*_: Any) -> None:
+    raise CompilationError("at 1:1\nno dtype")
+
+
+@pytest.mark.usefixtures("triton_backend", "on_fake_gpu")
+def test_what_triton_cannot_compile_is_told_and_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cet.ops.backend.why_no_triton", lambda device: None)
+    monkeypatch.setattr(triton, "padded_exit_step", fails)
+    model, x = model_run_by("graphs"), {"x": torch.randn(8, 3, 16)}
+    with cet.ops.use_backend("triton"), pytest.raises(CompilationError):
+        model.predict(**x)  # asked for by name
+    with cet.ops.use_backend(None):
+        with pytest.warns(UserWarning, match="Triton has no kernel for this model .*, so graphs hold PyTorch's"):
+            got = model.predict(**x)
+        assert_same_answers(got, answer_each_row_alone(model, x, model.policy))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.predict(**x)
+    assert model.captures[0].runner == "graphs"
+
+
 @pytest.mark.usefixtures("on_fake_gpu")
 @pytest.mark.parametrize(
     "wait", [lambda x: x * float(x.max()), lambda x: x + torch.tensor(1.0), lambda x: x[x > 0].sum() + x]

@@ -261,6 +261,7 @@ class GraphRunner:
         self._exit_names = exit_names
         self._backend = backend
         self._entries: list[_Entry] = []
+        self._prefers_triton = True
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -297,16 +298,29 @@ class GraphRunner:
         if needs_grad(itertools.chain(inputs, parameters)):
             _warn("graphs hold no gradients, so this call runs eagerly; use torch.no_grad() or predict")
             return None
-        with self._lock, torch.no_grad(), preferring_triton(request.device):
-            kind = _Kind.of(request, linked=linked)
-            captured = (self._find(request, kind) or self._capture(request, kind)).captured
-            if captured is None:
-                return None
-            answers = captured.run(request, with_scores=with_scores)
-            if captured.weights.are_those_of(request.modules):
-                return answers
-            captured = self._capture(request, kind).captured
-            return None if captured is None else captured.run(request, with_scores=with_scores)
+        with self._lock, torch.no_grad():
+            if self._prefers_triton:
+                try:
+                    with preferring_triton(request.device):
+                        return self._answers(request, linked=linked, with_scores=with_scores)
+                except Exception as error:
+                    if type(error).__module__.partition(".")[0] != "triton" or chosen_backend() is not None:
+                        raise
+                    self._prefers_triton = False
+                    reason = (str(error).splitlines() or [type(error).__name__])[0]
+                    _warn(f"Triton has no kernel for this model ({reason}), so graphs hold PyTorch's operations")
+            return self._answers(request, linked=linked, with_scores=with_scores)
+
+    def _answers(self, request: Request, *, linked: bool, with_scores: bool) -> Answers | None:
+        kind = _Kind.of(request, linked=linked)
+        captured = (self._find(request, kind) or self._capture(request, kind)).captured
+        if captured is None:
+            return None
+        answers = captured.run(request, with_scores=with_scores)
+        if captured.weights.are_those_of(request.modules):
+            return answers
+        captured = self._capture(request, kind).captured
+        return None if captured is None else captured.run(request, with_scores=with_scores)
 
     def _find(self, request: Request, kind: _Kind) -> _Entry | None:
         for entry in self._entries:
