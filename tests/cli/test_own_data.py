@@ -506,8 +506,8 @@ class TestExport:
         code, _, err = run("export", mine, "--output", tmp_path / "b.onnx", "--max-drop", "0.2")
         assert code == 2
         assert "--max-drop and --no-guarantee are for --int8" in err
-        done = run("export", mine, "--output", tmp_path / "a.pte", "--int8")
-        check_one_sentence(done, "quantize is for .onnx and .stages")
+        done = run("export", mine, "--output", tmp_path / "a.pt2", "--int8")
+        check_one_sentence(done, "quantize is for .onnx, .stages, .pte, .tflite, and the format is 'aoti'")
         assert {path.name for path in tmp_path.iterdir()} == {"mine", "small.onnx"}
 
 

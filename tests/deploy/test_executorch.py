@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 import cet
+from cet.deploy import executorch_int8
 from cet.ops.definitions import SCORE_NAMES, ScoreName
+from int8_files import (
+    check_a_failing_stage_is_named,
+    check_int8,
+    check_int8_family,
+    check_one_row_with_baked_thresholds,
+    check_refusals,
+)
 from stages_in_one_file import (
     Svd,
     check_answers,
@@ -88,3 +96,33 @@ def test_what_has_no_form_is_refused_and_nothing_written(tmp_path: Path) -> None
 
 
 REFUSED = "the stage that ends in exit 'final' has no form in ExecuTorch .*; compute it with operators"
+
+
+def test_int8(tmp_path: Path) -> None:
+    check_int8(tmp_path / "m.pte")
+
+
+def test_int8_one_row_at_a_time(tmp_path: Path) -> None:
+    check_one_row_with_baked_thresholds(tmp_path / "m.pte")
+
+
+@pytest.mark.parametrize("name", ["resnet", pytest.param("bert", marks=pytest.mark.slow)])
+def test_int8_of_other_nets(name: str, tmp_path: Path) -> None:
+    check_int8_family(name, tmp_path / "m.pte")
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    check_refusals(tmp_path, ".pte")
+
+
+def test_a_stage_that_the_quantiser_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made, calls = executorch_int8._quantizer, []
+
+    def fails_on_the_second() -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no such scale")
+        return made()
+
+    monkeypatch.setattr(executorch_int8, "_quantizer", fails_on_the_second)
+    check_a_failing_stage_is_named(tmp_path, ".pte")

@@ -14,50 +14,12 @@ from torch import Tensor, nn
 
 import cet
 from cet.deploy.loaded import LoadedModel
-
-K = 3
-ALWAYS, NEVER = float("inf"), None
-
-
-class Net(nn.Module):
-    """Convolutions with a shortcut, batch norm, and a size that may vary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Sequential(nn.Conv1d(2, 16, 5, padding=2), nn.BatchNorm1d(16), nn.ReLU())
-        self.b = nn.Sequential(nn.Conv1d(16, 16, 5, padding=2), nn.BatchNorm1d(16))
-        self.c = nn.Sequential(nn.Conv1d(16, 32, 3, stride=2), nn.ReLU())
-        self.top = nn.Linear(32, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        h = self.c(torch.relu(h + self.b(h)))
-        return self.top(h.mean(2))
-
-
-def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Waves of three frequencies in noise."""
-    draw = torch.Generator().manual_seed(seed)
-    y = torch.randint(K, (n,), generator=draw)
-    phase = 6.3 * torch.rand(n, 2, 1, generator=draw)
-    wave = torch.sin(torch.arange(40) * (0.3 + 0.15 * y)[:, None, None] + phase)
-    return wave + 0.9 * torch.randn(n, 2, 40, generator=draw), y
+from waves import K, samples, trained
 
 
 @pytest.fixture(scope="module")
 def model() -> cet.EarlyExit:
-    torch.manual_seed(0)
-    model = cet.EarlyExit(Net().train(), ["a", "b"], (torch.randn(4, 2, 40),))
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    x, y = samples(1000, 0)
-    for _ in range(6):
-        for rows, labels in zip(x.split(100), y.split(100), strict=True):
-            optimizer.zero_grad()
-            sum(nn.functional.cross_entropy(logits, labels) for logits in model(rows)).backward()
-            optimizer.step()
-    model.eval().policy = cet.calibrate(model, [samples(1000, 1)], 0.05)
-    assert all(threshold is not None for threshold in model.policy.thresholds)
-    return model
+    return trained()
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +156,8 @@ def test_nothing_is_logged(model: cet.EarlyExit, tmp_path: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"path": "a.tflite"}, ValueError, "quantize is for .onnx and .stages"),
+        ({"path": "a.pt2"}, ValueError, "quantize is for .onnx, .stages, .pte, .tflite, and the format is 'aoti'"),
+        ({"quantize": [samples(0, 8)]}, ValueError, "quantize yields no batches"),
         ({"quantize": []}, ValueError, "quantize yields no batches"),
         ({"quantize": 3}, TypeError, "loader"),
         (

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 import cet
+from cet.deploy import litert_int8
 from cet.ops.definitions import SCORE_NAMES, ScoreName
+from int8_files import (
+    WIDTH,
+    check_a_failing_stage_is_named,
+    check_int8,
+    check_int8_family,
+    check_one_row_with_baked_thresholds,
+    check_refusals,
+)
 from stages_in_one_file import (
     Svd,
     check_answers,
@@ -104,3 +113,53 @@ def test_what_has_no_form_is_refused_and_nothing_written(tmp_path: Path) -> None
 
 
 REFUSED = "the stage that ends in exit 'final' has no form in LiteRT .*; compute it with operators"
+
+
+def test_int8(tmp_path: Path) -> None:
+    check_int8(tmp_path / "m.tflite")
+    assert _layers(tmp_path / "m.tflite") == {
+        ((WIDTH, 1, 5, 2), "INT8"),
+        ((WIDTH, 1, 5, WIDTH), "INT8"),
+        ((2 * WIDTH, 1, 3, WIDTH), "INT8"),
+        ((3, WIDTH), "FLOAT32"),
+        ((3, 2 * WIDTH), "FLOAT32"),
+    }
+
+
+def _layers(path: Path) -> set[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the weights of all layers."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model(str(path))
+    weights = [
+        graph.tensors[op.inputs[1]]
+        for graph in model.subgraphs
+        for op in graph.operators
+        if flatbuffer_utils.opcode_to_name(model, op.opcodeIndex) in ("CONV_2D", "FULLY_CONNECTED")
+    ]
+    return {(tuple(map(int, weight.shape)), flatbuffer_utils.type_to_name(weight.type)) for weight in weights}
+
+
+def test_int8_one_row_at_a_time(tmp_path: Path) -> None:
+    check_one_row_with_baked_thresholds(tmp_path / "m.tflite")
+
+
+@pytest.mark.parametrize("name", ["resnet", "bert", pytest.param("late-fusion", marks=pytest.mark.slow)])
+def test_int8_of_other_nets(name: str, tmp_path: Path) -> None:
+    check_int8_family(name, tmp_path / "m.tflite")
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    check_refusals(tmp_path, ".tflite")
+
+
+def test_a_stage_that_the_quantiser_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = litert_int8._written
+
+    def fails_on_the_second(content: bytes, chosen: list[tuple[str, str]], scales: object) -> bytes:
+        if any(name.startswith("1/") for _, name in chosen):
+            raise RuntimeError("no such scale")
+        return written(content, chosen, scales)
+
+    monkeypatch.setattr(litert_int8, "_written", fails_on_the_second)
+    check_a_failing_stage_is_named(tmp_path, ".tflite")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     "--int8",
     is_flag=True,
     help="Quantise a run of cet train by samples that it was trained on, and calibrate on those that it kept for that; "
-    "for .onnx and .stages.",
+    "for .onnx, .stages, .pte and .tflite.",
 )
 @click.option(
     "--max-drop",

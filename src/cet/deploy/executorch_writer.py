@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cet.deploy.description import KEY
+from cet.deploy.executorch_int8 import quantized
 from cet.deploy.manifest import Manifest
 from cet.deploy.stage_modules import StageModule, write_naming_stages
+from cet.deploy.stage_samples import Taken
 from cet.partition.export import CUTTING, quiet
 
 MOST_ROWS = 64
 """Memory is planned for so many rows; a batch with more is answered in parts."""
 
 
-def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> bytes:
+def write(
+    stages: Sequence[StageModule], manifest: Manifest | None = None, feeds: Iterable[Taken] | None = None
+) -> bytes:
     """A ``.pte`` file with one method per stage, and one named ``cet`` that returns the manifest.
 
+    Args:
+        stages: to be lowered.
+        manifest: of the file.
+        feeds: what each of them takes; with it they become int8.
+
     Raises:
-        ExportError: where a stage cannot be lowered, with the reason.
+        ExportError: where a stage cannot be quantised or lowered, with the reason.
     """
+    if feeds is not None:
+        stages = quantized(stages, feeds)
     return write_naming_stages("ExecuTorch", stages, lambda some: _lowered(some, manifest))
 
 

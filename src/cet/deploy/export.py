@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -20,11 +20,12 @@ from cet.deploy.check import Agreement, Comparison, agreement, compare
 from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.host_loop import Method
 from cet.deploy.loaded import LoadedModel
-from cet.deploy.loading import format_of
+from cet.deploy.loading import FORMATS, format_of
 from cet.deploy.manifest import Manifest
 from cet.deploy.report import ExportReport, time_exits
 from cet.deploy.segments import ExportedStages, export_segments
-from cet.deploy.stage_modules import stage_modules, whole_module
+from cet.deploy.stage_modules import StageModule, stage_modules, whole_module
+from cet.deploy.stage_samples import Taken, taken_of
 from cet.deploy.stages import MANIFEST
 from cet.files import check_file, check_replaceable, write_atomically, write_folder_atomically
 from cet.measure.host import require, versions
@@ -83,10 +84,10 @@ def export(
             ``thresholds`` ``(E - 1,)`` float32, whose default is the policy's; of stages, which thresholds the loop may
             be given.
         quantize: batches of samples like those to come, as for :func:`cet.calibrate`; labels may be -100. The stages
-            become int8, by ONNX Runtime, for the formats of ONNX; the report says how many answers stay the same. The
-            thresholds are the policy's, which was chosen by float32 scores: calibrate those of the file, by other
-            samples, as docs/howto/deploy.md shows. Values that are not finite become numbers, so that such a row may
-            leave early.
+            become int8, by the quantiser of the runtime, for ``.onnx``, ``.stages``, ``.pte`` and ``.tflite``; the
+            report says how many answers stay the same. What they hand on stays float32 in the last two. The thresholds
+            are the policy's, which was chosen by float32 scores: calibrate those of the file, by other samples, as
+            docs/howto/deploy.md shows. Values that are not finite become numbers, so that such a row may leave early.
         class_labels: a name for each class, to be kept in the file.
 
     Returns:
@@ -119,8 +120,9 @@ def export(
     if class_labels is not None and len(class_labels) != model.num_classes:
         raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
     target = _TARGETS[name]
-    if quantize is not None and target.title != "ONNX":
-        raise ValueError(f"quantize is for .onnx and .stages, and the format is {name!r}; leave it out")
+    if quantize is not None and not target.quantizes:
+        taking = ", ".join(suffix for suffix, known in FORMATS.items() if _TARGETS[known].quantizes)
+        raise ValueError(f"quantize is for {taking}, and the format is {name!r}; leave it out")
     require(f"export to {target.title}", target.packages, extra=target.extra)
     check_file(Path(os.path.realpath(path)))
     if name in ("stages", "tflite-micro"):
@@ -150,7 +152,9 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
     if {tensor.dtype for tensor in stages.model.parameters()} != {torch.float32}:
         raise ExportError("the weights are not of float32, which quantize starts from; export model.float()")
     samples = [
-        (pytree.tree_map_only(Tensor, Tensor.cpu, x), y) for x, y in read_batches(loader, stages.model.num_classes)
+        (pytree.tree_map_only(Tensor, Tensor.cpu, x), y)
+        for x, y in read_batches(loader, stages.model.num_classes)
+        if len(y)
     ]
     for x, _ in samples:
         stages.input_format.flatten(*as_call(x))  # for its own errors
@@ -221,29 +225,42 @@ def _onnx_stages(
 
 
 def _one_file_of_stages(
-    name: str, stages: ExportedStages, description: Description, _: Samples | None
-) -> tuple[bytes | dict[str, bytes], Comparison, Timings[str]]:
+    name: str, stages: ExportedStages, description: Description, samples: Samples | None
+) -> tuple[bytes | dict[str, bytes], Comparison | Agreement, Timings[str]]:
     """The file or folder of a format with a program per stage, what came of comparing it, and its speed."""
-    content, loaded, full = in_runtime(name, stages, description)
-    comparison = compare(loaded, stages)
+    content, loaded, full = in_runtime(name, stages, description, samples=samples)
+    comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
     return content, comparison, time_exits(loaded, lambda named: full([*named.values()]), stages)
 
 
 def in_runtime(
-    name: str, stages: ExportedStages, description: Description, threads: int | None = None
+    name: str,
+    stages: ExportedStages,
+    description: Description,
+    threads: int | None = None,
+    samples: Samples | None = None,
 ) -> tuple[bytes | dict[str, bytes], LoadedModel, Method]:
-    """The file or folder of such a format, what is read from it, with thresholds that move, and the backbone alone."""
+    """The file or folder of such a format, what is read from it, with thresholds that move, and the backbone alone; in
+    int8 where there are samples."""
     writer, reader = import_module(f"cet.deploy.{name}_writer"), import_module(f"cet.deploy.{name}")
     most_rows = None if description.batch is not None else writer.MOST_ROWS
     modules = stage_modules(stages, description, most_rows)
     manifest = Manifest(description, tuple(module.entry for module in modules), most_rows)
-    content = writer.write(modules, manifest)
+    content = writer.write(modules, manifest, *_feeds(modules, stages, samples, most_rows or description.batch))
     loaded = reader.model_of(content, "the model", threads)
     loaded.description = replace(description, thresholds_are_input=True)  # they are the loop's
     whole = whole_module(stages, most_rows)
-    program = reader.read(writer.write([whole]), "the model", threads)
+    whole_feeds = _feeds([whole], stages, samples, most_rows or description.batch)
+    program = reader.read(writer.write([whole], None, *whole_feeds), "the model", threads)
     full = reader.StageMethod(program, whole.entry.file, "the model")
     return content, loaded, full
+
+
+def _feeds(
+    modules: Sequence[StageModule], stages: ExportedStages, samples: Samples | None, rows: int | None
+) -> list[Iterator[Taken]]:
+    """What the stages take of the samples, for a writer that quantises."""
+    return [] if samples is None else [taken_of(modules, stages, [x for x, _ in samples], rows)]
 
 
 class _Target(NamedTuple):
@@ -257,18 +274,19 @@ class _Target(NamedTuple):
         [ExportedStages, Description, Samples | None],
         tuple[bytes | dict[str, bytes], Comparison | Agreement, Timings[str]],
     ]
+    quantizes: bool = False
 
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TARGETS = {
-    "onnx": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx),
-    "stages": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx_stages),
+    "onnx": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx, True),
+    "stages": _Target("ONNX", "onnx", _ONNX_PACKAGES, True, _onnx_stages, True),
     "aoti": _Target("AOTInductor", "", (), False, partial(_one_file_of_stages, "aoti")),
     "executorch": _Target(
-        "ExecuTorch", "executorch", ("executorch",), False, partial(_one_file_of_stages, "executorch")
+        "ExecuTorch", "executorch", ("executorch",), False, partial(_one_file_of_stages, "executorch"), True
     ),
     "litert": _Target(
-        "LiteRT", "litert", ("litert-torch", "ai-edge-litert"), False, partial(_one_file_of_stages, "litert")
+        "LiteRT", "litert", ("litert-torch", "ai-edge-litert"), False, partial(_one_file_of_stages, "litert"), True
     ),
     "tflite-micro": _Target(
         "TFLite Micro",

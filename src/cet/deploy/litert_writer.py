@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from cet.deploy.description import KEY, ExportError
+from cet.deploy.litert_int8 import quantized
 from cet.deploy.manifest import Manifest
 from cet.deploy.stage_modules import StageModule, write_naming_stages
+from cet.deploy.stage_samples import Taken
 from cet.partition.export import CUTTING, quiet
 
 MOST_ROWS = 1
@@ -18,16 +20,25 @@ MOST_ROWS = 1
 _IDENTIFIER = b"TFL3"
 
 
-def write(stages: Sequence[StageModule], manifest: Manifest | None = None) -> bytes:
+def write(
+    stages: Sequence[StageModule], manifest: Manifest | None = None, feeds: Iterable[Taken] | None = None
+) -> bytes:
     """A ``.tflite`` file with one signature per stage, and the manifest among its metadata under ``cet``.
 
+    Args:
+        stages: to be converted.
+        manifest: of the file.
+        feeds: what each of them takes; with it they become int8.
+
     Raises:
-        ExportError: where a stage cannot be converted, with the reason.
+        ExportError: where a stage cannot be converted or quantised, with the reason.
     """
     for stage in stages:
         if any(tensor.dtype is torch.float64 for tensor in stage.example):
             raise ExportError(f"{stage.title} takes float64, which LiteRT lacks; export model.float()")
     content = write_naming_stages("LiteRT", stages, _converted)
+    if feeds is not None:
+        content = quantized(content, stages, feeds)
     return content if manifest is None else _with_metadata(content, manifest.to_json().encode())
 
 

@@ -77,7 +77,8 @@ def stage_modules(stages: ExportedStages, description: Description, most_rows: i
 def whole_module(stages: ExportedStages, most_rows: int | None) -> StageModule:
     """The backbone alone, from the same stages: what the exits are measured against."""
     first = stages.segments[0]
-    entry = StageEntry("full", stages.segments[-1].exit_index, {}, ())
+    taken = dict(zip(stages.tensor_names[0][0], first.taken_row_dims, strict=True))
+    entry = StageEntry("full", stages.segments[-1].exit_index, taken, ())
     return _module(entry, "the backbone", _Whole(stages.segments), first.example[1], first.taken_row_dims, most_rows)
 
 
