@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import cet
+from benchmarks.models import NETS, multi_exit, random_inputs
 from cet.deploy.loaded import LoadedModel
+from oracle import policy_between_scores
 from waves import K, samples, trained
 
 
@@ -183,3 +185,21 @@ def test_weights_that_are_not_float32_are_refused(tmp_path: Path) -> None:
     model = cet.EarlyExit(net, ["1"], (torch.randn(4, 4).double(),), policy=policy)
     with pytest.raises(cet.ExportError, match="not of float32"):
         cet.export(model, tmp_path / "a.onnx", quantize=[(torch.randn(4, 4).double(), torch.zeros(4).long())])
+
+
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+def test_nodes_of_stages_and_exits_have_names_of_their_own(batch: Any, tmp_path: Path) -> None:
+    """In this net a product of the last stage had the name of the last exit's."""
+    net = NETS["sensor_cnn"]()
+    x = random_inputs(net, 64)
+    model = multi_exit(net, x)
+    model.policy = policy_between_scores(model, {"x": x}, "entropy", [0.5] * 3)
+    path = tmp_path / "net.onnx"
+    cet.export(model, path, batch=batch, quantize=[(x, torch.zeros(64, dtype=torch.int64))])
+
+    def names(graph: onnx.GraphProto) -> list[str]:
+        inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+        return [*(node.name for node in graph.node), *(name for branch in inner for name in names(branch))]
+
+    found = names(onnx.load(path).graph)
+    assert len(found) == len(set(found))

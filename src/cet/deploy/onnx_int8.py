@@ -83,7 +83,7 @@ def _chosen(graph: ir.Graph, last: Sequence[ir.Node | None]) -> list[str]:
     turned back and forth. The residual stream of a transformer, which has outliers, stays as it is."""
     chosen, convolved = [], set[ir.Node]()
     for number, node in enumerate(graph):
-        node.name = f"{node.op_type}_{number}"
+        node.name = f"{node.op_type}.{number}"  # unlike those that the exits' nodes get beside them
         of_conv = any(value is not None and value.producer() in convolved for value in node.inputs)
         if node.op_type == "Conv" or (node.op_type in ("Add", "Relu") and of_conv):
             convolved.add(node)
