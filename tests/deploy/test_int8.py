@@ -203,3 +203,34 @@ def test_nodes_of_stages_and_exits_have_names_of_their_own(batch: Any, tmp_path:
 
     found = names(onnx.load(path).graph)
     assert len(found) == len(set(found))
+
+
+def test_samples_that_give_no_finite_answer_are_refused(model: cet.EarlyExit, tmp_path: Path) -> None:
+    """One infinity would set the scale of all."""
+    x, y = samples(64, 1)
+    x[3, 0, 5] = float("inf")
+    with pytest.raises(
+        cet.ExportError, match="answers a batch of quantize with values that are not finite; leave such"
+    ):
+        cet.export(model, tmp_path / "net.onnx", quantize=[(x, y)])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_for_one_row_is_calibrated_on_batches(
+    model: cet.EarlyExit, held_out: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    path = tmp_path / "net.onnx"
+    costs = cet.export(model, path, batch=1, thresholds="input", quantize=held_out[:1]).costs
+    loaded = cet.load_exported(path, threads=1)
+    x, y = held_out[1][0][:40], held_out[1][1][:40]
+    rows = [loaded.exit_answers(x[i : i + 1]) for i in range(len(x))]
+    for k, (logits, scores) in enumerate(loaded.exit_answers(x)):
+        assert torch.equal(logits, torch.cat([row[k][0] for row in rows]))
+        assert torch.equal(scores, torch.cat([row[k][1] for row in rows]))
+    for logits, scores in loaded.exit_answers(x.numpy()):
+        assert isinstance(logits, np.ndarray)
+        assert scores.shape == (40,)
+    report = cet.calibrate(loaded, [(x, y)], 0.5, costs=costs).report
+    assert report.num_samples == 40
+    with pytest.raises(ValueError, match="for one row at a time; export with batch='dynamic' for more"):
+        loaded.predict(x)

@@ -164,6 +164,19 @@ def test_no_folder_of_others_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OutputError, match=r"m.stages cannot be written \(it is there, and no folder with a manifest"):
         cet.export(model, target)
     assert (target / "notes.txt").read_text() == "mine"
+    (target / "manifest.json").write_text('{"name": "an app of the web"}')
+    with pytest.raises(
+        OutputError, match=r"m.stages cannot be written \(it holds manifest.json, which no export wrote"
+    ):
+        cet.export(model, target)
+    ours = tmp_path / "mine" / "ours.stages"
+    ours.parent.mkdir()
+    cet.export(model, ours)
+    cet.export(model, ours)
+    (ours / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"ours.stages cannot be written \(it holds notes.txt, which no export wrote"):
+        cet.export(model, ours)
+    assert (ours / "notes.txt").read_text() == "mine"
 
     write_folder_atomically(tmp_path / "f", {"a": b"1", "b": b"2"})
     monkeypatch.setattr("cet.files.os.replace", lambda source, to: (_ for _ in ()).throw(OSError(28, "no room")))
@@ -173,4 +186,4 @@ def test_no_folder_of_others_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name: path.read_bytes() for path in (tmp_path / "f").iterdir()} == {"a": b"1", "b": b"2"}
     write_folder_atomically(tmp_path / "f", {"a": b"3"})
     assert {path.name: path.read_bytes() for path in (tmp_path / "f").iterdir()} == {"a": b"3"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "m.stages"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "m.stages", "mine"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cet.data.batches import read_batches
+from cet.deploy.c_source import HEADER, SOURCE
 from cet.deploy.check import Agreement, Comparison, agreement, compare
 from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.host_loop import Method
@@ -27,7 +30,7 @@ from cet.deploy.segments import ExportedStages, export_segments
 from cet.deploy.stage_modules import StageModule, stage_modules, whole_module
 from cet.deploy.stage_samples import Taken, taken_of
 from cet.deploy.stages import MANIFEST
-from cet.files import check_file, check_replaceable, write_atomically, write_folder_atomically
+from cet.files import OutputError, check_file, check_replaceable, write_atomically, write_folder_atomically
 from cet.measure.host import require, versions
 from cet.measure.rounds import Timings
 from cet.model.early_exit import EarlyExit
@@ -126,7 +129,7 @@ def export(
     require(f"export to {target.title}", target.packages, extra=target.extra)
     check_file(Path(os.path.realpath(path)))
     if name in ("stages", "tflite-micro"):
-        check_replaceable(path, MANIFEST)
+        _check_folder(path)
     call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
@@ -140,6 +143,25 @@ def export(
         write_folder_atomically(path, content)
     num_bytes = len(content) if isinstance(content, bytes) else sum(map(len, content.values()))
     return ExportReport(os.fspath(path), name, num_bytes, description, comparison, timings)
+
+
+def _check_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds what no export wrote: it would be removed with the rest.
+
+    Raises:
+        OutputError: then.
+    """
+    check_replaceable(path, MANIFEST)
+    folder = Path(os.path.realpath(path))
+    if not (folder / MANIFEST).is_file():
+        return
+    others = [MANIFEST]
+    with suppress(ExportError):
+        stages = Manifest.from_json((folder / MANIFEST).read_bytes(), os.fspath(path)).stages
+        written = {MANIFEST, HEADER, SOURCE, *(stage.file for stage in stages)}
+        others = sorted({entry.name for entry in folder.iterdir()} - written)
+    if others:
+        raise OutputError.of(path, FileExistsError(errno.EEXIST, f"it holds {others[0]}, which no export wrote"))
 
 
 def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:

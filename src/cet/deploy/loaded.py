@@ -60,7 +60,7 @@ class LoadedModel(ABC):
 
     def exit_answers(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, Any], ...]:
         """Logits ``(B, K)`` and scores ``(B,)`` of all ``E`` exits, as :meth:`cet.EarlyExit.exit_answers` gives them:
-        the batch is answered once per exit. Both are NaN where a score is.
+        the batch is answered once per exit, by a file for one row each row by itself. Both are NaN where a score is.
 
         Raises:
             ValueError: of a file that was not exported with ``thresholds="input"``.
@@ -68,6 +68,28 @@ class LoadedModel(ABC):
         if not self.description.thresholds_are_input:
             raise ValueError("exits cannot be asked one by one in this file; export with thresholds='input'")
         given = self._bind(args, kwargs)
+        if rows := self._rows_one_by_one(given):
+            join = np.concatenate if type(given[0]) is np.ndarray else sys.modules["torch"].cat
+            by_exit = zip(*(self._exit_answers(row) for row in rows), strict=True)
+            return tuple((join([logits for logits, _ in at]), join([score for _, score in at])) for at in by_exit)
+        return self._exit_answers(given)
+
+    def _rows_one_by_one(self, given: Sequence[Any]) -> list[list[Any]]:
+        """The calls for each row, where a file for one is given several."""
+        shapes = [tuple(getattr(value, "shape", ())) for value in given]
+        of_rows = [
+            expected.shape[:1] == (1,) and len(shape) == len(expected.shape) and shape[0] > 1
+            for expected, shape in zip(self.description.inputs, shapes, strict=True)
+        ]
+        counts = {shape[0] for shape, several in zip(shapes, of_rows, strict=True) if several}
+        if self.description.batch != 1 or len(counts) != 1:
+            return []
+        return [
+            [value[row : row + 1] if several else value for value, several in zip(given, of_rows, strict=True)]
+            for row in range(counts.pop())
+        ]
+
+    def _exit_answers(self, given: Sequence[Any]) -> tuple[tuple[Any, Any], ...]:
         always, num_early = math.inf if self.description.is_low_when_sure else -math.inf, len(self.exit_names) - 1
         answers = []
         for k in range(num_early + 1):
@@ -202,7 +224,8 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
 def _other_shape(expected: Input, array: Array) -> ValueError:
     shape = ", ".join(map(str, expected.shape))
     fix = ""
-    if expected.shape[:1] == (1,) and array.ndim == len(expected.shape) and array.shape[1:] == expected.shape[1:]:
+    fits = [isinstance(size, str) or size == n for size, n in zip(expected.shape[1:], array.shape[1:], strict=False)]
+    if expected.shape[:1] == (1,) and array.ndim == len(expected.shape) and all(fits):
         fix = " for one row at a time; export with batch='dynamic' for more"
     return ValueError(f"{expected.name} has shape {array.shape} but the file takes ({shape}){fix or '; reshape it'}")
 

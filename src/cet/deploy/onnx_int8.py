@@ -124,6 +124,10 @@ def _taken(stages: ExportedStages, inputs: Sequence[Any]) -> Iterator[Array]:
     for segment in stages.segments:
         for tensor in (*sized, *values):
             yield np.ascontiguousarray(tensor.detach().cpu().numpy())
-        _, *made = segment(sized, values)
+        logits, *made = segment(sized, values)
+        if not logits.isfinite().all():
+            raise ExportError(
+                "the model answers a batch of quantize with values that are not finite; leave such samples out"
+            )
         sources = {"made": made, "taken": values}
         values = [sources[kind][index] for kind, index in segment.handed_on]
