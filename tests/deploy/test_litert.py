@@ -95,6 +95,8 @@ def test_inputs_of_64_bits(file: Path, tmp_path: Path) -> None:
     with pytest.raises(cet.ExportError, match="the stage that ends in exit '1' takes float64, which LiteRT lacks; exp"):
         cet.export(model, tmp_path / "m.tflite", (torch.randn(8, 4).double(),))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(cet.ExportError, match="the stage that ends in exit '1' takes float16, which LiteRT lacks; exp"):
+        cet.export(small_model().half(), tmp_path / "m.tflite", (torch.randn(8, 4).half(),))
 
 
 def test_bad_files(file: Path, tmp_path: Path) -> None:

@@ -120,8 +120,8 @@ def export(
             "gives, or export with thresholds='input'"
         )
     _check_score(model.policy, name, thresholds)
-    if class_labels is not None and len(class_labels) != model.num_classes:
-        raise ValueError(f"class_labels has {len(class_labels)} entries for {model.num_classes} classes; give one each")
+    if class_labels is not None:
+        _check_class_labels(class_labels, model.num_classes)
     target = _TARGETS[name]
     if quantize is not None and not target.quantizes:
         taking = ", ".join(suffix for suffix, known in FORMATS.items() if _TARGETS[known].quantizes)
@@ -143,6 +143,15 @@ def export(
         write_folder_atomically(path, content)
     num_bytes = len(content) if isinstance(content, bytes) else sum(map(len, content.values()))
     return ExportReport(os.fspath(path), name, num_bytes, description, comparison, timings)
+
+
+def _check_class_labels(labels: Sequence[str], num_classes: int | None) -> None:
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"class_labels is {labels!r}; give a list of one string for each class")
+    if len(labels) != num_classes:
+        raise ValueError(f"class_labels has {len(labels)} entries for {num_classes} classes; give one each")
+    if twice := [label for label in labels if list(labels).count(label) > 1]:
+        raise ValueError(f"class_labels has {twice[0]!r} twice; give each class a name of its own")
 
 
 def _check_folder(path: str | os.PathLike[str]) -> None:

@@ -34,8 +34,9 @@ def write(
         ExportError: where a stage cannot be converted or quantised, with the reason.
     """
     for stage in stages:
-        if any(tensor.dtype is torch.float64 for tensor in stage.example):
-            raise ExportError(f"{stage.title} takes float64, which LiteRT lacks; export model.float()")
+        lacking = {torch.float64, torch.float16, torch.bfloat16}.intersection(tensor.dtype for tensor in stage.example)
+        if lacking:
+            raise ExportError(f"{stage.title} takes {str(lacking.pop())[6:]}, which LiteRT lacks; export model.float()")
     content = write_naming_stages("LiteRT", stages, _converted)
     if feeds is not None:
         content = quantized(content, stages, feeds)

@@ -87,10 +87,14 @@ def export_segments(
         sizes_vary: whether other sizes may vary too, where the stages allow it.
 
     Raises:
+        ValueError, TypeError: for an example without rows, or with other inputs than the model takes.
         ExportError: when the model cannot be cut for such inputs, or a stage cannot be exported, with the reason.
     """
     model = exportable_copy(model)
     args, kwargs = call
+    form = model.input_format
+    if len(form.flatten(args, kwargs)[form.is_batched.index(True)]) == 0:
+        raise ValueError("example_inputs has 0 rows; give at least 1")
     with CUTTING, torch.inference_mode(False), torch.no_grad():
         try:
             staged = model.staged(*args, **kwargs)
