@@ -386,7 +386,7 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path, help="that lines are added to")
     parser.add_argument("device", choices=["cuda", "cpu"])
     parser.add_argument("checks", nargs="*", help="how their names begin")
-    parser.add_argument("--limit", type=float, default=30, help="seconds for a check")
+    parser.add_argument("--limit", type=float, default=25, help="seconds for a check")
     parser.add_argument("--after", choices=CHECKS, help="begin behind this one, which had no end")
     given = parser.parse_args()
     if ON_GPU and not torch.cuda.is_available():
