@@ -463,3 +463,16 @@ def test_values_that_change_without_their_holder(held: Any, read: Any, change: A
 
     net = Scaled()
     assert_follows(wrapped(net), lambda: change(net.held))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantised", "nested"])
+def test_tensors_whose_numbers_cannot_be_listed_are_held_all_the_same(kind: str) -> None:
+    net = Net().eval()
+    net.other = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2)]),
+    }[kind]()
+    model = cet.EarlyExit(net, ["a"], (X,)).eval()
+    torch.testing.assert_close(model.predict(X).logits, net(X))
+    model.check(X)

@@ -17,12 +17,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cet.data.batches import as_call
-from cet.deploy.check import parts_of
 from cet.deploy.description import ExportError, reason_of
 from cet.deploy.loaded import Array
 from cet.deploy.onnx_nodes import IR_VERSION
 from cet.deploy.segments import ExportedStages
+from cet.deploy.stage_samples import blaming_samples, calls_of, refuse_not_finite, refuse_nothing_to_quantise
 
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 
@@ -48,9 +47,7 @@ def quantized(graph: ir.Graph, exit_logits: Sequence[ir.Value], feeds: Iterable[
 
     chosen = _chosen(graph, [value.producer() for value in exit_logits])
     if not chosen:
-        raise ExportError(
-            f"the stages hold none of {', '.join(_PRODUCTS)}, so there is nothing to quantise; leave quantize out"
-        )
+        refuse_nothing_to_quantise(_PRODUCTS)
     with tempfile.TemporaryDirectory() as folder:
         plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
         model = ir.Model(graph, ir_version=IR_VERSION)
@@ -104,17 +101,10 @@ def feeds_of(
         batches: the inputs of calls.
         batch: how many rows the segments take; None for any.
     """
-    is_batched = stages.input_format.is_batched
-    for x in batches:
-        args, kwargs = as_call(x)
-        inputs = stages.input_format.flatten(args, kwargs)
-        for given in parts_of(inputs, is_batched, batch):
-            try:
-                yield dict(zip(names, _taken(stages, given), strict=True))
-            except RuntimeError as error:
-                raise ExportError(
-                    f"the model fails on a batch of quantize ({reason_of(error)}); give samples that it takes"
-                ) from error
+    for given in calls_of(stages, batches, batch):
+        with blaming_samples():
+            feed = dict(zip(names, _taken(stages, given), strict=True))
+        yield feed
 
 
 def _taken(stages: ExportedStages, inputs: Sequence[Any]) -> Iterator[Array]:
@@ -125,9 +115,6 @@ def _taken(stages: ExportedStages, inputs: Sequence[Any]) -> Iterator[Array]:
         for tensor in (*sized, *values):
             yield np.ascontiguousarray(tensor.detach().cpu().numpy())
         logits, *made = segment(sized, values)
-        if not logits.isfinite().all():
-            raise ExportError(
-                "the model answers a batch of quantize with values that are not finite; leave such samples out"
-            )
+        refuse_not_finite(logits, "the model")
         sources = {"made": made, "taken": values}
         values = [sources[kind][index] for kind, index in segment.handed_on]

@@ -10,8 +10,9 @@ identity and entries, anything else by identity. Of :class:`cet.Stages` the stru
 submodules as these are.
 
 Not followed are: what the forward pass itself changes, such as a counter of calls; global variables and closures;
-attributes that were set on a tensor; numbers that code reads of a plain tensor of more than 16 entries and NumPy or
-``.data`` writes; what lies deeper than six containers; the entries of NumPy arrays of more than 65,536 elements.
+attributes that were set on a tensor; numbers that code reads and NumPy or ``.data`` writes, of a plain tensor that has
+more than 16 entries, or is sparse, quantised or nested; what lies deeper than six containers; the entries of NumPy
+arrays of more than 65,536 elements.
 """
 
 from __future__ import annotations
@@ -415,7 +416,7 @@ def _identity_of(read: Callable[[], Any]) -> int:
 def _numbers_of(tensor: Tensor) -> str | None:
     try:
         return repr(tensor.tolist())
-    except (RuntimeError, NotImplementedError):  # without values, as within a trace
+    except RuntimeError:  # sparse, quantised and nested tensors, and those that torch.func transforms
         return None
 
 
