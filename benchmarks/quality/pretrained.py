@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cet
-from benchmarks.quality.handwriting import Arrays, DataSet, inside
+from benchmarks.quality.data_set import Arrays, DataSet, inside
 from cet import perturb
 from cet.data.smartwatch import Windows
 from cet.perturb import Perturbation

@@ -29,7 +29,8 @@ from rich.progress import track
 
 from benchmarks.harness import provenance
 from benchmarks.quality.conditions import WIDTHS
-from benchmarks.quality.handwriting import HANDWRITING, DataSet
+from benchmarks.quality.data_set import DataSet
+from benchmarks.quality.handwriting import HANDWRITING
 from benchmarks.quality.objectives import Compared
 from benchmarks.quality.pretrained import PRETRAINED
 from benchmarks.quality.report import half_width

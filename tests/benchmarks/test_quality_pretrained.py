@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import cet
-from benchmarks.quality.handwriting import inside
+from benchmarks.quality.data_set import inside
 from benchmarks.quality.pretrained import FRAME, RATE, Crepe, as_keywords, frozen, of_text, tones
 
 
