@@ -256,6 +256,30 @@ def test_foreign_damaged_and_newer_files_are_refused(file: Path, tmp_path: Path)
         cet.load_exported(tmp_path / "missing.onnx")
 
 
+def test_any_flipped_bit_is_noticed(file: Path, tmp_path: Path) -> None:
+    whole, bad = file.read_bytes(), tmp_path / "bad.onnx"
+    for place in torch.linspace(0, len(whole) - 100, 60).long().tolist():  # behind stands the seal itself
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        bad.write_bytes(flipped)
+        with pytest.raises(cet.ExportError, match=r"bad.onnx is damaged: .*export it again, or remove .*'cet.sha256'"):
+            cet.load_exported(bad)
+
+
+def test_a_file_that_another_tool_has_written_again_is_read(file: Path, tmp_path: Path) -> None:
+    whole = onnx.load(str(file))
+    again = tmp_path / "again.onnx"
+    for edit in (
+        lambda: None,
+        lambda: onnx.helper.set_model_props(whole, {p.key: p.value for p in whole.metadata_props} | {"site": "here"}),
+        lambda: setattr(whole, "doc_string", "edited"),
+        lambda: next(p for p in whole.metadata_props if p.key == "site").Clear(),
+    ):
+        edit()
+        onnx.save(whole, str(again))
+        assert cet.load_exported(again).exit_names == ("1", "3", "final")
+
+
 @pytest.mark.parametrize(
     ("suffix", "extra"), [("pte", r"needs executorch; pip install 'cet\[executorch\]'"), ("tflite", r"'cet\[litert\]'")]
 )

@@ -225,7 +225,7 @@ def _onnx(
     stages: ExportedStages, description: Description, samples: Samples | None
 ) -> tuple[bytes, Comparison | Agreement, Timings[str]]:
     """The file, what came of comparing it, and its speed."""
-    from cet.deploy.onnx import OnnxModel, session_of
+    from cet.deploy.onnx import OnnxModel, sealed, session_of
 
     writer = _writer(stages, description, samples)
     content = writer.with_exits(description)
@@ -236,7 +236,7 @@ def _onnx(
     loaded = OnnxModel(session_of(content if movable == description else writer.with_exits(movable)), "the model")
     comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
     full = session_of(writer.without_exits(description))
-    return content, comparison, time_exits(loaded, partial(full.run, None), stages)
+    return sealed(content), comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
 def _onnx_stages(
