@@ -24,7 +24,8 @@ class OutputError(OSError):
     def __str__(self) -> str:
         if self.filename is None:
             return super().__str__()
-        return f"{self.filename} cannot be written ({self.strerror}); give another path, or make room there"
+        fix = "make the folder first" if self.errno == errno.ENOENT else "make room there"
+        return f"{self.filename} cannot be written ({self.strerror}); give another path, or {fix}"
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

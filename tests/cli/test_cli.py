@@ -12,6 +12,7 @@ import pytest
 import cet
 from cet.cli import main
 from cet.cli.doctor import findings
+from cet.cli.errors import one_sentence
 from cet.measure import host
 
 
@@ -213,3 +214,16 @@ def test_ctrl_c_exits_with_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     code, out, err = run("doctor")
     assert (code, out) == (130, "")
     assert err.strip() == "Interrupted."
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("lightning", "lightning is not installed; pip install 'cet[train]'"),
+        ("matplotlib", "matplotlib is not installed; pip install 'cet[demo]'"),
+        ("ai_edge_litert", "ai_edge_litert is not installed; pip install 'cet[litert]'"),
+        ("somebodys", "No module named 'somebodys'"),
+    ],
+)
+def test_a_module_that_is_missing_is_told_with_the_extra_that_has_it(module: str, sentence: str) -> None:
+    assert one_sentence(ModuleNotFoundError(f"No module named {module!r}", name=module)) == sentence

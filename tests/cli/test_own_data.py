@@ -510,6 +510,15 @@ class TestExport:
         check_one_sentence(done, "quantize is for .onnx, .stages, .pte, .tflite, and the format is 'aoti'")
         assert {path.name for path in tmp_path.iterdir()} == {"mine", "small.onnx"}
 
+    def test_a_run_that_is_not_calibrated_or_not_there(self, run: Any, mine: Path, tmp_path: Path) -> None:
+        done = run("export", mine, "--output", tmp_path / "a.onnx")
+        check_one_sentence(done, f"the run is not calibrated; cet calibrate {mine}, or give --thresholds input", code=2)
+        done = run("export", tmp_path / "nobody", "--output", tmp_path / "a.onnx", "--int8")
+        check_one_sentence(done, f"nobody is not there; make a run with: cet train --output {tmp_path}/nobody", code=1)
+        done = run("export", mine, "--output", tmp_path / "nowhere" / "a.onnx", "--thresholds", "input")
+        check_one_sentence(done, "a.onnx cannot be written", "give another path, or make the folder first", code=20)
+        assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+
 
 class TestInterruptions:
     """Ctrl-C, a full disk, and a folder that cannot be written."""

@@ -161,6 +161,7 @@ def test_nothing_is_logged(model: cet.EarlyExit, tmp_path: Path, caplog: pytest.
         ({"path": "a.pt2"}, ValueError, "quantize is for .onnx, .stages, .pte, .tflite, and the format is 'aoti'"),
         ({"quantize": [samples(0, 8)]}, ValueError, "quantize yields no batches"),
         ({"quantize": []}, ValueError, "quantize yields no batches"),
+        ({"quantize": [(0 * samples(4, 8)[0], samples(4, 8)[1])]}, ValueError, "one number everywhere.*like those"),
         ({"quantize": 3}, TypeError, "loader"),
         (
             {"quantize": [(torch.randn(4, 3, 40), torch.zeros(4).long())]},

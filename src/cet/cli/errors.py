@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires
+from re import match
 
 import click
 
@@ -51,7 +53,22 @@ def one_sentence(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.strerror and not isinstance(error, OutputError):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name)):
+        return f"{error.name} is not installed; pip install 'cet[{extra}]'"
     message = " ".join(str(error).split())
     if isinstance(error, EXPECTED) and message:
         return message
     return f"unexpected {type(error).__name__}: {message}; --debug shows where"
+
+
+def _extra_of(module: str | None) -> str | None:
+    """The extra of cet that installs a module."""
+    try:
+        requirements = requires("cet") or []
+    except PackageNotFoundError:
+        return None
+    for requirement in requirements:
+        found = match(r"([\w.-]+)[^;]*; extra == [\"']([\w-]+)[\"']$", requirement)
+        if found and found[1].replace("-", "_") == module:
+            return found[2]
+    return None

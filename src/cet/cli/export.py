@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,13 +91,26 @@ def command(
     if not int8 and (max_drop is not None or no_guarantee):
         raise click.UsageError("--max-drop and --no-guarantee are for --int8; calibrate a run by cet calibrate")
     if int8 and not Path(model).is_dir():
+        if not os.path.lexists(model) and ":" not in model:
+            raise FileNotFoundError(f"{model} is not there; make a run with: cet train --output {model}")
         raise click.UsageError("--int8 is for a run of cet train, which keeps samples; in Python give quantize=")
     loaded, labels = _load(model, backbone)
     rows: Literal["dynamic", 1] = 1 if batch == "1" else "dynamic"
     drop = 0.01 if max_drop is None else max_drop
     samples = _calibrated_in_int8(Path(model), loaded, output, rows, drop, no_guarantee) if int8 else None
+    if samples is None and thresholds == "baked" and labels is not None:
+        _check_calibrated(Path(model))
     report = export(loaded, output, batch=rows, thresholds=thresholds, class_labels=labels, quantize=samples)
     click.echo(str(report))
+
+
+def _check_calibrated(run: Path) -> None:
+    from cet.cli.runs import CALIBRATION
+
+    if not (run / CALIBRATION).is_file():
+        raise click.UsageError(
+            f"every exit is closed: the run is not calibrated; cet calibrate {run}, or give --thresholds input."
+        )
 
 
 def _calibrated_in_int8(

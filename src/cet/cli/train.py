@@ -147,15 +147,16 @@ def _train(output: Path, options: dict[str, Any], resume: bool, overwrite: bool)
     from rich.console import Console
 
     from cet.cli.progress import show
-    from cet.cli.runs import MODEL, TrainingFolder, check_same, prepare
     from cet.files import check_folder
     from cet.measure.host import require
-    from cet.report.folder import STATE
 
     check_folder(output)
-    folder = TrainingFolder(output)
     require("cet train", NEEDED, extra="demo")
+    from cet.cli.runs import MODEL, TrainingFolder, check_same, prepare
     from cet.report.figures import made_with, threads
+    from cet.report.folder import STATE
+
+    folder = TrainingFolder(output)
 
     if resume:
         settings, facts = folder.read_run()

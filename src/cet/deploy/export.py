@@ -187,10 +187,12 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
         for x, y in read_batches(loader, stages.model.num_classes)
         if len(y)
     ]
-    for x, _ in samples:
-        stages.input_format.flatten(*as_call(x))  # for its own errors
+    calls = [stages.input_format.flatten(*as_call(x)) for x, _ in samples]  # for its own errors
     if not samples:
         raise ValueError("quantize yields no batches; give samples like those to come")
+    numbers = [t for call in calls for t in call if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    if numbers and all(bool((t == numbers[0].flatten()[0]).all()) for t in numbers):
+        raise ValueError("quantize yields one number everywhere, which sets no scale; give samples like those to come")
     return samples
 
 
