@@ -3,8 +3,8 @@
 The demo's net on the smartwatch recordings, trained with the consistent recipe on six persons (once; it is kept in
 --runs). Each file is for one window. Windows of the training persons set the scales; the thresholds are calibrated on
 the file itself, float32 or int8, on two persons, for at most one point less accuracy, fitted to them without a promise
-about others; accuracy is that on two more persons. Milliseconds are those that `cet.export` measures for one window
-that leaves at each exit, weighted by how many test windows leave there.
+about others; accuracy is that on two more persons. Milliseconds are of one window in one thread, measured at each exit
+and weighted by how many test windows leave there; float32 and int8, with exits and without, take turns.
 
 Measured are the formats whose packages are installed: ONNX here, ``build/edge/bin/python -m benchmarks.int8`` the
 others. Rows of other formats stay in the table of --output.
@@ -15,10 +15,11 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -28,14 +29,27 @@ from rich.console import Console
 from rich.table import Table
 
 import cet
-from cet.deploy.report import FULL
+from cet.deploy.export import describe, in_runtime
+from cet.deploy.loaded import LoadedModel
+from cet.deploy.loading import format_of
+from cet.deploy.onnx import OnnxModel, session_of
+from cet.deploy.onnx_writer import OnnxWriter
+from cet.deploy.segments import export_segments
 from cet.files import make_folder, write_atomically
 from cet.measure.host import installed_version, versions
+from cet.measure.rounds import time_calls
+from cet.measure.timers import wall_clock
 from cet.training.sensor_net import SensorNet
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path(__file__).parents[1] / "runs" / "int8"
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
 MAX_DROP = 0.01
+ALWAYS = np.inf
+"""A threshold of entropy at which every window leaves."""
+SECONDS = 5.0
+"""Of timing, for each format."""
 SAMPLES = 512
 """Windows that set the scales."""
 FORMATS = {"onnx": ("onnxruntime",), "pte": ("executorch",), "tflite": ("litert-torch", "ai-edge-litert")}
@@ -82,42 +96,76 @@ def trained(runs: Path, epochs: int | None) -> tuple[cet.EarlyExit, dict[str, ND
     return cet.load(path, SensorNet(int(arrays["train_y"].max()) + 1)), arrays
 
 
-def measured(model: cet.EarlyExit, windows: dict[str, NDArray[Any]], suffix: str, *, int8: bool) -> Row:
-    def batches(part: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [(torch.from_numpy(windows[f"{part}_x"]), torch.from_numpy(windows[f"{part}_y"]))]
+class File(NamedTuple):
+    """A file for one window, whose thresholds can be set, and the net without exits, both in one thread."""
 
-    with TemporaryDirectory() as folder:
-        path = Path(folder, f"model.{suffix}")
-        quantize = batches("train") if int8 else None
-        report = cet.export(model, path, batch=1, thresholds="input", quantize=quantize)
-        loaded = cet.load_exported(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # which tells of classes that lose more
-        found = cet.calibrate(
-            loaded, batches("calibration"), MAX_DROP, guarantee=None, costs=report.costs, temperature=False
-        )
-    [(x, y)] = batches("test")
-    answers = loaded.exit_answers(x)
-    by_exit = torch.stack([logits.argmax(1) for logits, _ in answers])
-    always = np.inf if loaded.description.is_low_when_sure else -np.inf
-    never = -always
-    limits = [never if threshold is None else threshold for threshold in found.policy.thresholds]
-    scores = [score for _, score in answers]
-    leaves = [s <= t if always > 0 else s >= t for s, t in zip(scores, [*limits, always], strict=True)]
-    leaves_at = torch.stack(leaves).int().argmax(0)
-    early = by_exit[leaves_at, torch.arange(len(y))]
-    times = [report.timings.time(name).median * 1e3 for name in report.timings.seconds if name != FULL]
-    packages = ", ".join(f"{name} {number}" for name, number in versions(FORMATS[suffix]).items())
-    return Row(
-        format=f".{suffix}",
-        numbers="int8" if int8 else "float32",
-        bytes=report.num_bytes,
-        accuracy_full=round(100 * float((by_exit[-1] == y).double().mean()), 2),
-        accuracy_early=round(100 * float((early == y).double().mean()), 2),
-        ms_full=round(report.timings.time(FULL).median * 1e3, 4),
-        ms_early=round(float(np.mean(np.array(times)[leaves_at])), 4),
-        with_versions=packages,
+    num_bytes: int
+    loaded: LoadedModel
+    full: Callable[[], object]
+
+
+def written(model: cet.EarlyExit, suffix: str, samples: Batches | None) -> File:
+    """The model in a format; in int8 where there are samples."""
+    opened = (0.0,) * (model.num_exits - 1)
+    stages = export_segments(model, model.example_inputs, opened, 1, sizes_vary=False)
+    description = describe(stages, 1, True, None)
+    row = model.example_inputs[0][0][:1].numpy()
+    if suffix != "onnx":
+        content, loaded, whole = in_runtime(format_of(f"m.{suffix}"), stages, description, 1, samples)
+        return File(len(content), loaded, partial(whole, [row]))
+    writer = OnnxWriter(stages)
+    if samples is not None:
+        writer.quantize([x for x, _ in samples], 1)
+    content = writer.with_exits(description)
+    session = session_of(writer.without_exits(description), 1)
+    feeds = {description.inputs[0].name: row}
+    return File(len(content), OnnxModel(session_of(content, 1), "the file"), partial(session.run, None, feeds))
+
+
+def measured(model: cet.EarlyExit, windows: dict[str, NDArray[Any]], suffix: str) -> list[Row]:
+    """Of float32 and int8, timed in turns."""
+    torch.set_num_threads(1)
+    train, calibration, test = (
+        [(torch.from_numpy(windows[f"{part}_x"]), torch.from_numpy(windows[f"{part}_y"]))]
+        for part in ("train", "calibration", "test")
     )
+    files = {"float32": written(model, suffix, None), "int8": written(model, suffix, train)}
+    row = [model.example_inputs[0][0][:1].numpy()]
+    calls: dict[tuple[str, int | None], Callable[[], object]] = {}
+    for numbers, file in files.items():
+        calls[numbers, None] = file.full
+        for k in range(model.num_exits):
+            forced = tuple(ALWAYS if index == k else None for index in range(model.num_exits - 1))
+            calls[numbers, k] = partial(file.loaded.run, row, forced)
+    timings = time_calls(calls, wall_clock, seconds=SECONDS)
+    ms = {name: 1e3 * timings.time(name).median for name in calls}
+    [(x, y)] = test
+    rows = []
+    for numbers, file in files.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # which tells of classes that lose more
+            found = cet.calibrate(
+                file.loaded, calibration, MAX_DROP, guarantee=None, costs=cet.exit_costs(model), temperature=False
+            )
+        answers = file.loaded.exit_answers(x)
+        by_exit = torch.stack([logits.argmax(1) for logits, _ in answers])
+        limits = [*(-ALWAYS if threshold is None else threshold for threshold in found.policy.thresholds), ALWAYS]
+        leaves = [score <= limit for (_, score), limit in zip(answers, limits, strict=True)]
+        leaves_at = torch.stack(leaves).int().argmax(0)
+        early = by_exit[leaves_at, torch.arange(len(y))]
+        rows.append(
+            Row(
+                format=f".{suffix}",
+                numbers=numbers,
+                bytes=file.num_bytes,
+                accuracy_full=round(100 * float((by_exit[-1] == y).double().mean()), 2),
+                accuracy_early=round(100 * float((early == y).double().mean()), 2),
+                ms_full=round(ms[numbers, None], 4),
+                ms_early=round(float(np.mean([ms[numbers, k] for k in leaves_at.tolist()])), 4),
+                with_versions=", ".join(f"{name} {n}" for name, n in versions(FORMATS[suffix]).items()),
+            )
+        )
+    return rows
 
 
 @click.command(help=__doc__)
@@ -127,7 +175,7 @@ def measured(model: cet.EarlyExit, windows: dict[str, NDArray[Any]], suffix: str
 def main(smoke: bool, runs: Path, output: Path) -> None:
     model, windows = trained(runs, 1 if smoke else None)
     suffixes = [suffix for suffix, packages in FORMATS.items() if all(map(installed_version, packages))]
-    rows = [measured(model, windows, suffix, int8=int8) for suffix in suffixes for int8 in (False, True)]
+    rows = [row for suffix in suffixes for row in measured(model, windows, suffix)]
     table = output / "int8.csv"
     names = [field.name for field in fields(Row)]
     kept = list(csv.DictReader(table.open(newline=""))) if table.is_file() else []
