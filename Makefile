@@ -63,7 +63,7 @@ $(EDGE)/.ready: pyproject.toml setup.py requirements/edge.txt
 	touch $@
 
 edge: $(EDGE)/.ready
-	OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -m "slow or not slow" tests/deploy/test_executorch.py tests/deploy/test_litert.py tests/deploy/test_tflite_micro.py tests/deploy/test_openvino.py $(ARGS)
+	OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -m "slow or not slow" tests/deploy/test_executorch.py tests/deploy/test_litert.py tests/deploy/test_tflite_micro.py tests/deploy/test_openvino.py tests/model/test_unusual_weights.py $(ARGS)
 
 # Read from the files of the repository alone; no network.
 docs: setup

@@ -86,6 +86,62 @@ def test_weights_quantised_by_torchao_work_and_come_back(tmp_path: Any) -> None:
     quantization.quantize_(other, quantization.Int8WeightOnlyConfig())
     x = R(ROWS, 6)
     torch.testing.assert_close(cet.load(tmp_path / "m", other).predict(x).logits, model.predict(x).logits)
+    with pytest.raises(ValueError, match=r"as Int8Tensor .* and the model as a plain tensor; quantise the backbone"):
+        cet.load(tmp_path / "m", Net().eval())
+    apart = Net().eval()
+    quantization.quantize_(apart, quantization.Int8DynamicActivationInt8WeightConfig())
+    with pytest.raises(ValueError, match=r"quantise the backbone as it was when saved"):
+        cet.load(tmp_path / "m", apart)
+
+
+class Halves(Tensor):
+    """A tensor that is kept as the sum of two, which takes no package to try."""
+
+    first: Tensor
+    second: Tensor
+
+    @staticmethod
+    def __new__(cls, first: Tensor, second: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype)
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["first", "second"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> Halves:
+        return Halves(parts["first"], parts["second"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and all(isinstance(arg, Halves) for arg in args[:2]):
+            args[0].first.copy_(args[1].first)
+            args[0].second.copy_(args[1].second)
+            return args[0]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Halves(args[0].first, args[0].second)
+        whole = [arg.first + arg.second if isinstance(arg, Halves) else arg for arg in args]
+        return func(*whole, **(kwargs or {}))
+
+
+def with_halves() -> Net:
+    net = Net().eval()
+    net.b[0].weight = nn.Parameter(Halves(R(8, 8), R(8, 8)), requires_grad=False)
+    return net
+
+
+def test_weights_that_are_made_of_others_come_back(tmp_path: Any) -> None:
+    model, x = cet.EarlyExit(with_halves(), EXITS, (R(4, 6),)).eval(), R(ROWS, 6)
+    model.save(tmp_path / "m")
+    assert torch.equal(cet.load(tmp_path / "m", with_halves()).predict(x).logits, model.predict(x).logits)
+    with pytest.raises(ValueError, match=r"b.0.weight as Halves None and the model as a plain tensor; quantise"):
+        cet.load(tmp_path / "m", Net().eval())
+    whole = cet.EarlyExit(Net().eval(), EXITS, (R(4, 6),)).eval()
+    whole.save(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"b.0.weight as a plain tensor and the model as Halves None; quantise"):
+        cet.load(tmp_path / "plain", with_halves())
 
 
 # ---- meta and offload -----------------------------------------------------------------------------------------------

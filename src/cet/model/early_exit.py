@@ -390,11 +390,12 @@ class EarlyExit(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights, heads, policy and input format to one safetensors file, atomically; the runner is not saved.
 
-        Tensors go to the CPU; of the example inputs only shapes and dtypes are kept.
+        Tensors go to the CPU; of the example inputs only shapes and dtypes are kept. Weights that torchao has quantised
+        stay so, and the backbone that :func:`cet.load` is given has to be quantised alike.
 
         Raises:
             OSError: when the file cannot be written; an older file of this name is then untouched.
-            TypeError: for weights that are no plain tensors, as quantised ones.
+            TypeError: for weights that are no tensors, as those that torch.ao packs, or that several devices share.
         """
         heads = {
             name: head.to_dict() if type(head) is ExitHead else None

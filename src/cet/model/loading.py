@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cet.model.building import check_backbone
-from cet.model.checkpoint import read_checkpoint
+from cet.model.checkpoint import kinds_of, like, plain_tensors, read_checkpoint
 from cet.model.early_exit import EarlyExit
 from cet.model.heads import ExitHead
 from cet.partition.inputs import InputFormat
@@ -54,13 +54,14 @@ def load(
     wanted = {"backbone." + name: value for name, value in backbone.state_dict().items()}
     for index, head in enumerate(exits.values()):
         wanted |= {f"heads.{index}.{name}": value for name, value in head.state_dict().items()}
-    _check_same_tensors(path, wanted, tensors)
-    _check_one_value_each(path, wanted, tensors)
+    _check_same_kinds(path, kinds_of(wanted), description.get("kinds", {}))
+    _check_same_tensors(path, plain_tensors(wanted), tensors)
+    _check_one_value_each(path, plain_tensors(wanted), tensors)
     if weight is not None:
         for head in exits.values():
             head.to(device=weight.device, dtype=weight.dtype)
     model = EarlyExit(backbone, exits, example)
-    model.load_state_dict(tensors)
+    model.load_state_dict(like(wanted, tensors))
     model.policy = policy
     return model.eval()
 
@@ -98,6 +99,16 @@ def _check_one_value_each(path: Any, wanted: Mapping[str, Tensor], saved: Mappin
             raise ValueError(
                 f"{path} has other values for {name} than for {other}, which are one tensor in the model; untie them, "
                 "as they were when it was saved"
+            )
+
+
+def _check_same_kinds(path: Any, wanted: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Refuse weights that were quantised in another way than those of the file."""
+    for name in sorted(wanted.keys() | saved.keys()):
+        here, there = wanted.get(name, "a plain tensor"), saved.get(name, "a plain tensor")
+        if here != there:
+            raise ValueError(
+                f"{path} has {name} as {there} and the model as {here}; quantise the backbone as it was when saved"
             )
 
 
