@@ -96,7 +96,7 @@ def graphed(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     with torch.cuda.graph(graph):
         result = call(*inputs)
 
-    def replay(*_: Tensor) -> Any:
+    def replay(*_: Tensor, _read: Any = (call, inputs)) -> Any:  # by the graph: their memory must not be freed
         graph.replay()
         return result
 

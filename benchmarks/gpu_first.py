@@ -116,9 +116,9 @@ def stages(work: Path, device: str) -> list[Stage]:
         else ("--models", "sensor_cnn")
     )
     return [
-        Stage("machine", "0", ["-m", "benchmarks.smoke", str(checks), device, "machine"], 30, beside=not on_gpu),
+        Stage("machine", "0", ["-m", "benchmarks.smoke", str(checks), device, "machine"], 90, beside=not on_gpu),
         Stage("cuda_part", "0", ["-c", "from benchmarks.gpu_first import build_cuda; build_cuda()"], 60),
-        Stage("smoke", "A", ["-m", "benchmarks.smoke", str(checks), device, "--limit", "25" if on_gpu else "100"], 110),
+        Stage("smoke", "A", ["-m", "benchmarks.smoke", str(checks), device, "--limit", "50" if on_gpu else "100"], 180),
         sanitized("memcheck"),
         sanitized("racecheck"),
         tests("op_tests", "B", 100, *OP_TESTS, "-k", "cuda or triton"),

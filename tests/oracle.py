@@ -199,11 +199,11 @@ def poisoned_row(model: cet.EarlyExit, inputs: Inputs, row: int, poison: float) 
     """The inputs with one row replaced: by the value itself, or by a token whose embedding holds it."""
     name, value = next(iter(inputs.items()))
     if value.is_floating_point():
-        yield {**inputs, name: value.index_fill(0, torch.tensor(row), poison)}
+        yield {**inputs, name: value.index_fill(0, torch.tensor(row, device=value.device), poison)}
         return
     token = int(value.max()) + 1
     embedding = model.backbone.get_input_embeddings().weight.data
     original = embedding[token].clone()
     embedding[token] = poison
-    yield {**inputs, name: value.index_fill(0, torch.tensor(row), token)}
+    yield {**inputs, name: value.index_fill(0, torch.tensor(row, device=value.device), token)}
     embedding[token] = original
