@@ -50,13 +50,12 @@ def copy_units(move, i_outer, b_source, b_target, o_unit, m_row, WORDS: tl.const
 
 
 @triton.jit
-def copy_row(move, i_source, i_target, i_slice, SLICES: tl.constexpr, UNITS: tl.constexpr, WORDS: tl.constexpr):
-    """Every ``SLICES``-th tile of one row."""
+def copy_rows(move, b_source, b_target, m_row, i_slice, SLICES: tl.constexpr, UNITS: tl.constexpr, WORDS: tl.constexpr):
+    """Every ``SLICES``-th tile of some rows."""
     unit_tiles = tl.cdiv(move.units, UNITS)
-    o_one = tl.arange(0, 1)
     for i_tile in range(i_slice, move.outer * unit_tiles, SLICES):
         o_unit = i_tile % unit_tiles * UNITS + tl.arange(0, UNITS)
-        copy_units(move, i_tile // unit_tiles, i_source + o_one, i_target + o_one, o_unit, o_one == 0, WORDS)
+        copy_units(move, i_tile // unit_tiles, b_source, b_target, o_unit, m_row, WORDS)
 
 
 @triton.jit(do_not_specialize=["rows", "source_rows", "target_rows"])

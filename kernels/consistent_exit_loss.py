@@ -134,11 +134,16 @@ def store_gradient(
 
 
 @triton.jit
+def exponentials(b_logits, b_max):
+    """Relative to the largest logits of the rows, which may all be -Inf."""
+    return tl.exp(b_logits - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+
+
+@triton.jit
 def softmax_of_block(b_logits):
     """Of each row the largest logit, its column (the first such), and the sum of exponentials relative to it."""
     b_max = tl.max(b_logits, axis=1)
-    b_offset = tl.where(b_max == float("-inf"), 0.0, b_max)
-    return b_max, tl.argmax(b_logits, axis=1), tl.sum(tl.exp(b_logits - b_offset[:, None]), axis=1)
+    return b_max, tl.argmax(b_logits, axis=1), tl.sum(exponentials(b_logits, b_max), axis=1)
 
 
 @triton.jit
@@ -175,7 +180,8 @@ def log_normalizer(softmax):
 
 @triton.jit
 def probabilities(b_logits, softmax):
-    return tl.exp(b_logits - softmax[0][:, None]) / softmax[2][:, None]
+    """In the words of :func:`softmax_of_block`: of a block that was seen there nothing is computed anew."""
+    return exponentials(b_logits, softmax[0]) * (1.0 / softmax[2])[:, None]
 
 
 @triton.jit
@@ -274,111 +280,130 @@ def consistent_exit_loss_kernel(
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """One exit of ``ROWS`` rows; the exits of the same rows run side by side, and share the final one in the cache.
+    """``OWN`` exits of ``ROWS`` rows: all of them, one after the other, or one, and then the programs for the exits of
+    the same rows run side by side, and share the teacher in the cache.
 
     The program that comes last adds up what all have written: before its addition to the ticket each releases what it
     wrote, and with its own the last one acquires that.
     """
-    i_exit = tl.program_id(0) % EXITS
-    i_block = tl.program_id(0) // EXITS
-    blocks = tl.num_programs(0) // EXITS
+    i_block = tl.program_id(0) // (EXITS // OWN)
+    blocks = tl.num_programs(0) // (EXITS // OWN)
     at = rows_of_block(i_block, rows, CLASSES, ALIGN, LEADS, ROWS)
     o_row, m_row, lead = at
-    clean_ptr = pick(clean.ptrs, i_exit, EXITS)
-    student_ptr = pick(perturbed.ptrs, i_exit, EXITS)
-    s_clean = pick(clean.strides, i_exit, EXITS)
-    s_student = pick(perturbed.strides, i_exit, EXITS)
-    teacher_ptr = clean.ptrs[EXITS - 1] if FINAL_TEACHER else clean_ptr
-    s_teacher = clean.strides[EXITS - 1] if FINAL_TEACHER else s_clean
-
-    if CLASSES <= BLOCK_K:
-        b_clean = load_logits(clean_ptr, s_clean, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
-        b_student = load_logits(student_ptr, s_student, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
-        b_teacher = b_clean
-        if FINAL_TEACHER:
-            b_teacher = load_logits(teacher_ptr, s_teacher, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
-        clean_softmax = softmax_of_block(b_clean)
-        student = softmax_of_block(b_student)
-        teacher = softmax_of_block(b_teacher)
-    else:
-        clean_softmax = softmax_of_rows(clean_ptr, s_clean, at, CLASSES, ALIGN, LEADS, BLOCK_K)
-        student = softmax_of_rows(student_ptr, s_student, at, CLASSES, ALIGN, LEADS, BLOCK_K)
-        teacher = clean_softmax
-        if FINAL_TEACHER:
-            teacher = softmax_of_rows(teacher_ptr, s_teacher, at, CLASSES, ALIGN, LEADS, BLOCK_K)
-    normalizers = ()
-    if MEAN_TEACHER:
-        normalizers, teacher = mean_teacher(clean, at, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
-
-    weight = pick(config.exit_weights, i_exit, EXITS)
     labelled = tl.maximum(tl.load(work_ptr), 1).to(tl.float32)
     b_label = tl.load(labels_ptr + o_row, mask=m_row, other=_UNLABELLED)
+    m_label = (b_label >= 0) & (b_label < CLASSES)
     # A label out of range: NaN instead of an access out of bounds.
-    b_one = tl.where((b_label >= 0) & (b_label < CLASSES), 1.0, float("nan"))
-    # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
-    b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
-    b_label_logit = tl.zeros([ROWS], tl.float32)
-    b_student_label_logit = tl.zeros([ROWS], tl.float32)
-    b_divergence = tl.zeros([ROWS], tl.float32)
+    b_one = tl.where(m_label, 1.0, float("nan"))
     # The gradient of the student's logits: differences to the teacher and to the label, by their shares.
     of_consistency = config.consistency_weight / rows
     of_perturbed = of_consistency + config.supervise_perturbed / labelled
     consistency_share = tl.where(of_perturbed > 0.0, of_consistency / of_perturbed, 0.0)
     b_supervised_share = tl.where(b_label == _UNLABELLED, 0.0, b_one * (1.0 - consistency_share))
-    for i_class in range(0, CLASSES + lead, BLOCK_K):
-        if CLASSES > BLOCK_K:
-            b_clean = load_logits(clean_ptr, s_clean, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
-            b_student = load_logits(student_ptr, s_student, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
-            b_teacher = b_clean
-            if FINAL_TEACHER:
-                b_teacher = load_logits(teacher_ptr, s_teacher, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
-        o_class, mask = classes_of_block(at, i_class, CLASSES, BLOCK_K)
-        b_is_label = mask & (o_class[None, :] == b_label[:, None])
-        b_label_logit += tl.sum(tl.where(b_is_label, b_clean, 0.0), axis=1)
-        b_student_label_logit += tl.sum(tl.where(b_is_label, b_student, 0.0), axis=1)
-        if HARD:
-            b_is_target = o_class[None, :] == teacher[1][:, None]
-            b_divergence += tl.sum(tl.where(b_is_target, log_normalizer(student) - b_student, 0.0), axis=1)
-            b_target = b_is_target.to(tl.float32)
+
+    normalizers = ()
+    if MEAN_TEACHER:
+        if CLASSES <= BLOCK_K:
+            b_mean = tl.zeros([ROWS, BLOCK_K], tl.float32)
+            for i in tl.static_range(EXITS):
+                b_clean = load_logits(clean.ptrs[i], clean.strides[i], at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
+                b_mean += probabilities(b_clean, softmax_of_block(b_clean))
+            b_mean /= EXITS
+            b_log_mean = tl.log(b_mean)
+            b_largest = tl.max(b_mean, axis=1)
+            teacher = b_largest, tl.argmax(b_mean, axis=1), 1.0 / b_largest
         else:
-            if MEAN_TEACHER:
-                b_target = mean_probability(clean, normalizers, at, i_class, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
-                b_log_target = tl.log(b_target)
+            normalizers, teacher = mean_teacher(clean, at, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
+    elif FINAL_TEACHER:
+        teacher_ptr, s_teacher = clean.ptrs[EXITS - 1], clean.strides[EXITS - 1]
+        if CLASSES <= BLOCK_K:
+            b_teacher = load_logits(teacher_ptr, s_teacher, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
+            teacher = softmax_of_block(b_teacher)
+        else:
+            teacher = softmax_of_rows(teacher_ptr, s_teacher, at, CLASSES, ALIGN, LEADS, BLOCK_K)
+
+    for i_own in tl.static_range(OWN):
+        i_exit = i_own if OWN == EXITS else tl.program_id(0) % EXITS
+        clean_ptr = pick(clean.ptrs, i_exit, EXITS)
+        student_ptr = pick(perturbed.ptrs, i_exit, EXITS)
+        s_clean = pick(clean.strides, i_exit, EXITS)
+        s_student = pick(perturbed.strides, i_exit, EXITS)
+
+        if CLASSES <= BLOCK_K:
+            b_clean = load_logits(clean_ptr, s_clean, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
+            b_student = load_logits(student_ptr, s_student, at, 0, CLASSES, ALIGN, LEADS, BLOCK_K)
+            clean_softmax = softmax_of_block(b_clean)
+            student = softmax_of_block(b_student)
+            if not (MEAN_TEACHER or FINAL_TEACHER):
+                b_teacher = b_clean
+        else:
+            clean_softmax = softmax_of_rows(clean_ptr, s_clean, at, CLASSES, ALIGN, LEADS, BLOCK_K)
+            student = softmax_of_rows(student_ptr, s_student, at, CLASSES, ALIGN, LEADS, BLOCK_K)
+        if not (MEAN_TEACHER or FINAL_TEACHER):
+            teacher = clean_softmax
+
+        weight = pick(config.exit_weights, i_exit, EXITS)
+        # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
+        b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
+        b_divergence = tl.zeros([ROWS], tl.float32)
+        for i_class in range(0, CLASSES + lead, BLOCK_K):
+            if CLASSES > BLOCK_K:
+                b_clean = load_logits(clean_ptr, s_clean, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+                b_student = load_logits(student_ptr, s_student, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+                b_teacher = b_clean
+                if FINAL_TEACHER:
+                    b_teacher = load_logits(teacher_ptr, s_teacher, at, i_class, CLASSES, ALIGN, LEADS, BLOCK_K)
+            o_class, _ = classes_of_block(at, i_class, CLASSES, BLOCK_K)
+            b_is_label = o_class[None, :] == b_label[:, None]
+            if HARD:
+                b_is_target = o_class[None, :] == teacher[1][:, None]
+                b_divergence += tl.sum(tl.where(b_is_target, log_normalizer(student) - b_student, 0.0), axis=1)
+                b_target = b_is_target.to(tl.float32)
             else:
-                b_target = probabilities(b_teacher, teacher)
-                b_log_target = b_teacher - log_normalizer(teacher)
-            b_log_ratio = b_log_target - (b_student - log_normalizer(student))
-            # A class that the teacher rules out adds nothing, whatever the student's logit.
-            b_divergence += tl.sum(tl.where(mask & (b_target != 0.0), b_target * b_log_ratio, 0.0), axis=1)
+                if MEAN_TEACHER and CLASSES <= BLOCK_K:
+                    b_target, b_log_target = b_mean, b_log_mean
+                elif MEAN_TEACHER:
+                    b_target = mean_probability(clean, normalizers, at, i_class, EXITS, CLASSES, ALIGN, LEADS, BLOCK_K)
+                    b_log_target = tl.log(b_target)
+                else:
+                    b_target = probabilities(b_teacher, teacher)
+                    b_log_target = b_teacher - log_normalizer(teacher)
+                b_log_ratio = b_log_target - (b_student - log_normalizer(student))
+                # A class that the teacher rules out, as it does excess ones, adds nothing, whatever the student's is.
+                b_divergence += tl.sum(tl.where(b_target != 0.0, b_target * b_log_ratio, 0.0), axis=1)
 
-        if perturbed.grad_ptrs is not None:
-            b_share = probabilities(b_student, student)
-            b_difference = (consistency_share * b_confident)[:, None] * (b_share - b_target)
-            # Where the share is 0 the label may be none.
-            b_difference += b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
-            grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
-            b_factor = tl.full([ROWS], 1.0, tl.float32)
-            scale = weight * of_perturbed
-            store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
-        if clean.grad_ptrs is not None:
-            b_difference = probabilities(b_clean, clean_softmax) - b_is_label.to(tl.float32)
-            b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_difference)
-            b_factor = tl.where(b_label == _UNLABELLED, 1.0, b_one)
-            grad_ptr = pick(clean.grad_ptrs, i_exit, EXITS)
-            scale = weight / labelled
-            store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
+            if perturbed.grad_ptrs is not None:
+                b_share = probabilities(b_student, student)
+                b_difference = (consistency_share * b_confident)[:, None] * (b_share - b_target)
+                # Where the share is 0 the label may be none.
+                b_difference += b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
+                grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
+                b_factor = tl.full([ROWS], 1.0, tl.float32)
+                scale = weight * of_perturbed
+                store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
+            if clean.grad_ptrs is not None:
+                b_difference = probabilities(b_clean, clean_softmax) - b_is_label.to(tl.float32)
+                b_difference = tl.where((b_label == _UNLABELLED)[:, None], 0.0, b_difference)
+                b_factor = tl.where(b_label == _UNLABELLED, 1.0, b_one)
+                grad_ptr = pick(clean.grad_ptrs, i_exit, EXITS)
+                scale = weight / labelled
+                store_gradient(grad_ptr, at, i_class, b_difference, b_factor, scale, CLASSES, ALIGN, LEADS, BLOCK_K)
 
-    b_supervised = b_one * (clean_softmax[0] + tl.log(clean_softmax[2]) - b_label_logit)
-    b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
-    b_supervised_perturbed = b_one * (student[0] + tl.log(student[2]) - b_student_label_logit)
-    b_supervised_perturbed = tl.where(b_label == _UNLABELLED, 0.0, b_supervised_perturbed)
-    b_consistency = tl.where(m_row, b_confident * b_divergence, 0.0)
-    partial_ptr = partials_ptr + i_exit * blocks + i_block
-    tl.store(partial_ptr, tl.sum(b_supervised, axis=0))
-    tl.store(partial_ptr + EXITS * blocks, tl.sum(b_consistency, axis=0))
-    tl.store(partial_ptr + 2 * EXITS * blocks, tl.sum(b_confident, axis=0))
-    tl.store(partial_ptr + 3 * EXITS * blocks, tl.sum(b_supervised_perturbed, axis=0))
+        o_label = b_label.to(tl.int64)
+        b_label_logit = tl.load(clean_ptr + o_row * s_clean + o_label, mask=m_label, other=0.0).to(tl.float32)
+        b_supervised = b_one * (clean_softmax[0] + tl.log(clean_softmax[2]) - b_label_logit)
+        b_supervised = tl.where(b_label == _UNLABELLED, 0.0, b_supervised)
+        b_label_logit = tl.load(student_ptr + o_row * s_student + o_label, mask=m_label, other=0.0).to(tl.float32)
+        b_supervised_perturbed = b_one * (student[0] + tl.log(student[2]) - b_label_logit)
+        b_supervised_perturbed = tl.where(b_label == _UNLABELLED, 0.0, b_supervised_perturbed)
+        b_consistency = tl.where(m_row, b_confident * b_divergence, 0.0)
+        partial_ptr = partials_ptr + i_exit * blocks + i_block
+        tl.store(partial_ptr, tl.sum(b_supervised, axis=0))
+        tl.store(partial_ptr + EXITS * blocks, tl.sum(b_consistency, axis=0))
+        tl.store(partial_ptr + 2 * EXITS * blocks, tl.sum(b_confident, axis=0))
+        tl.store(partial_ptr + 3 * EXITS * blocks, tl.sum(b_supervised_perturbed, axis=0))
 
     tl.debug_barrier()
     if tl.atomic_add(work_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
@@ -447,6 +472,7 @@ def consistent_exit_loss_into(
     row_block = max(1, _TILE // block_k)
     leads = classes > block_k and together > aligned
     terms = block_size(4 * exits, 1 << 30)
+    own = exits if row_block == 1 and classes <= block_k else 1  # of short rows, more programs are better
     blocks = triton.cdiv(rows, row_block)
     partials = losses.loss_ptr.new_empty(4, exits, blocks)
     labels = labels.contiguous()
@@ -455,7 +481,7 @@ def consistent_exit_loss_into(
         launch(count_labelled_kernel, 1, labels, work, rows, BLOCK=_BLOCK)
         launch(
             consistent_exit_loss_kernel,
-            blocks * exits,
+            blocks * exits // own,
             clean,
             perturbed,
             labels,
@@ -475,6 +501,7 @@ def consistent_exit_loss_into(
             BLOCK_K=block_k,
             TERMS=terms,
             BLOCK_SUM=max(1, _SUM_TILE // terms),
+            OWN=own,
             num_warps=4 if classes <= class_block // 2 else 8 if classes <= class_block or is_small else 16,
         )
 

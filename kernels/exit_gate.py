@@ -17,15 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from cet.kernels import launch
-from cet.kernels.compact import RowMove, copy_row
+from cet.kernels.compact import RowMove, copy_rows
 from cet.kernels.launch import alignment, block_size, on_device_of
 from cet.kernels.placing import arrives_last, kept_before, leave, state_size, take_turn, wait_for_place
 from cet.kernels.scores import exits, merge_stats, score_of, softmax_stats
 
 _MAX_CLASSES = 128  # whose logits, and their block of the weight, fit in registers
 _CLASS_BLOCK = 4096  # logits whose statistics are taken at once
-_TILE = 4096  # features that a program has in flight
-_SHARE_BYTES = 1 << 14  # of a row, for one program: 700, which a large GPU runs at once, fill a fourth of its L2
+_TILE = 4096  # features that a program of a shared row has in flight
+_TILE_BYTES = 1 << 14  # and one with rows of its own
+_SHARE_BYTES = 1 << 16  # of a row, for one program
+_ROWS_BYTES = 1 << 15  # of small rows, for one program: programs take turns one by one, at 2.4 ns each on an H200
+_MAX_ROWS = 16
+_PROGRAMS_PER_PROCESSOR = 8  # before a program takes more than one row
 _MAX_SLICES = 16  # programs for a row; the smallest part of a GPU that cet is for runs as many at once
 
 
@@ -67,8 +71,9 @@ def decide(stats, gate, o_row, m_row, CLASSES: tl.constexpr, SCORE: tl.constexpr
 
 
 @triton.jit
-def place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW: tl.constexpr):
-    """Tells where the rows of a block go, and behind the last one how many are kept."""
+def place(gate, i_block, o_row, m_row, b_kept, rows, valid, row_block, WINDOW: tl.constexpr):
+    """Tells where the rows of a block go, and behind the last one how many are kept; the places of the kept ones."""
+    b_place = tl.zeros(b_kept.shape, tl.int64)
     if gate.state_ptr is not None:
         num_kept = tl.sum(b_kept, axis=0)
         is_kept = num_kept if b_kept.shape[0] == 1 else 0
@@ -78,8 +83,9 @@ def place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW: tl.constexpr
             b_place = tl.where(b_kept != 0, b_place, rows + o_row - b_place)
             tl.store(gate.order_ptr + b_place, o_row.to(gate.order_ptr.dtype.element_ty), mask=m_row)
         if gate.num_kept_ptr is not None:  # by itself: joined to what is known later, it would be asked later
-            if i_block == tl.maximum(tl.cdiv(valid, b_kept.shape[0]), 1) - 1:
+            if i_block == tl.maximum(tl.cdiv(valid, row_block), 1) - 1:
                 tl.store(gate.num_kept_ptr, (before + num_kept).to(gate.num_kept_ptr.dtype.element_ty))
+    return b_place
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -137,7 +143,7 @@ def gate_kernel(
                     stats = merge_stats(stats, other, temperature)
             b_score, b_kept = decide(stats, gate, o_row, m_row, CLASSES, SCORE)
             tl.store(gate.scores_ptr + o_row, b_score, mask=m_row)
-            place(gate, i_block, o_row, m_row, b_kept, rows, valid, WINDOW)
+            place(gate, i_block, o_row, m_row, b_kept, rows, valid, ROWS, WINDOW)
     leave(gate.state_ptr, blocks, WINDOW)
 
 
@@ -174,29 +180,46 @@ def mean_over_positions(
 
 
 @triton.jit
-def logits_of_row(pooled_logits, bias_ptr, o_class, CLASSES: tl.constexpr, DTYPE: tl.constexpr):
-    """With the bias, rounded to the dtype of the features."""
-    if bias_ptr is not None:
-        pooled_logits += tl.load(bias_ptr + o_class, mask=o_class < CLASSES, other=0.0).to(tl.float32)
-    return pooled_logits.to(DTYPE)
+def partial_logits(
+    row_ptr,
+    weight_ptr,
+    shape,
+    i_slice,
+    o_class,
+    CLASSES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Of one row ``(BLOCK_K,)``: the pooled features of every ``SLICES``-th block of channels times the head."""
+    b_logits = tl.zeros([BLOCK_K], tl.float32)
+    for i_channel in range(i_slice * BLOCK_C, shape.channels, SLICES * BLOCK_C):
+        o_channel = i_channel + tl.arange(0, BLOCK_C)
+        b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
+        o_weight = o_class[:, None] * shape.channels + o_channel[None, :]
+        m_weight = (o_class < CLASSES)[:, None] & (o_channel < shape.channels)[None, :]
+        b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
+        b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
+    return b_logits
 
 
 @triton.jit
-def answer(gate, i_row, b_logits, b_score, b_kept, o_class, CLASSES: tl.constexpr):
-    """Writes logits and score of a row: where it is, or where those rows that leave belong, with their exit."""
-    o_row = i_row + tl.arange(0, 1)
-    m_row = b_kept >= 0
+def answer(gate, o_row, m_row, b_logits, b_score, b_kept, o_class, CLASSES: tl.constexpr):
+    """Writes logits and scores of some rows: where these are, or where those that leave belong, with their exit."""
     if gate.positions_ptr is not None:
-        m_row = b_kept == 0
-        o_row = tl.load(gate.positions_ptr + o_row).to(tl.int64)
-        tl.store(gate.exits_ptr + o_row, tl.zeros([1], tl.int64) + tl.load(gate.exit_index_ptr), mask=m_row)
+        m_row &= b_kept == 0
+        o_row = tl.load(gate.positions_ptr + o_row, mask=m_row, other=0).to(tl.int64)
+        tl.store(gate.exits_ptr + o_row, tl.zeros(o_row.shape, tl.int64) + tl.load(gate.exit_index_ptr), mask=m_row)
     tl.store(gate.scores_ptr + o_row, b_score, mask=m_row)
     o_logit = o_row[:, None] * CLASSES + o_class[None, :]
     b_logits = b_logits.to(gate.logits_ptr.dtype.element_ty)
-    tl.store(gate.logits_ptr + o_logit, b_logits[None, :], mask=m_row[:, None] & (o_class < CLASSES)[None, :])
+    tl.store(gate.logits_ptr + o_logit, b_logits, mask=m_row[:, None] & (o_class < CLASSES)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "row_block"])
 def exit_gate_kernel(
     features_ptr,
     weight_ptr,
@@ -206,10 +229,12 @@ def exit_gate_kernel(
     shape,
     moves,
     rows,
+    row_block,
     CLASSES: tl.constexpr,
     SCORE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -219,51 +244,72 @@ def exit_gate_kernel(
     UNITS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """``SLICES`` programs pool one row and multiply it with the head; the last decides; all move their part of it."""
+    """A program pools ``row_block`` rows, at most ``ROWS``, multiplies them with the head, decides and moves them; or
+    ``SLICES`` programs share one row: the last decides, all move their part of it."""
+    tl.static_assert(ROWS == 1 or SLICES == 1)
     turn = take_turn(gate.state_ptr)
-    i_row = turn // SLICES
+    i_block = turn // SLICES
     i_slice = (turn % SLICES).to(tl.int32) if SLICES > 1 else 0
+    blocks = tl.cdiv(rows, row_block)
     valid = valid_rows(gate, rows)
-    is_kept = tl.zeros([], tl.int64)
-    i_place = tl.zeros([], tl.int64)
-    if i_row < valid:
+    i_first = i_block * row_block
+    o_lane = tl.arange(0, ROWS)
+    o_row = i_first + o_lane
+    m_row = (o_lane < row_block) & (o_row < valid)
+    b_kept = tl.zeros([ROWS], tl.int32)
+    b_place = tl.zeros([ROWS], tl.int64)
+    if i_first < valid:
         o_class = tl.arange(0, BLOCK_K)
-        b_logits = tl.zeros([BLOCK_K], tl.float32)
-        for i_channel in range(i_slice * BLOCK_C, shape.channels, SLICES * BLOCK_C):
-            o_channel = i_channel + tl.arange(0, BLOCK_C)
-            row_ptr = features_ptr + i_row * multiple_of(shape.s_row, ALIGN)
-            b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
-            o_weight = o_class[:, None] * shape.channels + o_channel[None, :]
-            m_weight = (o_class < CLASSES)[:, None] & (o_channel < shape.channels)[None, :]
-            b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
-            b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
+        b_logits = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for i_lane in range(tl.minimum(row_block, valid - i_first).to(tl.int32)):
+            row_ptr = features_ptr + (i_first + i_lane) * multiple_of(shape.s_row, ALIGN)
+            b_partial = partial_logits(
+                row_ptr,
+                weight_ptr,
+                shape,
+                i_slice,
+                o_class,
+                CLASSES,
+                CHANNELS_LAST,
+                ALIGN,
+                SLICES,
+                BLOCK_C,
+                BLOCK_P,
+                BLOCK_K,
+            )
+            b_logits = tl.where((o_lane == i_lane)[:, None], b_partial[None, :], b_logits)
         is_last = True
         if SLICES > 1:
-            o_partial = i_row * (SLICES * BLOCK_K) + o_class
-            tl.store(partials_ptr + o_partial + i_slice * BLOCK_K, b_logits)
-            is_last = arrives_last(gate.state_ptr, rows, i_row, SLICES)
+            o_partial = (i_first * SLICES) * BLOCK_K + o_class
+            tl.store(partials_ptr + o_partial + i_slice * BLOCK_K, tl.sum(b_logits, axis=0))
+            is_last = arrives_last(gate.state_ptr, blocks, i_block, SLICES)
         if is_last:
             if SLICES > 1:  # in one order, so that the sum is the same each time
-                b_logits = tl.zeros([BLOCK_K], tl.float32)
+                b_sum = tl.zeros([BLOCK_K], tl.float32)
                 for i_other in tl.static_range(SLICES):
-                    b_logits += tl.load(partials_ptr + o_partial + i_other * BLOCK_K)
-            b_rounded = logits_of_row(b_logits, bias_ptr, o_class, CLASSES, features_ptr.dtype.element_ty)
-            b_known = tl.where(o_class < CLASSES, b_rounded.to(tl.float32), float("-inf"))[None, :]
+                    b_sum += tl.load(partials_ptr + o_partial + i_other * BLOCK_K)
+                b_logits = b_sum[None, :]
+            if bias_ptr is not None:
+                b_logits += tl.load(bias_ptr + o_class, mask=o_class < CLASSES, other=0.0).to(tl.float32)[None, :]
+            b_rounded = b_logits.to(features_ptr.dtype.element_ty)
+            b_known = tl.where((o_class < CLASSES)[None, :], b_rounded.to(tl.float32), float("-inf"))
             _, temperature = rule_of(gate)
-            o_row = i_row + tl.arange(0, 1)
             stats = softmax_stats(b_known, temperature, SCORE)
-            b_score, b_kept = decide(stats, gate, o_row, o_row < valid, CLASSES, SCORE)
-            place(gate, i_row, o_row, o_row < valid, b_kept, rows, valid, WINDOW)
-            answer(gate, i_row, b_rounded, b_score, b_kept, o_class, CLASSES)
-        if MOVES > 0:
-            is_kept, i_place = wait_for_place(gate.state_ptr, i_row)
-    elif i_row == 0:  # of no rows none is kept
+            b_score, b_kept = decide(stats, gate, o_row, m_row, CLASSES, SCORE)
+            b_place = place(gate, i_block, o_row, m_row, b_kept, rows, valid, row_block, WINDOW)
+            answer(gate, o_row, m_row, b_rounded, b_score, b_kept, o_class, CLASSES)
+        if MOVES > 0 and SLICES > 1:
+            is_kept, i_place = wait_for_place(gate.state_ptr, i_block)
+            b_kept = is_kept.to(tl.int32) + tl.zeros([ROWS], tl.int32)
+            b_place = i_place + tl.zeros([ROWS], tl.int64)
+    elif i_block == 0:  # of no rows none is kept
         if gate.num_kept_ptr is not None:
             tl.store(gate.num_kept_ptr, tl.zeros([], gate.num_kept_ptr.dtype.element_ty))
-    leave(gate.state_ptr, rows, WINDOW)
-    if is_kept != 0:
-        for i_move in tl.static_range(MOVES):
-            copy_row(moves[i_move], i_row, i_place, i_slice, SLICES, UNITS[i_move], WORDS[i_move])
+    leave(gate.state_ptr, blocks, WINDOW)
+    if MOVES > 0:
+        if tl.max(b_kept, axis=0) != 0:
+            for i_move in tl.static_range(MOVES):
+                copy_rows(moves[i_move], o_row, b_place, b_kept != 0, i_slice, SLICES, UNITS[i_move], WORDS[i_move])
 
 
 class Gate(NamedTuple):
@@ -303,15 +349,17 @@ class _Shape(NamedTuple):
             return alignment(itemsize, self.channels, self.s_inner, self.s_outer, self.s_row)
         return alignment(itemsize, self.inner if self.s_inner == 1 else 1, self.s_channel, self.s_outer, self.s_row)
 
-    def blocks(self, most_channels: int, slices: int) -> tuple[int, int]:
+    def blocks(self, tile: int, most_channels: int, slices: int) -> tuple[int, int]:
         """Blocks of channels and positions: a tile, with runs of 128 where memory is contiguous. So many slices have a
         block of channels each, where these are few but not so few that their runs are short."""
         if self.s_channel == 1:
             block_c = block_size(self.channels, max(32, min(128, most_channels)))
-            return block_c, block_size(self.inner, _TILE // block_c)
+            return block_c, block_size(self.inner, tile // block_c)
         most_channels = min(most_channels, _power_within(max(1, self.channels // slices)))
-        block_p = block_size(self.inner, max(128, _TILE // most_channels))
-        return block_size(self.channels, min(_TILE // block_p, most_channels)), block_p
+        block_p = block_size(self.inner, max(128, tile // most_channels))
+        while block_p > 128 and block_p * triton.cdiv(self.inner, block_p) > self.inner * 9 // 8:
+            block_p //= 2  # of which less would be masked
+        return block_size(self.channels, min(tile // block_p, most_channels)), block_p
 
 
 def _shape_of(sizes: Sequence[int], strides: Sequence[int], channel: int) -> _Shape | None:
@@ -332,10 +380,11 @@ def _shape_of(sizes: Sequence[int], strides: Sequence[int], channel: int) -> _Sh
 
 
 class _Plan(NamedTuple):
-    """How features and a head are parted among programs."""
+    """How features and a head are parted among programs: some rows for one, or some for one row."""
 
     shape: _Shape
     align: int
+    rows: int
     slices: int
     block_c: int
     block_p: int
@@ -352,12 +401,14 @@ def _plan(
     if shape is None:
         return None
     block_k = block_size(classes, _MAX_CLASSES)
-    slices = _slices(shape.channels * shape.outer * shape.inner * itemsize, share, most)
-    block_c, block_p = shape.blocks(most_channels=min(64, _TILE // block_k), slices=slices)
+    size = max(1, shape.channels * shape.outer * shape.inner * itemsize)
+    slices = _slices(size, share, most)
+    tile = _TILE if slices > 1 else _TILE_BYTES // itemsize
+    block_c, block_p = shape.blocks(tile, min(64, 4096 // block_k), slices)
     slices = min(slices, _power_within(triton.cdiv(shape.channels, block_c)))
-    # Programs that share rows take more registers; and no more of them may run at once than the cache has room for.
-    warps = 1 if block_c * block_p < 1024 else 4 if slices == 1 else 8
-    return _Plan(shape, shape.alignment(itemsize), slices, block_c, block_p, block_k, warps)
+    rows = 1 if slices > 1 else min(_power_within(max(1, _ROWS_BYTES // size)), _MAX_ROWS, max(1, 1024 // block_k))
+    warps = 1 if block_c * block_p < 1024 else 4
+    return _Plan(shape, shape.alignment(itemsize), rows, slices, block_c, block_p, block_k, warps)
 
 
 def fuses(features: Tensor, weight: Tensor, pool: str) -> bool:
@@ -446,13 +497,17 @@ def exit_gate_into(
         features = features.contiguous()
         plan = _plan(features.shape[1:], features.stride(), *numbers)
     slices, warps = plan.slices, plan.warps
-    gate = _with_state(gate, rows, slices, moves)
+    programs = _PROGRAMS_PER_PROCESSOR * launch.num_processors(features.device)
+    row_block = min(plan.rows, triton.cdiv(rows, programs))
+    blocks = triton.cdiv(rows, row_block)
+    gate = _with_state(gate, blocks, slices, moves)
     partials = None if slices == 1 else gate.scores_ptr.new_empty(rows, slices, plan.block_k)
-    unit_blocks = tuple(block_size(move.units, 128 * warps) for move, _ in moves)
+    units = 32 * warps * (8 if plan.rows > 1 < warps else 4)  # copied at once: so many by each thread
+    unit_blocks = tuple(block_size(move.units, max(1, units // plan.rows)) for move, _ in moves)
     with on_device_of(features):
         launch.launch(
             exit_gate_kernel,
-            rows * slices,
+            blocks * slices,
             features,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -461,10 +516,12 @@ def exit_gate_into(
             plan.shape,
             tuple(move for move, _ in moves),
             rows,
+            row_block,
             CLASSES=classes,
             SCORE=score,
             CHANNELS_LAST=plan.shape.s_channel == 1,
             ALIGN=plan.align,
+            ROWS=plan.rows,
             SLICES=slices,
             BLOCK_C=plan.block_c,
             BLOCK_P=plan.block_p,

@@ -21,6 +21,7 @@ from cet.partition.codegen import StageWriter
 from cet.partition.export import PREFIX, export, names_of
 from cet.partition.graph import drop_identities, last_uses, origin, views, writes
 from cet.partition.inputs import InputFormat
+from cet.partition.masks import drop_open_masks
 from cet.partition.sizes import Sizes
 from cet.partition.stages import CutError, Program, Stage
 from cet.partition.verify import DependentRowsError
@@ -85,6 +86,7 @@ class _Cutter:
         self.inputs = inputs
         self.program = program
         self.nodes = drop_identities(program.graph)
+        drop_open_masks(program.graph)
         self.order = {node: position for position, node in enumerate(program.graph.nodes)}
         self.input_of: dict[fx.Node, int] = {}
         """Which of the inputs a placeholder is."""

@@ -41,7 +41,7 @@ class Sizes:
         varying: dict[sympy.Symbol, tuple[int, int]] = {}
         for node, index in input_of.items():
             for dim, size in enumerate(node.meta["val"].shape):
-                symbol, batched = _expression(size), dim == 0 and input_format.is_batched[index]
+                symbol, batched = expression_of(size), dim == 0 and input_format.is_batched[index]
                 if batched and not isinstance(symbol, sympy.Symbol):
                     raise CutError(
                         f"{backbone_name} takes {symbol} rows of {input_format.names[index]} only, as its code fixes "
@@ -103,7 +103,7 @@ class Sizes:
 
     def source(self, value: torch.SymInt) -> str | None:
         """Python source of a size in terms of ``n``, the number of rows, and the sizes that vary."""
-        expression = _expression(value)
+        expression = expression_of(value)
         if not expression.free_symbols <= self._rows | self._varying.keys():
             return None
         names = dict.fromkeys(self._rows, "n") | {symbol: self._names[symbol] for symbol in self._varying}
@@ -114,25 +114,25 @@ class Sizes:
         """The dimension of a tensor that is the batch, if one is and no other depends on it."""
         shape = node.meta["val"].shape
         dims = [dim for dim, size in enumerate(shape) if self.has_rows(size)]
-        if len(dims) == 1 and _expression(shape[dims[0]]) in self._rows:
+        if len(dims) == 1 and expression_of(shape[dims[0]]) in self._rows:
             return dims[0]
         return None
 
     def has_rows(self, size: int | torch.SymInt) -> bool:
         """Whether a size depends on the number of rows."""
-        return bool(_expression(size).free_symbols & self._rows)
+        return bool(expression_of(size).free_symbols & self._rows)
 
     def shape(self, node: fx.Node) -> str:
         """The shape of a value, with ``B`` for the batch."""
         batch = dict.fromkeys(self._rows, sympy.Symbol("B"))
-        sizes = [str(_expression(size).xreplace(batch)) for size in node.meta["val"].shape]
+        sizes = [str(expression_of(size).xreplace(batch)) for size in node.meta["val"].shape]
         return "(" + ", ".join(sizes) + ")"
 
     def fixed(self, value: Tensor) -> tuple[int | None, ...]:
         """The shape of an input, with None for sizes that may vary."""
-        return tuple(None if _expression(size).free_symbols else int(size) for size in value.shape)
+        return tuple(None if expression_of(size).free_symbols else int(size) for size in value.shape)
 
 
-def _expression(size: Any) -> sympy.Expr:
+def expression_of(size: Any) -> sympy.Expr:
     """A size as an expression in the symbols of the input sizes."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
