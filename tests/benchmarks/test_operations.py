@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +170,17 @@ def test_a_graphed_call_is_timed_without_a_copy_of_its_inputs(graph: list[str]) 
     assert graph == ["replay"]
     assert noted.names == []
     assert torch.equal(result, torch.full((3,), 2.0))
+
+
+def test_what_a_graph_reads_is_not_freed_before_it(graph: list[str]) -> None:
+    """Neither its inputs nor what the call holds: a graph knows addresses alone."""
+    x, weight = torch.ones(3), torch.ones(3)
+    held = [weakref.ref(x), weakref.ref(weight)]
+    replay = gpu.graphed(partial(torch.add, weight), x)
+    del x, weight
+    gc.collect()
+    replay()
+    assert all(each() is not None for each in held)
 
 
 def test_a_graph_for_new_inputs_copies_them(graph: list[str]) -> None:
