@@ -1,8 +1,8 @@
 """Pool, linear layer, softmax statistics, score, exit mask, and the places of the rows, whose kept ones move at once.
 
-:func:`exit_gate_kernel` does all of it in one pass for heads of few classes. The features of a row are shared by as
-many programs as it takes for them to stay in the L2 cache until the row's place is known; then they are copied from
-there. Other heads are multiplied by PyTorch, and :func:`gate_kernel` takes the logits.
+:func:`exit_gate_kernel` does all of it in one pass for heads of few classes. Small rows share a program, and large ones
+are shared by programs, so that no program holds much: until the places of its rows are known the L2 cache must keep
+them, and they are copied from there. Other heads are multiplied by PyTorch, and :func:`gate_kernel` takes the logits.
 """
 
 from __future__ import annotations
