@@ -15,7 +15,7 @@ help:
 	@echo "make docs       the pages as a site, into build/site; a warning is an error"
 	@echo "make sanitize   tests of the kernels under the address and undefined-behaviour sanitizers"
 	@echo "make fuzz       the kernels on random shapes, strides and dtypes (FUZZ_EXAMPLES=2000 per test: half an hour)"
-	@echo "make soak       random use of models against every row alone (CET_SOAK_SECONDS=3600; two minutes in make test)"
+	@echo "make soak       random use of models against every row alone (CET_SOAK_SECONDS=3600; 20 seconds in make test)"
 	@echo "make benchmark  the figures of the README, into benchmarks/results/"
 	@echo "make gpu        checks, tests, sanitizers and benchmarks on this machine's GPU, into OUT/gpu.tar.gz"
 	@echo "make lint       linters and type checker alone"

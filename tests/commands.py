@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import signal
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nvml.simulation import environment
+import pytest
+import torch
+
+from cet.cli import main
+from nvml.simulation import Simulation, environment
 
 CET = Path(sysconfig.get_path("scripts"), "cet")
 TESTS = Path(__file__).parent
@@ -28,6 +36,29 @@ def obey_permissions() -> None:
     drop = 24  # PR_CAPBSET_DROP
     for capability in (1, 2):
         ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
+
+
+@contextmanager
+def ctrl_c_once_there_is(path: Path) -> Iterator[None]:
+    """Ctrl-C in this process as soon as a file appears, unless the body has ended by then."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not path.exists():
+            if is_over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # A shell that runs the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 class Commands:
@@ -74,3 +105,27 @@ class Commands:
         code, out, err = self.run(args[0], "--output", str(self.output), *args[1:], script=script, **more)
         assert self.output.exists(), f"exit code {code}: {err}"
         return code, json.loads(self.output.read_text()), " ".join((out + err).split())
+
+
+class CommandsHere(Commands):
+    """The same in this process, which has imported PyTorch already: for what needs no process of its own."""
+
+    def __init__(
+        self, simulation: Simulation, folder: Path, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+    ) -> None:
+        super().__init__(folder, folder)
+        self._simulation, self._capture, self._patch = simulation, capture, patch
+        self.environment |= {"COLUMNS": "80", "NVML_SIMULATION": ""}  # nets of simulated_net then load the GPU
+
+    def run(self, *args: str, script: Sequence[str] = (), **_: Any) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of ``cet energy ARGS``."""
+        self._simulation.reset(real_time=True)
+        for command in ("gpu 0 tick 0.004", *script):
+            self._simulation.command(command)
+        for name, value in self.environment.items():
+            self._patch.setenv(name, value)
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as stop:
+            main(within_energy(*args))
+        torch.set_num_threads(threads)
+        return int(stop.value.code or 0), *self._capture.readouterr()

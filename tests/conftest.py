@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +43,28 @@ collect_ignore = WITHOUT_ONE if torch.cuda.is_available() else ON_A_GPU
 pytest_plugins = ("nvml.fixtures",)
 
 Built = tuple[Family, cet.EarlyExit]
+
+
+def pytest_collection_finish() -> None:
+    """All that was imported lives as long as the process, and is much: the search for cycles leaves it out."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+
+
+def pytest_runtest_setup() -> None:
+    """``torch.onnx.export`` parses its translations anew at each call; here it gets a copy of those of the first."""
+    registry = getattr(sys.modules.get("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None)
+    if registry is None or isinstance(vars(registry)["from_torchlib"], staticmethod):
+        return
+    parsed = functools.cache(registry.from_torchlib)
+
+    def from_torchlib(*args: Any, **options: Any) -> Any:
+        twin = copy.copy(parsed(*args, **options))
+        twin.functions = {name: [*translations] for name, translations in twin.functions.items()}
+        return twin
+
+    registry.from_torchlib = staticmethod(from_torchlib)
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +127,9 @@ kernels_only = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def built(request: pytest.FixtureRequest) -> Built:
+def build_family(name: str) -> Built:
     """A family and its multi-exit model in eval mode, its logits spread such that scores differ between rows."""
-    family = FAMILIES[request.param]
+    family = FAMILIES[name]
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -112,3 +137,8 @@ def built(request: pytest.FixtureRequest) -> Built:
     model = cet.EarlyExit(backbone, family.exits, family.inputs(2)).eval()
     spread_logits(model, family.inputs(16))
     return family, model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def built(request: pytest.FixtureRequest) -> Built:
+    return build_family(request.param)

@@ -30,6 +30,8 @@ from adapters import LoraLinear
 from oracle import answers_of, exit_logits_of_each_row_alone, score_by_definition
 
 K = 4
+SECONDS = 20.0
+"""That random use lasts in ``make test``; ``make soak`` gives CET_SOAK_SECONDS."""
 PATIENCE = 90.0
 """Seconds that a call may take before it counts as hanging, on a machine with other work."""
 
@@ -415,7 +417,7 @@ def soak(seconds: float, seed: int) -> dict[str, Any]:
 
 
 def soak_from_environment() -> None:
-    seconds = float(os.environ.get("CET_SOAK_SECONDS", 120))
+    seconds = float(os.environ.get("CET_SOAK_SECONDS", SECONDS))
     seed = int(os.environ.get("CET_SOAK_SEED", 0)) or random.randrange(10**9)
     print(f"CET_SOAK_SEED={seed}", flush=True)
     print(soak(seconds, seed), flush=True)

@@ -5,9 +5,9 @@
 //   early_exit model.pt2 rows.f32
 //
 // For models with one input of float32, and sizes that the package fixes.
+#include <ATen/ATen.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <cmath>
 #include <cstdio>
@@ -45,7 +45,7 @@ void answer_by_branches(const std::string& path, const json& model, const std::v
   Runner runner(path, "one_row", true);
   std::vector<float> limits;
   for (const json& threshold : model["thresholds"]) limits.push_back(limit_of(threshold, model["score"] == "entropy"));
-  const at::Tensor thresholds = torch::tensor(limits);
+  const at::Tensor thresholds = at::tensor(limits);
   for (const at::Tensor& row : rows) {
     const std::vector<at::Tensor> made = runner.run({row, thresholds});
     print(made[1].item<int64_t>(), made[0], made[2]);
@@ -97,7 +97,7 @@ int main(int argc, char** argv) {
   std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
   std::vector<at::Tensor> rows;
   for (size_t at = 0; at + bytes_per_row <= bytes.size(); at += bytes_per_row) {
-    rows.push_back(torch::from_blob(bytes.data() + at, shape));
+    rows.push_back(at::from_blob(bytes.data() + at, shape));
   }
   has_stages ? answer_by_stages(argv[1], manifest, rows) : answer_by_branches(argv[1], model, rows);
 }

@@ -12,6 +12,7 @@ from benchmarks import guarantees
 from benchmarks.guarantees import Large, Row, Trial, main, read, run, to_markdown, trials
 from cet.calibration.bounds import PairedTest
 from cet.calibration.certify import Terms
+from thinned import slow
 
 DRAWS = 120
 
@@ -27,15 +28,15 @@ def _small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     "trial",
     [
         Trial("hard", 1000),
-        Trial("rare classes", 1000, method="exact, no split"),
-        Trial("rare classes", 1000, method="betting", weighted=True),
-        Trial("rare classes", 1000, "per_class", bound=0.15),
-        Trial("rare classes", 1000, "balanced", bound=0.08),
+        slow(Trial("rare classes", 1000, method="exact, no split")),
+        slow(Trial("rare classes", 1000, method="betting", weighted=True)),
+        slow(Trial("rare classes", 1000, "per_class", bound=0.15)),
+        slow(Trial("rare classes", 1000, "balanced", bound=0.08)),
         Trial("hard", 1000, "disagreement", bound=0.05),
         Trial("groups", 120, bound=0.06, method="betting"),
         Trial("hard", 1000, method="risk control"),
         Trial("hard", 1000, bound=None, budget=0.6),
-        Trial("easy", 1000, bound=0.05, budget=0.6),
+        slow(Trial("easy", 1000, bound=0.05, budget=0.6)),
     ],
     ids=lambda trial: f"{trial.setting}, {trial.metric}, {trial.method}, {trial.budget}",
 )

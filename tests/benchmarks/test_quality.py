@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy import stats
 
 from benchmarks.quality import report
+from benchmarks.quality.__main__ import main
 from benchmarks.quality.conditions import INPUTS, KINDS, LABELS, METHODS, SEEN, with_labels
 from benchmarks.quality.figures import VALUES, Figures, _expected, _macro_f1
 from benchmarks.quality.runs import split_of
 from cet.data.smartwatch import Windows
 
-ROOT = Path(report.__file__).parents[2]
-
 
 def test_a_smoke_run_is_resumed_and_tells_all(tmp_path: Path) -> None:
-    """As users run it; the second call finds the trainings of the first."""
-    command = [sys.executable, "-m", "benchmarks.quality", "--smoke", "--splits", "1", "--seeds", "1"]
-    command += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "figures"), "--labels"]
+    """The second call finds the trainings of the first."""
+    args = ["--smoke", "--splits", "1", "--seeds", "1", "--labels", "40 % wrong windows"]
+    args += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "figures")]
     seen = []
     for _ in range(2):
-        done = subprocess.run([*command, "40 % wrong windows"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(main, args)
+        assert done.exit_code == 0, done.output
         seen.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()})
     assert seen[0] == seen[1]
     assert len(seen[0]) == 2

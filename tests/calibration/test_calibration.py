@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cet.calibration import drop_interval, fit_temperature
 from cet.calibration.cost import ExitCosts, exit_costs
 from cet.calibration.thresholds import simulate
 from cet.ops.definitions import ScoreName
+from thinned import sampled
 
 CLASSES = 4
 calibrate = partial(cet.calibrate, guarantee=None)
@@ -257,8 +259,10 @@ def test_metrics_are_bounded_and_reported(model: cet.EarlyExit, held_out: Batche
     assert report.mean_cost < report.full_cost
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("score", ["entropy", "confidence", "margin"])
+@pytest.mark.parametrize(
+    ("score", "dtype"),
+    sampled(product(["entropy", "confidence", "margin"], [torch.bfloat16, torch.float16, torch.float64]), 4),
+)
 def test_no_row_leaves_elsewhere_than_calibrated(
     model: cet.EarlyExit, held_out: Batches, dtype: torch.dtype, score: ScoreName
 ) -> None:

@@ -16,6 +16,7 @@ from cet.calibration import thresholds
 from cet.calibration.cost import ExitCosts
 from cet.calibration.thresholds import OperatingPoint, frontier, search_thresholds, simulate
 from cet.ops.definitions import ScoreName
+from thinned import slow
 
 INF = float("inf")
 NAN = float("nan")
@@ -97,7 +98,7 @@ def test_one_exit_is_optimal_among_many_candidates() -> None:
     assert problem.search().cost == pytest.approx(problem.brute_force(), rel=1e-6)
 
 
-@pytest.mark.parametrize(("num_exits", "num_samples"), [(5, 12), (6, 7)])
+@pytest.mark.parametrize(("num_exits", "num_samples"), [(5, 12), slow(6, 7)])
 def test_more_exits_are_nearly_always_optimal(num_exits: int, num_samples: int) -> None:
     excess = excess_costs(num_exits, num_samples, range(40))
     assert (excess < 0.01).mean() >= 0.95

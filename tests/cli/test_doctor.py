@@ -15,6 +15,7 @@ from cet.cli.doctor import findings as doctor_findings
 from cet.cli.doctor.finding import Finding
 from commands import CET
 from nvml.simulation import Simulation
+from thinned import slow
 
 
 @pytest.fixture(autouse=True)
@@ -99,16 +100,13 @@ def test_a_section_that_fails_says_so_and_the_others_answer(
     "environment",
     [
         {"TORCH_LOGS": "garbage"},  # importing torch fails
-        {"CET_CPU_CAPABILITY": "garbage", "TRITON_INTERPRET": "garbage", "OMP_NUM_THREADS": "garbage"},
-        {"CUDA_VISIBLE_DEVICES": "MIG-8f2a", "CUDA_DEVICE_ORDER": "garbage", "CET_POWERCAP_ROOT": "\udcff"},
-        pytest.param(
-            {"LANG": "garbage", "TERM": "garbage", "COLUMNS": "garbage", "HOME": "/missing", "TMPDIR": "/missing"},
-            marks=pytest.mark.slow,
-        ),
+        slow({"CET_CPU_CAPABILITY": "garbage", "TRITON_INTERPRET": "garbage", "OMP_NUM_THREADS": "garbage"}),
+        slow({"CUDA_VISIBLE_DEVICES": "MIG-8f2a", "CUDA_DEVICE_ORDER": "garbage", "CET_POWERCAP_ROOT": "\udcff"}),
+        slow({"LANG": "garbage", "TERM": "garbage", "COLUMNS": "garbage", "HOME": "/missing", "TMPDIR": "/missing"}),
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("form", [pytest.param("table", marks=pytest.mark.slow), "json"])
+@pytest.mark.parametrize("form", [slow("table"), "json"])
 def test_it_answers_whatever_the_environment_holds(nvml_library: Path, environment: dict[str, str], form: str) -> None:
     env = {**os.environ, "LD_LIBRARY_PATH": str(nvml_library.parent), **environment}
     done = subprocess.run([CET, "doctor", "--format", form], env=env, capture_output=True, text=True)

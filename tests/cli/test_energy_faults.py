@@ -13,9 +13,10 @@ import pynvml
 import pytest
 
 from cet.energy import MonotonicClock
-from commands import FAST, Commands, obey_permissions
-from nvml.simulation import FOR_GOOD
+from commands import FAST, Commands, CommandsHere, obey_permissions
+from nvml.simulation import FOR_GOOD, Simulation
 from powercap import Powercap
+from thinned import kept, slow
 
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 COMPARE = ("compare", "simulated_net:small", "simulated_net:large", "--data", "simulated_net:data", *FAST)
@@ -29,6 +30,13 @@ def fault(function: str, code: int, first: int = 0, count: int = FOR_GOOD) -> st
 @pytest.fixture
 def cet(nvml_library: Path, tmp_path: Path) -> Commands:
     return Commands(nvml_library, tmp_path)
+
+
+@pytest.fixture
+def here(
+    simulation: Simulation, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> CommandsHere:
+    return CommandsHere(simulation, tmp_path, capfd, monkeypatch)
 
 
 @pytest.fixture
@@ -62,7 +70,7 @@ class TestNoNvml:
     @pytest.fixture(
         params=[
             pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
-            pytest.param(pynvml.NVML_ERROR_DRIVER_NOT_LOADED, marks=pytest.mark.slow),
+            slow(pynvml.NVML_ERROR_DRIVER_NOT_LOADED),
         ]
     )
     def script(self, cet: Commands, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
@@ -74,17 +82,15 @@ class TestNoNvml:
         return ()
 
     def test_doctor_explains(self, cet: Commands, script: tuple[str, ...]) -> None:
-        code, out, err = cet.run("doctor", script=script)
-        assert (code, err) == (0, "")
+        code, out, err = cet.run("doctor", "--require-gpu", script=script)
+        assert code == 11
+        assert err.startswith("Error: no GPU's joules can be measured (gpu: ")
         assert "Energy that cannot be measured" in out
         assert "NVML error 9" in out or "NVML error 12" in out
         assert "fix: install the NVIDIA driver" in out or "fix: load the NVIDIA kernel module" in out
 
     def test_require_gpu_fails_before_the_command(self, cet: Commands, script: tuple[str, ...], tmp_path: Path) -> None:
-        code, _, err = cet.run("doctor", "--require-gpu", script=script)
-        assert code == 11
-        assert err.startswith("Error: no GPU's joules can be measured (gpu: ")
-        code, _, err = cet.run("run", "--require-gpu", "--", "touch", str(tmp_path / "ran"), script=script)
+        code, _, _ = cet.run("run", "--require-gpu", "--", "touch", str(tmp_path / "ran"), script=script)
         assert code == 11
         assert not (tmp_path / "ran").exists()
 
@@ -155,8 +161,18 @@ class TestNoPermission:
 class TestLost:
     """GPU_IS_LOST (15), RESET_REQUIRED (16): stop, keep finished blocks, status partial, non-zero exit."""
 
-    @pytest.mark.parametrize("visible", [None, "0", "GPU-0000"])
-    @pytest.mark.parametrize("function", ["nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetMigMode"])
+    @pytest.mark.parametrize(
+        ("function", "visible"),
+        kept(
+            [
+                (f"nvmlDeviceGet{name}", gpu)
+                for name in ("HandleByIndex_v2", "MigMode")
+                for gpu in (None, "0", "GPU-0000")
+            ],
+            ("nvmlDeviceGetHandleByIndex_v2", None),
+            ("nvmlDeviceGetMigMode", "GPU-0000"),
+        ),
+    )
     def test_nothing_runs_on_one_that_is_lost_before(
         self, cet: Commands, function: str, visible: str | None, tmp_path: Path
     ) -> None:
@@ -170,14 +186,14 @@ class TestLost:
             assert err.count("\n") == 1
         assert not (tmp_path / "ran").exists()
 
-    def test_doctor_lists_it(self, cet: Commands) -> None:
+    def test_doctor_lists_it(self, here: CommandsHere) -> None:
         script = [fault("nvmlDeviceGetHandleByIndex_v2", pynvml.NVML_ERROR_GPU_IS_LOST)]
-        code, out, err = cet.run("doctor", "--format", "json", script=script)
+        code, out, err = here.run("doctor", "--format", "json", script=script)
         assert (code, err) == (0, "")
         gpu = json.loads(out)["energy"]["unavailable"][0]
         assert (gpu["domain"], gpu["lost"]) == ("gpu:0", True)
 
-    @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED])
+    @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, slow(pynvml.NVML_ERROR_RESET_REQUIRED)])
     def test_run_keeps_the_rest(self, cet: Commands, package: Path, code: int) -> None:
         # By then the command runs: only imports take longer, and they come before the library is loaded.
         lost = f"at 2 {fault('*', code)}"
@@ -189,9 +205,9 @@ class TestLost:
         assert domain(document, "rapl:package-0")["joules"] > 0
         assert "partial" in text
 
-    def test_a_measurement_keeps_its_blocks(self, cet: Commands) -> None:
-        cet.inject(fault("*", pynvml.NVML_ERROR_GPU_IS_LOST))
-        code, document, text = cet.measure(*COMPARE)
+    def test_a_measurement_keeps_its_blocks(self, here: CommandsHere) -> None:
+        here.inject(fault("*", pynvml.NVML_ERROR_GPU_IS_LOST))
+        code, document, text = here.measure(*COMPARE)
         assert code == 14
         assert document["status"] == "partial"
         assert "NVML error 15" in document["stopped"]
@@ -212,10 +228,10 @@ class TestBackwards:
         assert "counter-backwards" in document["flags"]
         assert "backwards" in text
 
-    def test_a_block_is_void_and_repeated(self, cet: Commands) -> None:
+    def test_a_block_is_void_and_repeated(self, here: CommandsHere) -> None:
         # So many that one of them comes within a window, wherever warm-ups end.
-        cet.inject(*(f"at +{0.2 * k:.1f} gpu 0 counter 1000" for k in range(1, 5)))
-        code, document, _ = cet.measure(*COMPARE)
+        here.inject(*(f"at +{0.2 * k:.1f} gpu 0 counter 1000" for k in range(1, 5)))
+        code, document, _ = here.measure(*COMPARE)
         assert (code, document["status"]) == (0, "complete")
         void = [block for block in blocks(document) if block["void"]]
         assert void
@@ -228,9 +244,9 @@ class TestBackwards:
 class TestFrozen:
     """The counter is frozen under load: longer window, then integral, then fail."""
 
-    def test_a_longer_window_then_the_integral(self, cet: Commands) -> None:
-        cet.inject("gpu 0 frozen 1")
-        code, document, text = cet.measure(*COMPARE)
+    def test_a_longer_window_then_the_integral(self, here: CommandsHere) -> None:
+        here.inject("gpu 0 frozen 1")
+        code, document, text = here.measure(*COMPARE)
         assert (code, document["status"]) == (0, "complete")
         tried = [block for block in blocks(document) if block["void"]]
         assert len(tried) == 2
@@ -240,10 +256,10 @@ class TestFrozen:
         assert "stood" in last["reason"]
         assert "counter-frozen" in text
 
-    def test_then_it_fails(self, cet: Commands) -> None:
+    def test_then_it_fails(self, here: CommandsHere) -> None:
         no_power = [fault(name, 3) for name in ("nvmlDeviceGetFieldValues", "nvmlDeviceGetPowerUsage")]
-        cet.inject("gpu 0 frozen 1", *no_power)
-        code, document, text = cet.measure(*COMPARE)
+        here.inject("gpu 0 frozen 1", *no_power)
+        code, document, text = here.measure(*COMPARE)
         assert code == 15
         assert document["status"] == "partial"
         assert document["stopped"].startswith("gpu:0: the counter stood")
@@ -259,13 +275,13 @@ class TestFunctionNotFound:
         ("function", "field"),
         [
             ("nvmlDeviceGetTemperature", ("state", "temperature")),
-            pytest.param("nvmlDeviceGetCurrentClocksEventReasons", ("state", "throttle"), marks=pytest.mark.slow),
-            pytest.param("nvmlDeviceGetEnforcedPowerLimit", ("facts", "power_limit"), marks=pytest.mark.slow),
+            ("nvmlDeviceGetCurrentClocksEventReasons", ("state", "throttle")),
+            ("nvmlDeviceGetEnforcedPowerLimit", ("facts", "power_limit")),
             ("nvmlDeviceGetMigMode", None),
         ],
     )
-    def test_the_rest_is_there(self, cet: Commands, function: str, field: tuple[str, str] | None) -> None:
-        code, out, err = cet.run("doctor", "--require-gpu", "--format", "json", script=[fault(function, 13)])
+    def test_the_rest_is_there(self, here: CommandsHere, function: str, field: tuple[str, str] | None) -> None:
+        code, out, err = here.run("doctor", "--require-gpu", "--format", "json", script=[fault(function, 13)])
         assert (code, err) == (0, "")
         gpu = json.loads(out)["energy"]["measurable"][0]
         assert gpu["source"] == "counter"
@@ -276,20 +292,20 @@ class TestFunctionNotFound:
 class TestPassing:
     """UNKNOWN (999), TIMEOUT (10): bounded retry, then void."""
 
-    def test_a_few_are_retried_and_more_make_a_block_void(self, cet: Commands) -> None:
+    def test_a_few_are_retried_and_more_make_a_block_void(self, here: CommandsHere) -> None:
         # Of the first window after its begin: two failures in reading its end; of the next: three.
         unknown = pynvml.NVML_ERROR_UNKNOWN
-        cet.inject(fault(COUNTER, unknown, first=1, count=2), fault(COUNTER, unknown, first=5, count=3))
-        code, document, _ = cet.measure(*COMPARE)
+        here.inject(fault(COUNTER, unknown, first=1, count=2), fault(COUNTER, unknown, first=5, count=3))
+        code, document, _ = here.measure(*COMPARE)
         assert (code, document["status"]) == (0, "complete")
         void = [block["void"] for block in blocks(document) if block["void"]]
         assert len(void) == 1
         assert "3 times" in void[0]
         assert "NVML error 999" in void[0]
 
-    def test_for_good_ends_the_measurement(self, cet: Commands) -> None:
-        cet.inject(fault(COUNTER, pynvml.NVML_ERROR_TIMEOUT))
-        code, document, text = cet.measure(*COMPARE)
+    def test_for_good_ends_the_measurement(self, here: CommandsHere) -> None:
+        here.inject(fault(COUNTER, pynvml.NVML_ERROR_TIMEOUT))
+        code, document, text = here.measure(*COMPARE)
         assert code == 16
         assert document["status"] == "partial"
         assert "NVML error 10)" in document["stopped"]
@@ -336,12 +352,12 @@ class TestVisibleDevices:
         ("visible", "why"),
         [
             ("", "hides all GPUs"),
-            ("-1", "hides all GPUs"),
-            ("NoDevFiles", "before 'NoDevFiles', which names no GPU"),
-            ("5", "before '5', which names no GPU"),
-            ("GPU-7", "before 'GPU-7', which names no GPU"),
+            slow("-1", "hides all GPUs"),
+            slow("NoDevFiles", "before 'NoDevFiles', which names no GPU"),
+            slow("5", "before '5', which names no GPU"),
+            slow("GPU-7", "before 'GPU-7', which names no GPU"),
             ("GPU-0000", "before 'GPU-0000', which names more than one GPU"),
-            ("1,1", "names gpu:1 twice"),
+            slow("1,1", "names gpu:1 twice"),
         ],
     )
     def test_none_is_cpu_only(self, cet: Commands, visible: str, why: str, package: Path) -> None:
@@ -355,7 +371,7 @@ class TestVisibleDevices:
 class TestSignals:
     """SIGINT, SIGTERM: flush what is finished, stop the sampler."""
 
-    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("signum", [signal.SIGINT, slow(signal.SIGTERM)])
     def test_a_measurement_keeps_its_blocks(self, cet: Commands, signum: signal.Signals) -> None:
         args = (*COMPARE, "--rounds", "100", "--integral", "--output", str(cet.output))
         process = cet.start(*args)
@@ -436,8 +452,8 @@ class TestRefusedFirst:
         assert err.count("\n") == 1
         assert named in err
 
-    def test_an_exit_that_is_missing_is_named_before_the_first_window(self, cet: Commands) -> None:
-        code, out, err = cet.run(*PROFILE, "--exit", "layer9", "--output", str(cet.output))
+    def test_an_exit_that_is_missing_is_named_before_the_first_window(self, here: CommandsHere) -> None:
+        code, out, err = here.run(*PROFILE, "--exit", "layer9", "--output", str(here.output))
         assert (code, out) == (22, "")
         assert err == "Error: the model has no early exit 'layer9'; give one of 0, 1\n"
-        assert not cet.output.exists()
+        assert not here.output.exists()

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ import cet
 from cet.cli import main, train
 from cet.cli.runs import Settings, TrainingFolder, load_run
 from cet.report.schema import Report
-from commands import CET
+from commands import CET, ctrl_c_once_there_is
+from thinned import slow
 
 LABELS = ("sit", "stand", "walk")
 FAST = ("--epochs", "2", "--batch-size", "32", "--threads", "1")
@@ -140,16 +140,9 @@ class TestTrain:
     ) -> None:
         folder = tmp_path / "stopped"
         args = ["train", "--data", files / "all.npz", "--output", folder, *FAST, "--epochs", "4"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [CET, *map(str, args)]
-        with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment, preexec_fn=heed_ctrl_c) as p:
-            deadline = time.monotonic() + 120
-            while not (folder / "checkpoints" / "last.ckpt").exists():
-                assert p.poll() is None
-                assert time.monotonic() < deadline
-            p.send_signal(signal.SIGINT)
-            _, err = p.communicate(timeout=60)
-        assert p.returncode == 130
+        with ctrl_c_once_there_is(folder / "checkpoints" / "last.ckpt"):
+            code, _, err = run(*args)
+        assert code == 130
         assert err == f"Interrupted; go on with: cet train --resume --output {folder}\n"
         assert not (folder / "model.safetensors").exists()
         check_one_sentence(run("train", *args[1:]), "holds an unfinished run; go on with --resume", code=1)
@@ -365,9 +358,9 @@ class TestCalibrate:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"x": np.zeros((36, 3, 40))}, "x has shape (36, 3, 40) for a model of 4 channels; give (samples, 4, len"),
+            slow({"x": np.zeros((36, 3, 40))}, "x has shape (36, 3, 40) for a model of 4 channels; give (samples, 4, "),
             ({"y": np.array(["run"] * 36)}, "y holds the label 'run', which is none of the 3 classes"),
-            ({"y": None}, "holds no y"),
+            slow({"y": None}, "holds no y"),
             ({"group": np.array(list("abcdef") * 6)}, "is in the samples for training and for calibration"),
         ],
     )
@@ -432,10 +425,10 @@ class TestPredict:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"x": np.zeros((2, 40))}, "x has shape (2, 40); give (samples, channels, length)"),
+            slow({"x": np.zeros((2, 40))}, "x has shape (2, 40); give (samples, channels, length)"),
             ({"x": np.zeros((2, 5, 40))}, "for a model of 4 channels"),
             ({"x": np.full((2, 4, 40), np.inf)}, "x is not finite in 2 of 2 samples"),
-            ({"z": np.zeros(2)}, "holds 'z' beside nothing else"),
+            slow({"z": np.zeros(2)}, "holds 'z' beside nothing else"),
         ],
     )
     def test_samples_that_do_not_fit_are_refused(
@@ -494,7 +487,10 @@ class TestFunction:
 
 
 class TestExport:
-    def test_a_run_in_int8_has_thresholds_of_its_own(self, run: Any, mine: Path, tmp_path: Path) -> None:
+    def test_a_run_in_int8_has_thresholds_of_its_own(self, run: Any, tmp_path: Path) -> None:
+        mine = tmp_path / "mine"
+        options = (*FAST, "--epochs", 20, "--learning-rate", 0.02)
+        assert run("train", "--data", "own_net:build", "--output", mine, *options)[0] == 0
         before = (mine / "model.safetensors").read_bytes()
         small = tmp_path / "small.onnx"
         code, out, err = run("export", mine, "--output", small, "--int8", "--no-guarantee", "--max-drop", "0.2")
@@ -534,6 +530,18 @@ class TestInterruptions:
         )
         return done.returncode, done.stdout, done.stderr
 
+    def test_a_file_that_cannot_be_finished_leaves_no_run(
+        self, run: Any, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def replace(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.replace", replace)
+        done = run("train", "--data", files / "all.npz", "--output", tmp_path / "run", *FAST)
+        check_one_sentence(done, "run/run.json cannot be written (No space left on device)", code=20)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.slow
     def test_a_full_disk_leaves_no_run(self, files: Path, tmp_path: Path) -> None:
         args = ("train", "--data", files / "all.npz", "--output", tmp_path / "run", *FAST)
         done = self.start(*args, preexec_fn=small_disk)
@@ -566,6 +574,16 @@ class TestInterruptions:
             check_one_sentence(self.start(*args, preexec_fn=obey_permissions), f"{named} (Permission denied)", code=20)
         mine.chmod(0o755)
 
+    def test_ctrl_c_while_the_data_are_loaded(self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(_seconds: float) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("own_net.time.sleep", interrupt)
+        code, _, err = run("train", "--data", "own_net:slow", "--output", tmp_path / "run")
+        assert (code, err) == (130, "building\nInterrupted; nothing was kept\n")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.slow
     def test_ctrl_c_before_anything_was_done(self, tmp_path: Path) -> None:
         args = ["train", "--data", "own_net:slow", "--output", str(tmp_path / "run")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

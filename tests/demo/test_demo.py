@@ -35,13 +35,14 @@ from cet.report.markdown import SCOPE, calibration_verdict, energy_verdict, time
 from cet.report.schema import Report, at
 from cet.report.timing import Speed, Speedup
 from cet.training import JOINT, build
+from commands import ctrl_c_once_there_is
 from powercap import Powercap
 
 TINY = replace(
     run.QUICK,
     epochs=3,
     threads=1,
-    test_windows=128,
+    test_windows=64,
     timed_batches=4,
     timed_windows=12,
     energy_rounds=1,
@@ -78,13 +79,6 @@ def start_tiny(output: str) -> None:
     """In a process of its own, which a test stops."""
     run.load_windows = SPARSE
     run.start(RunFolder(Path(output)), TINY, Recorder())
-
-
-def main_tiny(output: str) -> None:
-    """The same through the command line."""
-    run.load_windows = SPARSE
-    run.QUICK = TINY
-    main(["demo", "--quick", "--threads", "1", "--output", output])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -294,17 +288,14 @@ def test_killed_run_goes_on_and_ends_with_the_same_figures(folder: RunFolder, re
     assert not any(note.startswith("epoch 1/3") for note in notes["Train consistent"])
 
 
-def test_ctrl_c_says_how_to_go_on_and_loses_nothing(folder: RunFolder, report: Report, tmp_path: Path) -> None:
-    # A shell that runs the tests in the background has its children ignore the signal.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code = f"{heed}{BY_SUBPROCESS}main_tiny({str(tmp_path)!r})"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, env=single_threaded(), stdout=-1, stderr=-1, text=True) as process:
-        wait_for(tmp_path / "checkpoints" / "joint" / "last.ckpt", process)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == f"Interrupted; go on with: cet demo --resume --output {tmp_path}\n"
+def test_ctrl_c_says_how_to_go_on_and_loses_nothing(
+    folder: RunFolder, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["demo", "--quick", "--threads", "1", "--output", str(tmp_path)]
+    with ctrl_c_once_there_is(tmp_path / "checkpoints" / "joint" / "last.ckpt"), pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == f"Interrupted; go on with: cet demo --resume --output {tmp_path}\n"
     notes = check_resumed(tmp_path, folder, report)
     assert not any(note.startswith("epoch 1/3") for note in notes["Train joint"])
 

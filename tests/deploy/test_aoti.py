@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,36 +104,33 @@ def test_one_row_from_many_threads(row_file: Path) -> None:
             assert torch.equal(got, wanted)
 
 
-def test_pytorch_alone_runs_one_row(row_file: Path) -> None:
-    """As the page tells, in a process without ``cet``."""
-    code = f"""
-import json, sys, zipfile, torch
-from torch._inductor.package import load_package
-path = {str(row_file)!r}
-thresholds = json.loads(zipfile.ZipFile(path).read("archive/extra/cet"))["thresholds"]
-assert thresholds == [0.45, None]
-torch.manual_seed(5)
-logits, exit_index, score = load_package(path, "one_row")(torch.randn(1, 4), torch.tensor([0.45, torch.inf]))
-assert "cet" not in sys.modules
-print(json.dumps([logits.tolist(), exit_index.tolist(), score.tolist()]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    model = small_model()
-    torch.manual_seed(5)
-    expected = model.predict(torch.randn(1, 4))
-    wanted = expected.logits, expected.exit_index, expected.score
-    torch.testing.assert_close(tuple(map(torch.tensor, json.loads(done.stdout))), wanted)
+def no_branches(*_: object) -> None:
+    raise RuntimeError("no branches today")
 
 
-def test_branches_that_cannot_be_compiled_become_a_loop_and_say_so(
+NO_BRANCHES = r"no form as branches \(no branches today\); the file has a model per stage"
+
+
+def test_where_branches_cannot_be_compiled_each_stage_is_and_it_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no branches today")
+    compiled = []
 
-    monkeypatch.setattr(NestedStages, "traced", fail)
-    with pytest.warns(UserWarning, match=r"no form as branches \(no branches today\); the file has a model per stage"):
+    def package(models: Mapping[str, object], _described: str | None) -> bytes:
+        compiled.append(len(models))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(NestedStages, "traced", no_branches)
+    monkeypatch.setattr(aoti_writer, "_package", package)
+    with pytest.warns(UserWarning, match=NO_BRANCHES), pytest.raises(cet.ExportError, match="seen"):
+        cet.export(small_model(), tmp_path / "m.pt2", batch=1)
+    assert compiled[0] == 2  # one exit is closed
+
+
+@pytest.mark.slow
+def test_branches_that_cannot_be_compiled_become_a_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NestedStages, "traced", no_branches)
+    with pytest.warns(UserWarning, match=NO_BRANCHES):
         cet.export(small_model(), tmp_path / "m.pt2", batch=1)
     loaded, x = cet.load_exported(tmp_path / "m.pt2"), torch.randn(1, 4)
     assert isinstance(loaded, MethodsModel)
@@ -145,7 +143,7 @@ def test_scores(score: ScoreName, tmp_path: Path) -> None:
     check_scores(score, tmp_path / "m.pt2")
 
 
-def test_pytorch_alone_reads_it(file: Path) -> None:
+def test_pytorch_alone_reads_them(file: Path, row_file: Path) -> None:
     """As the page tells, in a process without ``cet``."""
     code = f"""
 import json, sys, zipfile, torch
@@ -156,16 +154,24 @@ first = manifest["stages"][0]
 torch.manual_seed(5)
 given = {{"input": torch.randn(3, 4)}}
 logits, score, *_ = load_package(path, first["file"])(*[given[name] for name in first["inputs"]])
-assert "cet" not in sys.modules
 print(json.dumps([logits.tolist(), score.tolist()]))
+path = {str(row_file)!r}
+thresholds = json.loads(zipfile.ZipFile(path).read("archive/extra/cet"))["thresholds"]
+assert thresholds == [0.45, None]
+torch.manual_seed(5)
+answer = load_package(path, "one_row")(torch.randn(1, 4), torch.tensor([0.45, torch.inf]))
+print(json.dumps([value.tolist() for value in answer]))
+assert "cet" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    of_the_stage, of_the_row = (map(torch.tensor, json.loads(line)) for line in done.stdout.splitlines())
     model = small_model()
     torch.manual_seed(5)
-    answers = model.exit_answers(torch.randn(3, 4))
-    for got, wanted in zip(json.loads(done.stdout), answers[0], strict=True):
-        torch.testing.assert_close(torch.tensor(got), wanted)
+    torch.testing.assert_close(tuple(of_the_stage), model.exit_answers(torch.randn(3, 4))[0])
+    torch.manual_seed(5)
+    expected = model.predict(torch.randn(1, 4))
+    torch.testing.assert_close(tuple(of_the_row), (expected.logits, expected.exit_index, expected.score))
 
 
 def test_a_program_in_cpp_answers_as_the_model_does(file: Path, row_file: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import cet
 from benchmarks.models import NETS, multi_exit, random_inputs
 from cet.deploy.loaded import LoadedModel
 from oracle import policy_between_scores
+from thinned import slow
 from waves import K, samples, trained
 
 
@@ -95,7 +96,7 @@ def test_every_row_takes_the_first_exit_that_its_scores_open(exported: tuple[cet
     torch.testing.assert_close(got.logits, logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("one.onnx", 1), ("all.stages", "dynamic")])
+@pytest.mark.parametrize(("name", "batch"), [slow("one.onnx", 1), ("all.stages", "dynamic")])
 def test_other_forms_answer_alike(
     model: cet.EarlyExit,
     held_out: list[tuple[Tensor, Tensor]],
@@ -188,7 +189,7 @@ def test_weights_that_are_not_float32_are_refused(tmp_path: Path) -> None:
         cet.export(model, tmp_path / "a.onnx", quantize=[(torch.randn(4, 4).double(), torch.zeros(4).long())])
 
 
-@pytest.mark.parametrize("batch", ["dynamic", 1])
+@pytest.mark.parametrize("batch", ["dynamic", slow(1)])
 def test_nodes_of_stages_and_exits_have_names_of_their_own(batch: Any, tmp_path: Path) -> None:
     """In this net a product of the last stage had the name of the last exit's."""
     net = NETS["sensor_cnn"]()

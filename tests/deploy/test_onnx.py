@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import cet
 from cet.deploy.check import NEAR
 from cet.ops.definitions import ScoreName
-from conftest import Built
+from conftest import Built, build_family
 from families import FAMILIES, Inputs
 from oracle import Answers, answers_of, policy_between_scores
+from thinned import kept, slow
 
 SIZES = (1, 2, 7, 64, 333, 593)
 """Numbers of rows of the calls that are compared; 1,000 together."""
@@ -42,6 +43,11 @@ class Exported(NamedTuple):
     inputs: Inputs
     logits: list[Tensor]
     """Of all exits, for all rows of the inputs."""
+
+
+@pytest.fixture(scope="module", params=kept(FAMILIES, "skip", "late-fusion", "vit"))
+def built(request: pytest.FixtureRequest) -> Built:
+    return build_family(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +259,7 @@ def test_an_exit_whose_logits_are_not_finite_names_no_class_in_a_file(tmp_path: 
     assert torch.equal(got.score, own.score)
 
 
-@pytest.mark.parametrize(("batch", "is_low"), [("dynamic", True), (1, False)])
+@pytest.mark.parametrize(("batch", "is_low"), [("dynamic", True), slow(1, False)])
 def test_a_function_of_the_logits_is_in_the_file(tmp_path: Path, batch: Any, is_low: bool) -> None:
     torch.manual_seed(4)
     backbone = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).eval()

@@ -21,9 +21,10 @@ from cet.files import OutputError, write_folder_atomically
 from cet.ops.definitions import SCORES
 from families import FAMILIES
 from oracle import policy_between_scores
+from thinned import slow
 
 
-@pytest.mark.parametrize("name", ["late-fusion", "bert"])
+@pytest.mark.parametrize("name", ["late-fusion", slow("bert")])
 def test_answers_are_those_of_the_model_at_any_number_of_rows(name: str, tmp_path: Path) -> None:
     """Rows along another dimension, inputs that are used late, a mask, lengths that vary."""
     family = FAMILIES[name]

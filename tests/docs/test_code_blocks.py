@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,8 @@ def test_python_blocks_run_one_after_another(page: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    short = cet.energy.Settings(rounds=2, window=0.05, update_periods=1, warmup=0.05)
+    monkeypatch.setattr(cet.energy, "measured_costs", partial(cet.energy.measured_costs, settings=short))
     namespace = ModuleType("page")  # dataclasses look for the module of their annotations
     monkeypatch.setitem(sys.modules, "page", namespace)
     try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nvml.simulation import Simulation
+from thinned import slow
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 MOST_LINES = 60
@@ -44,7 +45,7 @@ def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < MOST_LINES
 
 
-@pytest.mark.parametrize("name", ["hugging_face", "own_cnn", "two_inputs"])
+@pytest.mark.parametrize("name", ["hugging_face", "own_cnn", slow("two_inputs")])
 def test_an_example_learns_and_lets_samples_leave(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     [path] = [path for path in EXAMPLES if path.stem == name]
     _check(_run(path, capsys))

@@ -20,7 +20,7 @@ ROWS = 8
 IDLE_WATTS, WATTS = 100.0, 300.0
 STAGE, HEAD = 2e-3, 0.5e-3
 """s per row of a stage and of a head."""
-QUICK = Settings(rounds=4, warmup=0.3)
+QUICK = Settings(rounds=4, window=2.5, warmup=0.3)
 
 
 class Burn(nn.Module):

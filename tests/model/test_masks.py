@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import cet
 from graph_backends import run_by
 from oracle import answers_of, policy_that_parts
+from thinned import kept, slow
 
 R = torch.randn
 K = 5
@@ -211,7 +212,7 @@ def logits_of_samples_alone(model: cet.EarlyExit, case: Case, samples: list[Tens
     return [torch.cat(rows) for rows in zip(*alone, strict=True)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", kept(CASES, "padding_mask", "attention_mask of integers", "lengths", "BERT"))
 def test_a_padded_row_gets_the_answers_that_it_gets_alone(name: str) -> None:
     """With thresholds that some rows pass, so that masks are compacted with the rows; and nothing is told of masks that
     are used."""
@@ -236,8 +237,14 @@ def test_a_padded_row_gets_the_answers_that_it_gets_alone(name: str) -> None:
         assert model.check(**inputs) is None
 
 
-@pytest.mark.parametrize("runner", ["graphs", "device"])
-@pytest.mark.parametrize("name", ["padding_mask", "lengths", "BERT"])
+@pytest.mark.parametrize(
+    ("name", "runner"),
+    kept(
+        [(name, runner) for name in ("padding_mask", "lengths", "BERT") for runner in ("graphs", "device")],
+        ("lengths", "graphs"),
+        ("BERT", "device"),
+    ),
+)
 def test_the_graph_runners_carry_masks_too(name: str, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     model, samples = build(case)
@@ -251,7 +258,9 @@ def test_the_graph_runners_carry_masks_too(name: str, runner: Any, monkeypatch: 
         torch.testing.assert_close(got.logits, answers.logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["padding_mask", "lengths", "attention_mask of integers", "wav2vec2"])
+@pytest.mark.parametrize(
+    "name", kept(["padding_mask", "lengths", "attention_mask of integers", "wav2vec2"], "padding_mask")
+)
 def test_training_sees_masks_too(name: str) -> None:
     case = CASES[name]
     model, samples = build(case)
@@ -278,7 +287,7 @@ def test_pooling_the_first_position_needs_no_mask() -> None:
     torch.testing.assert_close(got[0], expected[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"norm": True}, {"hidden": 7}, {"norm": True, "hidden": 7}])
+@pytest.mark.parametrize("options", [slow({"norm": True}), slow({"hidden": 7}), {"norm": True, "hidden": 7}])
 def test_heads_with_more_layers_pool_over_what_is_real(options: dict[str, Any]) -> None:
     case = CASES["attention_mask of integers"]
     model, samples = build(case, spec=cet.HeadSpec(**options))
@@ -398,7 +407,7 @@ def test_a_mask_that_is_none_is_refused(mask: Any, error: Any, message: str) -> 
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["a name that is given", "padding_mask", "lengths"])
+@pytest.mark.parametrize("name", ["a name that is given", slow("padding_mask"), slow("lengths")])
 def test_a_saved_model_keeps_its_masks(name: str, tmp_path: Any) -> None:
     case = CASES[name]
     model, samples = build(case)

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cet import perturb as P
+from thinned import slow
 
 WINDOW, WAVE, STEREO, SPECTROGRAM, IMAGE = (6, 40), (400,), (2, 200), (20, 30), (3, 16, 12)
 LEAVES = [
@@ -176,9 +177,9 @@ def with_missing(x, missing=math.nan, fraction=0.01):
 
 
 @every_leaf
-@pytest.mark.parametrize("severity", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("severity", [0.3, slow(1.0), 4.0])
 @pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, slow(torch.float64)], ids=str)
 def test_a_missing_value_stays_missing_and_nothing_else_becomes_so(perturb, shape, severity, missing, dtype):
     perturb = perturb.with_severity(severity)
     x, gone = with_missing(batch(12, shape, dtype), missing)

@@ -22,8 +22,8 @@ from cet.ops.definitions import SCORE_NAMES
 from cet.runtime import RunnerName, cuda_graphs, runner_for
 from cet.runtime.buckets import choose_buckets
 from cet.runtime.graphs import MAX_BUCKETS, MAX_CAPTURES
-from conftest import Built
-from families import Inputs
+from conftest import Built, build_family
+from families import FAMILIES, Inputs
 from graph_backends import Fakes, run_by
 from oracle import (
     CONTRACT,
@@ -33,6 +33,7 @@ from oracle import (
     poisoned_row,
     policy_between_scores,
 )
+from thinned import kept, slow
 
 GRAPH_RUNNERS: list[RunnerName] = ["graphs", "device"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -53,6 +54,11 @@ def runner(request: pytest.FixtureRequest) -> RunnerName:
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture(scope="module", params=kept(FAMILIES, "skip", "conv-lstm", "late-fusion"))
+def built(request: pytest.FixtureRequest) -> Built:
+    return build_family(request.param)
 
 
 @pytest.fixture
@@ -106,7 +112,7 @@ def test_closed_exits_give_the_backbones_output(running: Any) -> None:
     assert [len(capture.buckets) for capture in model.captures] == [1]
 
 
-@pytest.mark.parametrize("poison", [NAN, math.inf, pytest.param(-math.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("poison", [NAN, slow(math.inf), slow(-math.inf)])
 def test_a_poisoned_row_stays_and_touches_no_other_nor_a_later_batch(running: Any, poison: float) -> None:
     inputs_of, model = running
     inputs = inputs_of(7)

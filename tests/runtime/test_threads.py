@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cet
 from oracle import answers_of, exit_logits_of_eager_backbone, policy_that_parts
+from thinned import slow
 from watchdog import in_a_process
 
 R = torch.randn
@@ -94,7 +95,7 @@ def exit_logits_from_threads(num_threads: int, mode: str) -> None:
     run_together(works)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("mode", ["eval", slow("train")])
 def test_the_logits_of_all_exits_from_many_threads_are_each_threads_own(mode: str) -> None:
     in_a_process(exit_logits_from_threads, 8, mode)
 
@@ -389,7 +390,7 @@ def fork_beside(work: str) -> None:
         thread.join(60)
 
 
-@pytest.mark.parametrize("work", ["predict", "exit_logits", "cutting"])
+@pytest.mark.parametrize("work", ["predict", slow("exit_logits"), "cutting"])
 def test_a_child_that_is_forked_while_other_threads_work_answers(work: str) -> None:
     in_a_process(fork_beside, work)
 

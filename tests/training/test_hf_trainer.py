@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cet
 from cet.data.batches import split_batch
+from thinned import slow
 
 ROWS = 24
 POLICY = cet.ExitPolicy("confidence", (0.36, None))
@@ -99,7 +100,7 @@ def _quiet() -> Any:
         yield
 
 
-@pytest.mark.parametrize("family", [bert, vit])
+@pytest.mark.parametrize("family", [bert, slow(vit)])
 def test_it_trains_every_exit_evaluates_the_policy_and_saves_all(family: Any, tmp_path: Path) -> None:
     model, rows = family()
     trainer = trainer_for(model, rows, tmp_path)

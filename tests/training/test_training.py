@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -31,6 +29,8 @@ from cet.training import (
     train,
 )
 from cet.training.sampling import ShuffledBatches, batches
+from thinned import slow
+from watchdog import start
 
 TINY = replace(CONSISTENT, epochs=4, batch_size=16)
 
@@ -44,9 +44,13 @@ def tiny_windows(persons: range, rows: int = 80) -> Windows:
     return Windows(x, y, torch.arange(rows) % len(persons) + persons.start, ("slow", "fast"))
 
 
+def tiny_split() -> Split:
+    return Split(tiny_windows(range(3)), tiny_windows(range(3, 4)), tiny_windows(range(4, 5)))
+
+
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return Split(tiny_windows(range(3)), tiny_windows(range(3, 4)), tiny_windows(range(4, 5)))
+    return tiny_split()
 
 
 @pytest.fixture(scope="module")
@@ -143,22 +147,19 @@ def test_training_leaves_the_global_generator_and_the_folder_alone(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.slow), 2])
+def train_and_be_killed(epoch: int, threads: int, folder: Path) -> None:
+    torch.set_num_threads(threads)
+    kill = StopIn(epoch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train(TINY, tiny_split(), 0, directory=folder, callbacks=[kill])
+
+
+@pytest.mark.parametrize("epoch", [slow(0), 2])
 def test_a_killed_run_goes_on_to_the_same_weights(
     split: Split, trained: cet.EarlyExit, tmp_path: Path, epoch: int
 ) -> None:
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_training import TINY, Split, StopIn, tiny_windows, train
-from pathlib import Path
-split = Split(tiny_windows(range(3)), tiny_windows(range(3, 4)), tiny_windows(range(4, 5)))
-kill = StopIn({epoch}, lambda: os.kill(os.getpid(), signal.SIGKILL))
-train(TINY, split, 0, directory=Path({str(tmp_path)!r}), callbacks=[kill])
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = start(train_and_be_killed, (epoch, torch.get_num_threads(), tmp_path), 100, tmp_path.with_suffix(".log"))
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == (epoch > 0)
     first_epochs = []
 
@@ -202,7 +203,7 @@ def test_a_checkpoint_holds_tensors_and_plain_values_only(split: Split, tmp_path
     ("recipe", "seed", "named"),
     [
         (replace(TINY, severity=0.5), 0, f"severity {TINY.severity}, not 0.5"),
-        (replace(TINY, consistency_weight=0.0), 0, f"consistency_weight {TINY.consistency_weight}, not 0.0"),
+        slow(replace(TINY, consistency_weight=0.0), 0, f"consistency_weight {TINY.consistency_weight}, not 0.0"),
         (TINY, 1, "seed 0, not 1"),
     ],
 )
@@ -254,7 +255,7 @@ def test_the_accuracy_of_every_exit_is_logged(split: Split) -> None:
     assert logged["train_loss"] > 0
 
 
-@pytest.mark.parametrize("kind", ["dict", "triple", "batch_fn"])
+@pytest.mark.parametrize("kind", ["dict", slow("triple"), "batch_fn"])
 def test_any_kind_of_batch_trains_the_same_model(split: Split, kind: str) -> None:
     """Rows without a label count in no accuracy, whatever the batches they come in."""
 
@@ -382,9 +383,9 @@ def test_a_loss_that_is_not_finite_stops_training_before_the_step(split: Split, 
 
 
 def test_a_run_with_a_moving_average_goes_on_to_the_same_weights(split: Split, tmp_path: Path) -> None:
-    ema = replace(TINY, teacher="ema", epochs=3)
+    ema = replace(TINY, teacher="ema", epochs=2)
     whole = train(ema, split, 0)
     with pytest.raises(KeyboardInterrupt):
         train(ema, split, 0, directory=tmp_path, callbacks=[StopIn(1, raise_keyboard_interrupt)])
     assert_same_weights(train(ema, split, 0, directory=tmp_path, resume=True), whole)
-    assert differ(train(replace(TINY, epochs=3), split, 0), whole)
+    assert differ(train(replace(TINY, epochs=2), split, 0), whole)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,31 +10,28 @@ import pytest
 import torch
 import two_processes
 
+from watchdog import start
+
 TIMEOUT = 120.0
 
 
 def run(task: str, folder: Path) -> list[dict[str, Any]]:
     """What each of two processes ended with; when one fails or TIMEOUT is over, all are killed and their logs shown."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     logs = [folder / f"{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, two_processes.__file__, task, str(rank), "2", str(folder)]
-        with log.open("wb") as output:
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    processes = [start(two_processes.one_of_two, (task, rank, folder), TIMEOUT, log) for rank, log in enumerate(logs)]
     deadline = time.monotonic() + TIMEOUT
     try:
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
+        while any(process.exitcode is None for process in processes):
+            if any(process.exitcode for process in processes):
                 deadline = min(deadline, time.monotonic() + 5)  # the others wait for the one that failed
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
     finally:
-        codes = [process.poll() for process in processes]
+        codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     written = "\n".join(
         f"--- process {rank}: exit {code}\n{log.read_text()}"
         for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
