@@ -472,7 +472,8 @@ def consistent_exit_loss_into(
     row_block = max(1, _TILE // block_k)
     leads = classes > block_k and together > aligned
     terms = block_size(4 * exits, 1 << 30)
-    own = exits if row_block == 1 and classes <= block_k else 1  # of short rows, more programs are better
+    # Of short rows more programs are better; of long ones, or many exits, one for all would take too many registers.
+    own = exits if row_block == 1 and classes <= 1024 and exits <= 8 else 1
     blocks = triton.cdiv(rows, row_block)
     partials = losses.loss_ptr.new_empty(4, exits, blocks)
     labels = labels.contiguous()

@@ -476,3 +476,17 @@ def test_tensors_whose_numbers_cannot_be_listed_are_held_all_the_same(kind: str)
     model = cet.EarlyExit(net, ["a"], (X,)).eval()
     torch.testing.assert_close(model.predict(X).logits, net(X))
     model.check(X)
+
+
+def test_hooks_that_another_thread_adds_meanwhile_are_no_error() -> None:
+    hooks: OrderedDict[int, Any] = OrderedDict()
+
+    class Meddling:
+        """Where a thread may be switched, another adds a hook."""
+
+        @property
+        def __self__(self) -> None:
+            hooks[len(hooks)] = print
+
+    hooks[0] = hooks[1] = Meddling()
+    assert [*fingerprint.followed_hooks(hooks)] == [0, 1]

@@ -198,7 +198,7 @@ class Fingerprint:
                     name: (type(tensor), self._owner_of.setdefault(id(tensor), (*where, name)))
                     if registered
                     else id(tensor)
-                    for name, tensor in value.items()
+                    for name, tensor in list(value.items())
                     if tensor is not None or not registered
                 }
                 self.containers[where] = value
@@ -263,7 +263,7 @@ class Fingerprint:
             self._snapshots.append((partial(copy.copy, value), before))
         elif isinstance(value, MappingProxyType):
             self.entries[path] = _Content([type(value), *value])
-            for key, item in value.items():
+            for key, item in list(value.items()):
                 self._record((*path, key), item, depth + 1)
             self._snapshot(partial(_identities_in, value))
         elif isinstance(value, (ReferenceType, ContextVar)):
@@ -361,7 +361,7 @@ class _Content:
 def codes_of(kind: type) -> Iterator[CodeType]:
     """The code of the methods of a module's class and its bases."""
     for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for value in vars(cls).values():
+        for value in list(vars(cls).values()):
             code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
             if code is not None:
                 yield code
@@ -406,7 +406,7 @@ def _identities(value: Any, names: list[str]) -> list[int]:
 
 
 def _identities_in(mapping: Mapping[Any, Any]) -> list[tuple[Any, int]]:
-    return [(key, id(value)) for key, value in mapping.items()]
+    return [(key, id(value)) for key, value in list(mapping.items())]
 
 
 def _identity_of(read: Callable[[], Any]) -> int:
@@ -422,7 +422,8 @@ def _numbers_of(tensor: Tensor) -> str | None:
 
 def followed_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
     """Those that may change what passes."""
-    return {number: hook for number, hook in hooks.items() if not (isinstance(hook, ExitHook) or _is_tracker(hook))}
+    now = list(hooks.items())  # at once: other threads may add some
+    return {number: hook for number, hook in now if not (isinstance(hook, ExitHook) or _is_tracker(hook))}
 
 
 def _is_tracker(hook: Any) -> bool:
