@@ -81,6 +81,7 @@ def every_way() -> dict[str, Any]:
         ((40, 70), 128, "channels_first"),
     ]
     if ON_GPU:
+        shapes += [((3000, 64, 16), 7, "channels_first")]  # several rows a program
         shapes += [((300, 64, 48), 12, "channels_first"), ((9, 50, 96), 30, "channels_last")]
         shapes += [((33, 64), 1000, "channels_first"), ((2, 128), 32000, "channels_first")]
     worst: dict[str, tuple[float, float]] = {}
