@@ -345,8 +345,9 @@ def consistent_exit_loss_kernel(
             teacher = clean_softmax
 
         weight = pick(config.exit_weights, i_exit, EXITS)
-        # The largest probability is 1 / sum; the sum is at least 1 unless the logits are NaN, or all infinite.
-        b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 1.0)).to(tl.float32)
+        # The largest probability is 1 / sum; the sum is at least 1, but for rounding of a mean, unless the logits are
+        # NaN, or all infinite.
+        b_confident = (m_row & (config.min_confidence * teacher[2] <= 1.0) & (teacher[2] >= 0.5)).to(tl.float32)
         b_divergence = tl.zeros([ROWS], tl.float32)
         for i_class in range(0, CLASSES + lead, BLOCK_K):
             if CLASSES > BLOCK_K:
