@@ -301,7 +301,8 @@ def consistent_exit_loss_kernel(
     of_consistency = config.consistency_weight / rows
     of_perturbed = of_consistency + config.supervise_perturbed / labelled
     consistency_share = tl.where(of_perturbed > 0.0, of_consistency / of_perturbed, 0.0)
-    b_supervised_share = tl.where(b_label == _UNLABELLED, 0.0, b_one * (1.0 - consistency_share))
+    supervised_share = tl.where(of_perturbed > 0.0, 1.0 - consistency_share, 0.0)
+    b_supervised_share = tl.where(b_label == _UNLABELLED, 0.0, b_one * supervised_share)
 
     normalizers = ()
     if MEAN_TEACHER:
@@ -377,9 +378,11 @@ def consistent_exit_loss_kernel(
 
             if perturbed.grad_ptrs is not None:
                 b_share = probabilities(b_student, student)
-                b_difference = (consistency_share * b_confident)[:, None] * (b_share - b_target)
-                # Where the share is 0 the label may be none.
-                b_difference += b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
+                # Where a share is 0 its target may be none, or not finite.
+                b_of_teacher = (consistency_share * b_confident)[:, None] * (b_share - b_target)
+                b_of_label = b_supervised_share[:, None] * (b_share - b_is_label.to(tl.float32))
+                b_difference = tl.where(consistency_share > 0.0, b_of_teacher, 0.0)
+                b_difference += tl.where((b_supervised_share != 0.0)[:, None], b_of_label, 0.0)
                 grad_ptr = pick(perturbed.grad_ptrs, i_exit, EXITS)
                 b_factor = tl.full([ROWS], 1.0, tl.float32)
                 scale = weight * of_perturbed

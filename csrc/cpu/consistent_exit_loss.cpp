@@ -121,8 +121,10 @@ void hard_gradient(int64_t target, const Softmax& student, Shares shares, int64_
   store(grad + label, (shares.consistency * r + shares.supervised * (r - 1.0f)) * scale);
 }
 
+// Of a term that is not there it is zero, even if the logits are not finite.
 template <class T>
-void zero(T* grad, int64_t classes) {
+void supervised_gradient(const Softmax& p, int64_t label, int64_t classes, float scale, T* grad) {
+  if (label != kUnlabelled) return cross_entropy_gradient(p, label, classes, scale, grad);
   for (int64_t k = 0; k < classes; ++k) store(grad + k, 0.0f);
 }
 
@@ -197,17 +199,15 @@ void loss_rows(const LossArguments& arguments) {
 
         if (e.clean_grad != nullptr) {
           T* grad = static_cast<T*>(e.clean_grad) + row * s.classes;
-          if (label != kUnlabelled) {
-            cross_entropy_gradient(clean[k], label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
-          } else {
-            zero(grad, s.classes);
-          }
+          supervised_gradient(clean[k], label, s.classes, gradient_scale<T>(e.weight * supervised_scale), grad);
         }
         if (e.perturbed_grad != nullptr) {
           T* grad = static_cast<T*>(e.perturbed_grad) + row * s.classes;
           const Shares shares = {consistency_share * confident, label != kUnlabelled ? supervised_share : 0.0f};
           const float scale = gradient_scale<T>(e.weight * perturbed_scale);
-          if (s.hard_target) {
+          if (consistency_share == 0.0f) {
+            supervised_gradient(student, supervised_share > 0.0f ? label : kUnlabelled, s.classes, scale, grad);
+          } else if (s.hard_target) {
             hard_gradient(target, student, shares, label, s.classes, scale, grad);
           } else {
             soft_gradient(teacher, student, shares, label, s.classes, scale, grad);

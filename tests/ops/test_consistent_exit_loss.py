@@ -147,6 +147,26 @@ def test_a_term_of_weight_zero_may_be_infinite(backend: str) -> None:
     assert losses.supervised_perturbed.isposinf().all()
 
 
+@pytest.mark.parametrize("target", ["soft", "hard"])
+@pytest.mark.parametrize("teacher", ["mean", "self", "final"])
+def test_a_term_of_weight_zero_has_no_gradient(backend: str, teacher: Any, target: Any) -> None:
+    """Whatever its teacher or its student is."""
+    clean = [torch.tensor([[math.nan, 1.0, 0.0], [0.0, 2.0, 1.0]]), torch.tensor([[-math.inf] * 3, [1.0, 0.0, 0.0]])]
+    perturbed = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor([-100, 1])
+    options: dict[str, Any] = {"consistency_weight": 0.0, "target": target, "teacher": teacher}
+    loss = ops.consistent_exit_loss(clean, perturbed, labels, **options).loss
+    for gradient, x in zip(torch.autograd.grad(loss, perturbed), perturbed, strict=True):
+        expected = 0.5 * (x.detach().softmax(1) - F.one_hot(labels.clamp(min=0), 3))
+        torch.testing.assert_close(gradient, expected * torch.tensor([[0.0], [1.0]]))
+
+    learns = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    perturbed[1] = torch.full((2, 3), math.nan, requires_grad=True)
+    loss = ops.consistent_exit_loss(learns, perturbed, labels, **options, supervise_perturbed=0.0).loss
+    for one in torch.autograd.grad(loss, perturbed, allow_unused=True):
+        assert one is None or one.count_nonzero() == 0
+
+
 def test_ties_teach_their_first_class(backend: str) -> None:
     clean, perturbed = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0]])
     losses = ops.consistent_exit_loss([clean], [perturbed], torch.tensor([-100]), target="hard")

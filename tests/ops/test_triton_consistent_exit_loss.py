@@ -14,6 +14,7 @@ from test_consistent_exit_loss import (  # noqa: F401
     test_a_class_of_probability_zero_in_float32_adds_nothing,
     test_a_class_that_the_teacher_rules_out_adds_nothing,
     test_a_compiled_call_gives_the_same_loss_and_gradients,
+    test_a_term_of_weight_zero_has_no_gradient,
     test_a_term_of_weight_zero_may_be_infinite,
     test_half_precision_under_a_loss_scale,
     test_known_values,
