@@ -199,7 +199,7 @@ def partial_logits(
     for i_channel in range(i_slice * BLOCK_C, shape.channels, SLICES * BLOCK_C):
         o_channel = i_channel + tl.arange(0, BLOCK_C)
         b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
-        o_weight = o_class[:, None] * shape.channels + o_channel[None, :]
+        o_weight = o_class.to(tl.int64)[:, None] * shape.channels + o_channel[None, :]
         m_weight = (o_class < CLASSES)[:, None] & (o_channel < shape.channels)[None, :]
         b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
         b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
@@ -405,7 +405,7 @@ def _plan(
     slices = _slices(size, share, most)
     tile = _TILE if slices > 1 else _TILE_BYTES // itemsize
     block_c, block_p = shape.blocks(tile, min(64, 4096 // block_k), slices)
-    slices = min(slices, _power_within(triton.cdiv(shape.channels, block_c)))
+    slices = min(slices, _power_within(max(1, triton.cdiv(shape.channels, block_c))))
     rows = 1 if slices > 1 else min(_power_within(max(1, _ROWS_BYTES // size)), _MAX_ROWS, max(1, 1024 // block_k))
     warps = 1 if block_c * block_p < 1024 else 4
     return _Plan(shape, shape.alignment(itemsize), rows, slices, block_c, block_p, block_k, warps)

@@ -180,9 +180,10 @@ def test_graphs_prefer_triton_where_it_works(
         _why_no_triton.cache_clear()
 
 
-def test_a_lack_of_memory_is_not_kept_as_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError("Triton Error [CUDA]: out of memory")])
+def test_a_lack_of_memory_is_not_kept_as_a_reason(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
     def fails(device: torch.device) -> None:
-        raise torch.OutOfMemoryError
+        raise error
 
     monkeypatch.setattr("cet.ops.backend.has_triton", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
@@ -195,6 +196,18 @@ def test_a_lack_of_memory_is_not_kept_as_a_reason(monkeypatch: pytest.MonkeyPatc
         assert why_no_triton(cuda) is None
     finally:
         _why_no_triton.cache_clear()
+
+
+def test_an_error_of_earlier_work_says_nothing_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr("cet.ops.backend.has_triton", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("cet.ops.backend._launch_on", fails)
+    _why_no_triton.cache_clear()
+    with pytest.raises(torch.AcceleratorError):
+        why_no_triton(torch.device("cuda", 0))
 
 
 def test_explain_refuses_what_is_no_operation() -> None:

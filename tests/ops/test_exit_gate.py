@@ -261,7 +261,7 @@ BAD_GATES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"score": "energy"}, ValueError, "score 'energy' is unknown; choose one of entropy"),
     ({"logits": torch.zeros(3)}, ValueError, r"logits have shape \(3,\); give \(B, K\)"),
     ({"logits": torch.zeros(3, 1)}, ValueError, "at least 2 classes"),
-    ({"logits": torch.zeros(1, 2).expand(2**31, 2)}, ValueError, "at most 2.31 - 1 rows"),
+    ({"logits": torch.zeros(1, 2).expand(2**30 + 1, 2)}, ValueError, "at most 2.30 rows"),
     ({"logits": torch.zeros(3, 2, dtype=torch.int64)}, TypeError, "logits are torch.int64; give a floating"),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.rehearsal import NoWaiting
 from cet import ops
+from cet.ops.backend import preferring_triton
 from cet.ops.definitions import SCORE_NAMES, ScoreName, pool_features
 from cet.ops.padded import (
     Answers,
@@ -131,6 +134,24 @@ def test_nothing_waits_for_the_device(device: str, score: ScoreName) -> None:
         logits = F.linear(pool_features(features, "channels_first", "mean", mask), weight)
         padded_step_of_logits(logits, at, kept, answers, score=score)
         padded_scores(logits, at.decision, at.num_real, score=score)
+
+
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("lazy", [lambda z: z.conj(), lambda z: z.conj().imag])
+def test_the_fused_step_moves_no_bytes_of_what_is_conjugated_or_negated_lazily(lazy: Any) -> None:
+    features, weight = torch.randn(6, 4, 5), torch.randn(3, 4)
+    wave = lazy(torch.randn(6, 3, dtype=torch.complex64))
+    target = torch.zeros(6, 3, dtype=wave.dtype)
+    device = str(features.device)
+    answers = Answers(torch.zeros(6, 3), torch.zeros(6), torch.zeros(6, dtype=torch.int64))
+    at, options = padded_exit(device, 6, 6, 0.0, 1.0), {"layout": "channels_first", "pool": "mean", "score": "entropy"}
+    with pytest.raises(ValueError, match="gather_and_scatter_rows: backend 'triton' cannot take"):  # asked for by name
+        padded_exit_step(features, weight, None, at, [(wave, target)], answers, **options)
+    with ops.use_backend(None), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cet.ops.backend.why_no_triton", lambda device: None)
+        with preferring_triton(features.device):
+            padded_exit_step(features, weight, None, at, [(wave, target)], answers, **options)
+    torch.testing.assert_close(target, wave.resolve_conj().resolve_neg())
 
 
 LAYOUTS = {

@@ -94,6 +94,41 @@ def test_graphs_hold_the_kernels_of_triton(runner: RunnerName, monkeypatch: pyte
     assert model.captures[0].runner == runner
 
 
+class WithWave(Net):
+    """Of what goes on past its exits a part is conjugated lazily: its memory holds other numbers than it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.fft.rfft(x.mean(1)).conj()
+        return self.classifier(self.block(self.stem(x)).mean(2)) + z.imag[:, :4]
+
+
+@pytest.mark.usefixtures("triton_backend", "on_fake_gpu")
+@pytest.mark.parametrize("runner", ["graphs", "device"])
+def test_what_is_conjugated_lazily_goes_on_as_what_it_is(runner: RunnerName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cet.ops.backend.why_no_triton", lambda device: None)
+    ways: list[str] = []
+    monkeypatch.setattr(triton, "padded_exit_step", noting(ways, triton.padded_exit_step))
+    with cet.ops.use_backend(None):
+        model = model_run_by(runner, WithWave())
+        x = {"x": torch.randn(8, 3, 16)}
+        assert_same_answers(model.predict(**x), answer_each_row_alone(model, x, model.policy))
+    assert ways
+
+
+@pytest.mark.usefixtures("on_fake_gpu")
+def test_work_of_a_first_run_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, waits = CudaGraphs(CPU, 1), list[object]()
+    stream = graphs._streams.captures
+    monkeypatch.setattr(type(stream), "synchronize", lambda self: waits.append(self))
+
+    def fails() -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        graphs.capture(fails)
+    assert stream in waits
+
+
 class CompilationError(Exception):
     __module__ = "triton.compiler.errors"
 

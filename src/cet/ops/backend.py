@@ -148,10 +148,12 @@ def _why_no_triton(device: torch.device) -> str | None:
         return f"{device} is older than compute capability 8.0, which the kernels need"
     try:
         _launch_on(device)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the second is of work that came before
         raise
     except Exception as error:  # whatever it is, nothing was launched, and there is another way
         message = (str(error).splitlines() or [""])[0]
+        if "out of memory" in message:  # as Triton tells it
+            raise torch.OutOfMemoryError(message) from error
         reason = (
             f"its kernels cannot be launched on {device} ({type(error).__name__}: {message}); cet doctor tells more"
         )

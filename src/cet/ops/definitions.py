@@ -19,8 +19,8 @@ Layout = Literal["channels_first", "channels_last"]
 Pool = Literal["mean", "first"]
 ScoreName = Literal["entropy", "confidence", "margin"]
 
-MAX_ROWS = 2**31 - 1
-"""What the kernels of every device can count."""
+MAX_ROWS = 2**30
+"""Twice as many, a place in an order of rows, is still an int32."""
 
 SCORE_NAMES: tuple[ScoreName, ...] = get_args(ScoreName)
 

@@ -177,7 +177,9 @@ PADDED_EXIT_STEP = Operation("padded_exit_step", definition=_by_pytorch, kernels
 MATRIX_PRODUCT = "PyTorch's matrix product, the gate's kernel, then the row copy"
 
 
-def _choose_exit_step(features: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Choice:
+def _choose_exit_step(
+    features: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool, kept: RowPairs
+) -> Choice:
     choice = PADDED_EXIT_STEP.dispatch((features, weight) if bias is None else (features, weight, bias))
     if choice.backend == "triton":
         reason = None
@@ -185,6 +187,9 @@ def _choose_exit_step(features: Tensor, weight: Tensor, bias: Tensor | None, poo
             reason = AUTOCAST
         elif not triton.fuses(features, weight, pool):
             reason = NOT_FUSED
+        elif moved := [tensor for pair in kept for tensor in pair]:
+            rows = GATHER_AND_SCATTER_ROWS.dispatch(moved)  # which the fused kernel moves by the same code
+            reason = "; ".join(rows.reasons) if rows.backend != "triton" else None
         if reason is not None:
             return Choice("padded_exit_step", "reference", MATRIX_PRODUCT).but(MATRIX_PRODUCT, reason)
     return choice
@@ -203,7 +208,7 @@ def _explain_padded_exit_step(
     score: ScoreName,
     count_is_known: CountIsKnown,
 ) -> Choice:
-    return _choose_exit_step(features, weight, bias, pool)
+    return _choose_exit_step(features, weight, bias, pool, kept)
 
 
 @explained_by(_explain_padded_exit_step)
@@ -224,7 +229,7 @@ def padded_exit_step(
 
     On Triton in one launch that reads the features from memory once: the rows that go on are copied from the cache.
     """
-    PADDED_EXIT_STEP.run[_choose_exit_step(features, weight, bias, pool).backend](
+    PADDED_EXIT_STEP.run[_choose_exit_step(features, weight, bias, pool, kept).backend](
         features, weight, bias, at, kept, answers, layout, pool, score, count_is_known
     )
 

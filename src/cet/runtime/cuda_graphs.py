@@ -123,9 +123,11 @@ class CudaGraphs:
             stream.wait_event(self._streams.done)
             with torch.cuda.stream(stream):
                 drawn = self._draws()
-                body()  # kernels are compiled and libraries make their handles outside of the capture
+                try:
+                    body()  # kernels are compiled and libraries make their handles outside of the capture
+                finally:  # also after an error: memory that the body used is given to others then
+                    stream.synchronize()
                 captured.draws = self._draws() != drawn
-                stream.synchronize()
                 if self._is_first:  # and largest: what its run took, of which a pool gets nothing
                     torch.cuda.empty_cache()
                     self._is_first = False

@@ -47,7 +47,7 @@ class RowBuffer:
 
     def give(self, value: Tensor) -> RowPairs:
         """What to move so that the buffer gets rows of ``value``."""
-        rows = self._core(value).movedim(self._dim, 0)
+        rows = self._core(value).movedim(self._dim, 0).resolve_conj().resolve_neg()  # bytes are moved
         alike = torch.empty_like(self.rows[: len(rows)])
         if any(s != t and n > 1 for s, t, n in zip(rows.stride()[1:], alike.stride()[1:], rows.shape[1:], strict=True)):
             rows = alike.copy_(rows)

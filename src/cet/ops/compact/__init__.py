@@ -103,7 +103,7 @@ def _check_exit_mask(exit_mask: Tensor) -> None:
     if exit_mask.dtype is not torch.bool:
         raise TypeError(f"compact: exit_mask is {exit_mask.dtype}; give bool")
     if exit_mask.ndim != 1 or exit_mask.shape[0] > MAX_ROWS:
-        raise ValueError(f"compact: exit_mask has shape {tuple(exit_mask.shape)}; give (B,), at most 2^31 - 1 rows")
+        raise ValueError(f"compact: exit_mask has shape {tuple(exit_mask.shape)}; give (B,), at most 2^30 rows")
 
 
 def check_rows(op: str, rows: int, device: torch.device, tensors: Sequence[Tensor], dims: Sequence[int]) -> None:

@@ -121,10 +121,11 @@ def gather_and_scatter_rows_definition(
     place = torch.arange(len(positions), device=positions.device)
     order_of_kept = order_of_exited = place.int()
     is_exiting = place < count
-    if order is not None and num_kept is not None:
-        order_of_kept, order_of_exited = order.unbind()
-        is_exiting = place < count - num_kept
     is_kept = torch.zeros_like(place, dtype=torch.bool) if num_kept is None else place < num_kept
+    if order is not None and num_kept is not None:
+        is_exiting = place < count - num_kept
+        # Of a kernel's order the rest is undefined, and may be no row.
+        order_of_kept, order_of_exited = order.masked_fill(~torch.stack([is_kept, is_exiting]), 0).unbind()
     for source, target in kept:
         first = target[: len(place)]
         first.copy_(torch.where(_per_row(is_kept, source), source[order_of_kept], first))

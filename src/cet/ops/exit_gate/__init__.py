@@ -174,7 +174,7 @@ def _check_logits(logits: Tensor) -> None:
         raise no_tensor("gate", "logits", logits)
     if logits.ndim != 2 or logits.shape[1] < 2 or logits.shape[0] > MAX_ROWS:
         raise ValueError(
-            f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^31 - 1 rows"
+            f"gate: logits have shape {tuple(logits.shape)}; give (B, K) with at least 2 classes, at most 2^30 rows"
         )
     if not logits.is_floating_point():
         raise TypeError(f"gate: logits are {logits.dtype}; give a floating dtype")
@@ -249,7 +249,7 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor | None, layout: La
     shape = features.shape
     if len(shape) < 2 or shape[0] > MAX_ROWS:
         raise ValueError(
-            f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^31 - 1 rows"
+            f"exit_gate: features have shape {tuple(shape)}; give (B, C, ...) or (B, ..., C) with at most 2^30 rows"
         )
     if pool == "first" and len(shape) > 2 and (len(shape) != 3 or layout != "channels_last" or shape[1] == 0):
         raise ValueError(
