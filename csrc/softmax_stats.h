@@ -36,13 +36,16 @@ struct SoftmaxStats {
 static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline float smaller(float a, float b) { return a < b ? a : b; }
 
+// Below, expf is as good as 0, and a difference of logits may be infinite.
+constexpr float kFarBelow = -87.3f;
+
 // Adds a part's sums to those of a block with at least its max. A part whose logits are all -Inf has sum 0; NaN spreads.
 static inline void add_rescaled(const SoftmaxStats& part, float temperature, SoftmaxStats* to) {
   if (part.sum == 0.0f) return;
   const float shift = (part.max - to->max) / temperature;
   const float scale = expf(shift);
   to->sum += part.sum * scale;
-  to->weighted += (part.weighted + shift * part.sum) * scale;
+  to->weighted += (part.weighted + larger(shift, kFarBelow) * part.sum) * scale;
 }
 
 // Of two blocks together.

@@ -199,7 +199,7 @@ def partial_logits(
     for i_channel in range(i_slice * BLOCK_C, shape.channels, SLICES * BLOCK_C):
         o_channel = i_channel + tl.arange(0, BLOCK_C)
         b_pooled = mean_over_positions(row_ptr, shape, o_channel, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P)
-        o_weight = o_class.to(tl.int64)[:, None] * shape.channels + o_channel[None, :]
+        o_weight = o_class[:, None] * shape.channels + o_channel[None, :]
         m_weight = (o_class < CLASSES)[:, None] & (o_channel < shape.channels)[None, :]
         b_weight = tl.load(weight_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
         b_logits += tl.sum(b_weight * b_pooled[None, :], axis=1)
@@ -418,7 +418,9 @@ def fuses(features: Tensor, weight: Tensor, pool: str) -> bool:
     """
     classes, channels = weight.shape
     positions = features.shape[1:].numel() // max(1, channels)
-    return features.ndim > 2 and pool == "mean" and classes <= min(_MAX_CLASSES, max(32, positions))
+    if features.ndim <= 2 or pool != "mean" or _MAX_CLASSES * channels >= 1 << 31:  # weights are counted in int32
+        return False
+    return classes <= min(_MAX_CLASSES, max(32, positions))
 
 
 def _slices(size: int, share: int, most: int) -> int:

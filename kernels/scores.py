@@ -33,10 +33,13 @@ def softmax_stats(b_logits, temperature, SCORE: tl.constexpr):
 
 @triton.jit
 def rescaled(stats, b_max, temperature):
-    """The sums relative to a max that is at least their own; those of logits that are all -Inf are 0."""
+    """The sums relative to a max that is at least their own; those of logits that are all -Inf are 0.
+
+    Far below it they vanish, also where the way there is not finite, or times a sum is not.
+    """
     b_shift = tl.where(stats[2] == 0.0, 0.0, (stats[0] - b_max) / temperature)
     b_scale = tl.exp(b_shift)
-    return stats[2] * b_scale, (stats[3] + b_shift * stats[2]) * b_scale
+    return stats[2] * b_scale, (stats[3] + tl.maximum(b_shift, _EXP_UNDERFLOW) * stats[2]) * b_scale
 
 
 @triton.jit

@@ -357,6 +357,22 @@ def test_logits_that_overflow_when_divided_by_the_temperature(backend: str, scor
     assert exit_mask.tolist() == [True, SCORES[score].is_low_when_sure, True, False]
 
 
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e30, -math.inf])
+@pytest.mark.parametrize("temperature", [1.0, 1e-9])
+@pytest.mark.parametrize("score", SCORE_NAMES)
+def test_classes_masked_by_a_large_number_count_nothing(
+    backend: str, score: ScoreName, temperature: float, mask: float
+) -> None:
+    """Whole blocks of them, as many as are summed up before they are joined to others."""
+    logits = torch.randn(3, 12000)
+    logits[0, 3000:], logits[1, :9000] = mask, mask
+    kept = logits[0, :3000], logits[1, 9000:], logits[2]
+    with ops.use_backend("reference"):
+        expected = torch.cat([ops.exit_score(row[None].double(), score, temperature) for row in kept])
+    scores, _ = ops.gate(logits, score=score, threshold=0.5, temperature=temperature)
+    torch.testing.assert_close(scores, expected.float(), atol=1e-4, rtol=1e-4)
+
+
 def test_what_is_no_tensor_is_refused_by_name() -> None:
     x, flags = torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)
     for call, message in (

@@ -13,6 +13,7 @@ from test_exit_gate import (  # noqa: F401
     assert_exit_gate_right,
     test_a_poisoned_row_stays_and_touches_no_other,
     test_a_score_equal_to_the_threshold_leaves,
+    test_classes_masked_by_a_large_number_count_nothing,
     test_compiled_calls_give_the_same,
     test_exit_gate_on_any_shape,
     test_gradients_flow_through_the_logits_alone,
