@@ -37,7 +37,7 @@ def kernels(request: pytest.FixtureRequest, every_kernel: list[dict[str, Any]]) 
 
 
 MANY_REGISTERS = {"many rows of half precision": 12, "loss, 4000 classes": 16}
-"""Cases that are wide for a thread, and how many warps run at once then: to be tried narrower on a GPU (docs/gpu.md)."""
+"""Cases that are wide for a thread, and how many warps run at once then: to be tried narrower on a GPU."""
 
 
 def test_nothing_is_spilled(kernels: list[dict[str, Any]]) -> None:

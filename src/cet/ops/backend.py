@@ -2,7 +2,7 @@
 
 Left to itself an operation on CPU tensors runs on the compiled kernels, where these are installed and can take them,
 and every other on the reference. The Triton kernels serve where they are chosen, and within CUDA graphs, where a launch
-costs the host nothing: from which size on they are faster elsewhere has not been measured on a GPU yet.
+costs the host nothing; launched from Python they took 0.66 to 1.1 of eager PyTorch's speed (docs/gpu.md).
 """
 
 from __future__ import annotations

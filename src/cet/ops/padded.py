@@ -177,9 +177,7 @@ PADDED_EXIT_STEP = Operation("padded_exit_step", definition=_by_pytorch, kernels
 MATRIX_PRODUCT = "PyTorch's matrix product, the gate's kernel, then the row copy"
 
 
-def _choose_exit_step(
-    features: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool, kept: RowPairs
-) -> Choice:
+def _choose_exit_step(features: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool, kept: RowPairs) -> Choice:
     choice = PADDED_EXIT_STEP.dispatch((features, weight) if bias is None else (features, weight, bias))
     if choice.backend == "triton":
         reason = None

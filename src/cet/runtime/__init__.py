@@ -37,7 +37,7 @@ def check_runner(wanted: RunnerName | None) -> None:
 
 
 def runner_for(device: torch.device, wanted: RunnerName | None) -> RunnerName:
-    """The runner for inputs on ``device``: what is wanted, else ``"eager"``, until the others have been measured.
+    """The runner for inputs on ``device``: what is wanted, else ``"eager"``, which needs no capture.
 
     Raises:
         ValueError: when the wanted one cannot run there.

@@ -116,8 +116,8 @@ def consistent_exit_loss(
     2104.00299), that of the same exit (``"self"``) or that of the last one (``"final"``). ``D`` is the Kullback-Leibler
     divergence from it (``target="soft"``; Xie et al. 2020, arXiv 1904.12848) or the cross-entropy with its most likely
     class (``"hard"``; Sohn et al. 2020, arXiv 2001.07685); ``m`` is 1 where the largest entry of ``p`` reaches
-    ``min_confidence``, else 0. All arithmetic is in float32. A term of weight 0 adds nothing, even an infinite one, and the
-    kernels give the clean logits of a row without a label a gradient of 0, even where they are not finite.
+    ``min_confidence``, else 0. All arithmetic is in float32. A term of weight 0 adds nothing, even an infinite one,
+    and the kernels give the clean logits of a row without a label a gradient of 0, even where they are not finite.
 
     Args:
         clean: E tensors ``(B, K)``, the logits on the clean input, shallow exit first.
