@@ -32,6 +32,8 @@ KERNELS = (
     "consistent_exit_loss",
     "scale",
 )
+SANITIZED = ("every_way", "loss_and_gradients", "rows_move")
+"""Checks that launch all of these, whose accesses the sanitizers see."""
 OP_TESTS = ["tests/ops/test_padded.py"]
 OP_TESTS += [f"tests/ops/test_triton_{name}.py" for name in ("exit_gate", "compact", "consistent_exit_loss")]
 RUNNER_TESTS = ["tests/runtime/test_runners.py", "tests/runtime/test_runners_cuda.py"]
@@ -103,8 +105,7 @@ def stages(work: Path, device: str) -> list[Stage]:
         names = [f"--kernel-name=kns={name}_kernel" for name in KERNELS]
         # PyTorch looks for functions that the driver lacks, which is no error.
         under = ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", *names)
-        command = ["-m", "benchmarks.smoke", str(work / f"{tool}.jsonl"), device, "every_way", "loss_and_gradients"]
-        command += ["--limit", "100"]
+        command = ["-m", "benchmarks.smoke", str(work / f"{tool}.jsonl"), device, *SANITIZED, "--limit", "100"]
         # Within a block of PyTorch's own cache no access would be out of bounds.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Stage(tool, "B", command, 110, under if on_gpu else (), alone, beside=True)

@@ -231,6 +231,34 @@ class Step:
 
 
 @check
+def rows_move() -> dict[str, Any]:
+    """Steps on padded and whole batches, and rows moved alone, more tensors than a launch takes: as the reference."""
+    wrong: list[str] = []
+    several, shared, by_product = (enough(3000, 9), 16, 24), (enough(9, 2), 64, enough(4096, 192)), (40, 8, 3)
+    for shape, classes in ((several, 7), (shared, 7), (by_product, 100)):
+
+        def moved(shape: tuple[int, ...] = shape, classes: int = classes) -> list[Tensor]:
+            step = Step(shape, classes)
+            ascending = ops.exit_gate(step.x, step.weight, threshold=0.0)[1].sort().values
+            threshold = float(ascending[len(ascending) // 2 - 1 :][:2].mean())
+            step.decision[0] = threshold
+            step()
+            others = [step.x.flatten(1)[:, : i + 1].contiguous() for i in range(10)]
+            exit_mask = ops.exit_gate(step.x, step.weight, threshold=threshold)[2]
+            together = exit_step(step.x, step.weight, None, [step.x, *others], threshold=threshold)[2]
+            alone = ops.compact(exit_mask, others)
+            output = torch.zeros_like(others[9])
+            ops.scatter_rows(output, others[9], exit_mask.nonzero()[:, 0])
+            return [step.y[: int(step.num_kept)], *together.tensors, *alone.tensors, output]
+
+        got = moved()
+        with ops.use_backend("reference"):
+            want = moved()
+        wrong += [f"{shape}: {i}" for i, (a, b) in enumerate(zip(got, want, strict=True)) if not torch.equal(a, b)]
+    return {"ok": not wrong, "wrong": wrong}
+
+
+@check
 def places_under_load() -> dict[str, Any]:
     """Who goes where, found by programs that look back at each other: many rows, launches on two streams at once."""
     bad, launches = 0, enough(600, 2)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,26 @@ def test_the_stages_fit_a_loan_and_name_what_exists(tmp_path: Path, device: str)
 def test_the_sanitizers_are_told_every_kernel() -> None:
     sources = "".join(path.read_text() for path in (gpu_first.ROOT / "kernels").glob("*.py"))
     assert {*re.findall(r"def (\w+)_kernel\(", sources)} == {*gpu_first.KERNELS}
+
+
+def test_what_the_sanitizers_watch_launches_every_kernel(tmp_path: Path) -> None:
+    script = f"""
+        import os
+        from pathlib import Path
+        os.environ["TRITON_INTERPRET"] = "1"
+        from cet.kernels import launch
+        names, original = set(), launch.launch
+        def noting(kernel, *args, **options):
+            names.add(kernel.__name__)
+            original(kernel, *args, **options)
+        launch.launch = noting
+        from benchmarks import smoke
+        smoke.main(Path({str(tmp_path / "checks.jsonl")!r}), {[*gpu_first.SANITIZED]!r}, 100, None, [])
+        print(*names)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu_first.ROOT, check=True)
+    assert {*done.stdout.splitlines()[-1].split()} == {f"{name}_kernel" for name in gpu_first.KERNELS}
 
 
 def is_running(process: int) -> bool:
@@ -143,7 +164,7 @@ def test_every_stage_is_rehearsed_to_its_end(rehearsed: Path) -> None:
     assert all(line["ok"] for line in checks.values())
     for name in ("machine", "places_under_load", "every_way", "counts_are_fresh", "runner_device_triton"):
         assert name in checks
-    assert {line["check"] for line in archive.lines("racecheck.jsonl")} == {"every_way", "loss_and_gradients"}
+    assert {line["check"] for line in archive.lines("racecheck.jsonl")} == {*gpu_first.SANITIZED}
     for name in gpu_read.BENCHMARKS:
         assert f"results/{name}.csv" in archive.files
 
