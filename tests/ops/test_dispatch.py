@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import logging
 import math
@@ -133,7 +134,7 @@ def test_the_answer_is_what_runs(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
             monkeypatch.setitem(operation.run, name, noted)
     for chosen in ("cpp", "reference", None):
-        for op, args, kwargs in CALLS.values():
+        for op, args, kwargs in copy.deepcopy(CALLS).values():
             launched.clear()
             with ops.use_backend(chosen):  # type: ignore[arg-type]
                 expected = ops.explain(op, *args, **kwargs).backend
