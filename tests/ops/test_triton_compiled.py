@@ -12,24 +12,20 @@ from typing import Any
 
 import pytest
 
-CAPABILITIES = (80, 90, 100)
+from thinned import kept
+
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a processor
 ROW_COPIES = ["row copy", "row copy, channels last", "row copy, padded"]
 
 
-@pytest.fixture(scope="module")
-def every_kernel() -> list[dict[str, Any]]:
-    """For all of the capabilities; in a process of its own, because Triton may interpret in this one."""
+@pytest.fixture(scope="module", params=kept(SHARED_BYTES, 90))
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """In a process of its own, because Triton may interpret in this one."""
     script = Path(__file__).parents[1] / "compile_triton.py"
-    command = [sys.executable, script, *map(str, CAPABILITIES)]
+    command = [sys.executable, script, str(request.param)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-@pytest.fixture(scope="module", params=CAPABILITIES)
-def kernels(request: pytest.FixtureRequest, every_kernel: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    compiled = [kernel for kernel in every_kernel if kernel["capability"] == request.param]
+    compiled: list[dict[str, Any]] = [json.loads(line) for line in result.stdout.splitlines()]
     print(f"\nsm_{request.param:<24} {'kernel':<30} registers  shared bytes  warps")
     for k in compiled:
         print(f"{k['case']:<27} {k['kernel']:<30} {k['registers']:>9} {k['shared']:>13} {k['warps']:>6}")
