@@ -166,6 +166,54 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from nodes_of(attribute.g)
 
 
+@pytest.fixture
+def chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if branches within branches cost too much of ONNX Runtime's memory."""
+    monkeypatch.setattr("cet.deploy.onnx_writer._MOST_COPIED", -1)
+
+
+def test_with_its_branches_one_behind_the_other_a_file_is_as_good(
+    chain: None, exported: Exported, tmp_path: Path
+) -> None:
+    few = {name: value[:4] for name, value in exported.inputs.items()}
+    report = cet.export(exported.model, tmp_path / "chain.onnx", few, thresholds="input")
+    chained = exported._replace(report=report)
+    check_is_chain(report.path, exported.model.num_exits)
+    test_answers_are_those_of_the_model_in_a_process_without_torch(chained, tmp_path)
+    test_edges(chained)
+    test_a_nan_touches_no_other_row(chained)
+    test_the_file_is_plain_onnx_that_holds_each_weight_once(chained)
+    cet.export(exported.model, tmp_path / "row.onnx", few, batch=1)
+    check_is_chain(tmp_path / "row.onnx", exported.model.num_exits)
+    loaded = cet.load_exported(tmp_path / "row.onnx")
+    expected = answers_of(exported.logits, exported.model.policy)
+    for row in np.flatnonzero(~near_a_threshold(exported.logits, exported.model.policy))[:40]:
+        out = loaded.predict(**{name: value[row : row + 1] for name, value in exported.inputs.items()})
+        assert int(out.exit_index) == expected.exit_index[row]
+        torch.testing.assert_close(out.logits[0], expected.logits[row], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.score[0], expected.score[row], rtol=1e-3, atol=1e-4)
+
+
+def check_is_chain(path: Any, num_exits: int) -> None:
+    graph = onnx.load(path).graph
+    branches = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    assert len(branches) == 2 * (num_exits - 1)
+    assert not [node for branch in branches for node in branch.node if node.op_type == "If"]
+    assert not [weight for branch in branches for weight in branch.initializer if len(weight.raw_data) > 64]
+
+
+@pytest.mark.parametrize("layers", [3, 9])
+def test_large_nets_of_many_exits_have_their_branches_one_behind_the_other(layers: int, tmp_path: Path) -> None:
+    """In branches within branches ONNX Runtime would hold the last stage's weights once for each exit before it."""
+    backbone = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(layers)), nn.Linear(1024, 3)).eval()
+    exits = [str(index) for index in range(layers - 1)]
+    model = cet.EarlyExit(backbone, exits, (torch.randn(2, 1024),)).eval()
+    model.policy = cet.ExitPolicy("entropy", (0.5,) * len(exits))
+    cet.export(model, tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert [node.op_type for node in graph.node].count("If") == (1 if layers == 3 else layers - 1)
+
+
 def test_what_the_file_says_of_itself(exported: Exported) -> None:
     metadata = {prop.key: prop.value for prop in onnx.load(exported.report.path).metadata_props}
     description = json.loads(metadata["cet"])
@@ -208,7 +256,12 @@ def test_importing_the_loader_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("batch", ["dynamic", 1])
-def test_patience_is_counted_in_the_file_row_by_row(tmp_path: Path, batch: Any) -> None:
+@pytest.mark.parametrize("most_copied", [64_000_000, -1])
+def test_patience_is_counted_in_the_file_row_by_row(
+    tmp_path: Path, batch: Any, most_copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With branches within branches, and with branches one behind the other."""
+    monkeypatch.setattr("cet.deploy.onnx_writer._MOST_COPIED", most_copied)
     torch.manual_seed(3)
     layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.ReLU())]
     backbone = nn.Sequential(*layers, nn.Linear(6, 3)).eval()

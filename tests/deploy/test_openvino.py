@@ -53,3 +53,12 @@ def test_answers_are_those_of_the_model(name: str, score: ScoreName, tmp_path: P
 @pytest.mark.parametrize(("name", "score"), FAMILIES)
 def test_one_row_at_a_time(name: str, score: ScoreName, tmp_path: Path) -> None:
     check_answers(name, score, tmp_path / "m.onnx", (1,) * 20, batch=1, load=InOpenVino)
+
+
+@pytest.mark.parametrize(("name", "score"), [("skip", "entropy"), ("vit", "confidence")])
+def test_branches_one_behind_the_other(
+    name: str, score: ScoreName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cet.deploy.onnx_writer._MOST_COPIED", -1)
+    check_answers(name, score, tmp_path / "m.onnx", (1, 2, 7, 64), load=InOpenVino)
+    check_answers(name, score, tmp_path / "row.onnx", (1,) * 20, batch=1, load=InOpenVino)

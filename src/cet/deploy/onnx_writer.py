@@ -7,6 +7,10 @@ made from ``torch.cond`` is traced again for each exit that it is in.
 For any number of rows those that stay are gathered before the branch, and their answers scattered back behind it,
 where tensors can be freed and written in place; logits, score and exit index are columns of one tensor on the way, so
 that one scatter does. For a batch of one there is no index at all.
+
+ONNX Runtime keeps a branch with all that it holds beside what it makes of it, and so weights of the last stage as often
+as there are exits before it. Where that is much, the branches stand one behind the other instead, each with one stage,
+and all weights around them; who has left passes through the rest, which costs microseconds.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ _SMALL = 64
 """Bytes."""
 _LARGEST = 2_000_000_000
 """Bytes that a protocol buffer holds."""
+_MOST_COPIED = 64_000_000
+"""Bytes of weights that branches within branches may cost a session of ONNX Runtime."""
 
 
 class OnnxWriter:
@@ -155,6 +161,7 @@ class _Model:
         self._graph = graph.clone()
         self._parts = _split(self._graph, segments, len(stages.sized))
         self._graph.outputs.clear()
+        self._shapes = {value: value.shape for part in self._parts for value in part.outputs}  # nodes forget them
         self._weights = Weights()
         self._constants: dict[Value, Value] = {}
         for value in self._graph.initializers.values():
@@ -172,12 +179,23 @@ class _Model:
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
         self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
+        self._is_chain = False
 
     def with_exits(self) -> bytes:
-        block, answers = self._any_rows() if self.description.batch is None else self._one_row(0, self._entry)
+        copied = sum(depth * self._num_bytes(part) for depth, part in enumerate(self._parts))
+        self._is_chain = copied > _MOST_COPIED
+        if self.description.batch is None:
+            block, answers = self._any_rows()
+        else:
+            block, answers = self._row_by_stages() if self._is_chain else self._one_row(0, self._entry)
         thresholds = [self._given_thresholds] if self.description.thresholds_are_input else []
         outputs = [*zip(OUTPUTS, answers, self._kinds, strict=True)]
         return self._to_bytes(block, [*self._inputs, *thresholds], outputs, thresholds)
+
+    def _num_bytes(self, part: _Part) -> int:
+        """Of the weights that a segment reads."""
+        read = {value for node in part.nodes for value in _read_by(node)} & set(self._weights.values)
+        return sum(weight.const_value.nbytes for weight in read if weight.const_value is not None)
 
     def without_exits(self) -> bytes:
         whole = Block(self._weights, "")
@@ -298,8 +316,28 @@ class _Model:
         leaves = self._leaves(block, flat, exit_index)
         return block, self._if(block, leaves, (leaving, answers), self._one_row(depth + 1, crossing, seen))
 
+    def _row_by_stages(self) -> tuple[Block, list[Value]]:
+        """As :meth:`_one_row`, with the branches one behind the other."""
+        top, crossing, seen = Block(self._weights, ""), list(self._entry), list[Value]()
+        answers: list[Value] = []
+        for depth, segment in enumerate(self._segments):
+            block, logits, score, crossing, seen = self._scored(depth, crossing, seen)
+            flat = block.op("Squeeze", score, block.integers(1))
+            made = [logits, block.op("Identity", block.integers(segment.exit_index)), flat]
+            if depth + 1 < len(self._segments):
+                made.append(self._leaves(block, flat, segment.exit_index))
+            if depth == 0:
+                top, answers = block, made
+                continue
+            passed = Block(self._weights, f"{block.prefix}passed/")
+            same = [passed.op("Identity", value) for value in answers[: len(made)]]
+            answers, crossing, seen = self._stage_or_not(
+                top, answers[3], (passed, same), (block, made, crossing, seen), False
+            )
+        return top, answers
+
     def _any_rows(self) -> tuple[Block, list[Value]]:
-        block, packed = self._packed(0, self._entry)
+        block, packed = self._rows_by_stages() if self._is_chain else self._packed(0, self._entry)
         widths = block.integers(self.description.num_classes, 1, 1)
         logits, column, exit_index = block.ops("Split", packed, widths, outputs=3, axis=1)
         flat = [block.op("Squeeze", value, block.integers(1)) for value in (exit_index, column)]
@@ -317,28 +355,110 @@ class _Model:
 
     def _packed(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, Value]:
         """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
+        block, packed, staying = self._packed_stage(depth, values, seen)
+        if staying is None:
+            return block, packed
+        deeper, answers = self._packed(depth + 1, staying.crossing, staying.seen)
+        (answered,) = self._if(block, staying.somebody, (deeper, [answers]), self._nobody(block))
+        return block, block.op("ScatterND", packed, staying.places, answered)
+
+    def _rows_by_stages(self) -> tuple[Block, Value]:
+        """As :meth:`_packed`, with the branches one behind the other."""
+        top, packed, staying = self._packed_stage(0, self._entry, ())
+        for depth in range(1, len(self._segments)):
+            assert staying is not None
+            block, answers, further = self._packed_stage(depth, staying.crossing, staying.seen)
+            made, crossing, seen = [answers], list[Value](), list[Value]()
+            nobody, none = self._nobody(block)
+            if further is not None:
+                made += [further.somebody, block.op("Gather", staying.places, further.rows, axis=0)]
+                none += [
+                    nobody.op("Identity", staying.somebody),
+                    nobody.op("ConstantOfShape", nobody.integers(0, 1), value=_zero(INT64)),
+                ]
+                crossing, seen = further.crossing, further.seen
+            made, crossing, seen = self._stage_or_not(
+                top, staying.somebody, (nobody, none), (block, made, crossing, seen), True
+            )
+            packed = top.op("ScatterND", packed, staying.places, made[0])
+            if further is not None:
+                staying = _Staying(made[1], made[2], further.rows, crossing, seen)
+        return top, packed
+
+    def _packed_stage(
+        self, depth: int, values: Sequence[Value], seen: Sequence[Value]
+    ) -> tuple[Block, Value, _Staying | None]:
+        """A segment with the answers of all its rows, ``(n, K + 2)``, and the rows that it has go on."""
         block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
         both = block.op("Concat", block.cast(logits, self._width), block.cast(score, self._width), axis=1)
         packed = block.op("Pad", both, block.integers(0, 0, 0, 1), block.constant(np.array(exit_index, self._width)))
         if depth + 1 == len(self._segments):
-            return block, packed
+            return block, packed, None
         stays = block.op("Not", self._leaves(block, score, exit_index))
         index = block.op("NonZero", block.op("Squeeze", stays, block.integers(1)))  # (1, number that stays)
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
         rows = block.op("Squeeze", index, block.integers(0))
         going_on = [
-            value if dim is None else block.op("Gather", value, rows, axis=dim)
+            value if dim is None else self._like(block.op("Gather", value, rows, axis=dim), value)
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
+        seen = [block.op("Gather", value, rows, axis=0) for value in seen]
+        return block, packed, _Staying(somebody, block.op("Transpose", index), rows, going_on, seen)
+
+    def _nobody(self, block: Block) -> tuple[Block, list[Value]]:
+        """The answers of no rows."""
         nobody = Block(self._weights, f"{block.prefix}nobody/")
         # OpenVINO reads an initialiser without rows as a scalar.
         width = nobody.integers(0, self.description.num_classes + 2)
-        none = nobody.op("ConstantOfShape", width, value=ir.tensor(np.zeros(1, self._width)))
-        seen = [block.op("Gather", value, rows, axis=0) for value in seen]
-        deeper, answers = self._packed(depth + 1, going_on, seen)
-        (answered,) = self._if(block, somebody, (deeper, [answers]), (nobody, [none]))
-        return block, block.op("ScatterND", packed, block.op("Transpose", index), answered)
+        return nobody, [nobody.op("ConstantOfShape", width, value=_zero(_dtype(self._width)))]
+
+    def _like(self, made: Value, value: Value) -> Value:
+        """Note that one value has the sizes of another, but for the number of rows."""
+        self._shapes[made] = self._shapes.get(value, value.shape)
+        return made
+
+    def _stage_or_not(
+        self,
+        top: Block,
+        condition: Value,
+        skipped: tuple[Block, list[Value]],
+        stage: tuple[Block, list[Value], list[Value], list[Value]],
+        runs_if: bool,
+    ) -> tuple[list[Value], list[Value], list[Value]]:
+        """A branch with one stage, and one with what stands for its answers where it is skipped; what the stage makes,
+        hands on and has seen, as values behind both."""
+        passed, answers = skipped
+        block, made, crossing, seen = stage
+        own = set(block.nodes)
+        carried = [value for value in dict.fromkeys([*crossing, *seen]) if value.producer() in own]
+        none = [
+            passed.op("ConstantOfShape", passed.integers(*self._sizes_of_none(value)), value=_zero(_dtype_of(value)))
+            for value in carried
+        ]
+        outputs = [
+            value if value.producer() in own and value not in carried else block.op("Identity", value) for value in made
+        ]
+        branches = [(block, [*outputs, *carried]), (passed, [*answers, *none])]
+        values = self._if(top, condition, *(branches if runs_if else reversed(branches)))
+        for value, inside in zip(values, [*made, *carried], strict=True):
+            value.type = inside.type
+        behind = dict(zip(carried, values[len(made) :], strict=True))
+        for inside, value in behind.items():
+            self._like(value, inside)
+        return (
+            values[: len(made)],
+            [behind.get(value, value) for value in crossing],
+            [behind.get(value, value) for value in seen],
+        )
+
+    def _sizes_of_none(self, value: Value) -> list[int]:
+        """Of a tensor that nobody reads: those of the one in its place, where they are known, and no rows."""
+        shape = self._shapes.get(value, value.shape)
+        rows = self.description.batch or 0
+        if shape is None:  # what a score has to have seen
+            return [rows, 1]
+        return [size if isinstance(size, int) else rows for size in shape]
 
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
@@ -377,7 +497,7 @@ class _Model:
         )
         for branch in _branches(graph):
             _own_small_weights(branch, self._weights)
-        _place(graph, set(self._weights.values))
+        _place(graph, set(self._weights.values), self._is_chain)
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="cet")
         model.metadata_props[KEY] = self.description.to_json()
         RemoveUnusedNodesPass()(model)
@@ -404,13 +524,22 @@ def _branches(graph: ir.Graph) -> Iterator[ir.Graph]:
         yield from (a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH)
 
 
+def _is_large(weight: Value) -> bool:
+    assert weight.const_value is not None
+    return weight.const_value.nbytes > _SMALL
+
+
+def _zero(dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
+
+
 def _own_small_weights(branch: ir.Graph, weights: Weights) -> None:
     """Give a branch, and those within it, a copy of each small weight that it reads. ONNX Runtime fuses int8 nodes only
     where zero points are the branch's own, and to read from around a branch costs at each call."""
     shared, own = set(weights.values), dict[Value, Value]()
     for node in branch:
         for index, value in enumerate(node.inputs):
-            if value in shared and value.const_value is not None and value.const_value.nbytes <= _SMALL:
+            if value in shared and not _is_large(value):
                 if value not in own:
                     own[value] = weights.copy(value)
                 node.replace_input_with(index, own[value])
@@ -418,21 +547,38 @@ def _own_small_weights(branch: ir.Graph, weights: Weights) -> None:
         _own_small_weights(inner, weights)
 
 
-def _place(graph: ir.Graph, weights: set[Value]) -> None:
-    """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call."""
+def _place(graph: ir.Graph, weights: set[Value], is_chain: bool) -> None:
+    """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call. In a
+    chain the large ones stay around the branches, where there is one of each; ONNX Runtime lays out for its kernels
+    those of a branch and of the graph around it."""
     branches = list(_branches(graph))
     read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
     here = {value for node in graph for value in node.inputs if value in weights}
     here |= {value for value in graph.outputs if value in weights}
     here |= {value for a, b in itertools.combinations(read_in, 2) for value in a & b}
+    if is_chain:
+        here |= {value for read in read_in for value in read if _is_large(value)}
     for value in sorted(here, key=lambda value: value.name or ""):
         graph.register_initializer(value)
     for branch, read in zip(branches, read_in, strict=True):
-        _place(branch, read - here)
+        _place(branch, read - here, False)
 
 
 def _rearranges(node: ir.Node) -> bool | None:
     return True if node.op_type in ("Concat", "Gather", "Transpose", "Unsqueeze") else None
+
+
+class _Staying(NamedTuple):
+    """The rows that go on behind a segment."""
+
+    somebody: Value
+    """Whether there are any."""
+    places: Value
+    """``(m, 1)``: which they are, of the rows around the branch that answers them."""
+    rows: Value
+    """``(m,)``: which they are, of the rows of the segment."""
+    crossing: list[Value]
+    seen: list[Value]
 
 
 class _Part(NamedTuple):
