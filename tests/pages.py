@@ -64,7 +64,7 @@ def check_command(line: str) -> None:
     if program == "cet":
         for name in COMMANDS:
             cli.add_command(import_module(f"cet.cli.{name}").command)
-        _parse(cli, click.Context(cli, info_name="cet"), arguments)
+        _parse(cli, click.Context(cli, info_name="cet", **cli.context_settings), arguments)
     elif program == "make":
         targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M))
         wanted = {word for word in arguments if "=" not in word}

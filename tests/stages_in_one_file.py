@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import cet
 from cet.deploy.check import NEAR
 from cet.deploy.loaded import LoadedModel
+from cet.deploy.seal import sealed
 from cet.ops.definitions import ScoreName
 from families import FAMILIES
 from oracle import policy_between_scores, spread_logits
@@ -132,9 +133,16 @@ def check_bad_files(file: Path, foreign: bytes, tmp_path: Path, runtime: str) ->
     whole = file.read_bytes()
     for content in (b"", b"no model" * 50, whole[: len(whole) // 2], whole[:-20], whole[:200] + bytes(200)):
         bad.write_bytes(content)
-        with pytest.raises(cet.ExportError, match=rf"{runtime} cannot read .*bad.* \(.*\); export it again"):
+        with pytest.raises(cet.ExportError, match=r"bad.* does not end as files of cet.export do: .*; export it again"):
             cet.load_exported(bad)
-    bad.write_bytes(foreign)
+    for place in range(0, len(whole) - 100, len(whole) // 40):
+        bad.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(cet.ExportError, match=r"bad.* is damaged: its bytes are not those that were written"):
+            cet.load_exported(bad)
+    bad.write_bytes(sealed(b"no model" * 50))
+    with pytest.raises(cet.ExportError, match=rf"{runtime} cannot read .*bad.* \(.*\); export it again"):
+        cet.load_exported(bad)
+    bad.write_bytes(sealed(foreign))
     with pytest.raises(cet.ExportError, match=r"was not written by cet.export; give a file that was"):
         cet.load_exported(bad)
     with pytest.raises(FileNotFoundError, match=r"is no file; give the path that cet.export wrote"):

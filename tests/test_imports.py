@@ -12,7 +12,17 @@ import cet
 
 ROOT = Path(cet.__file__).parent
 LEVELS = (
-    {"data", "perturb", "measure", "files", "signals", "plotting", "callers", "words"},  # beside, below all
+    {
+        "data",
+        "perturb",
+        "measure",
+        "files",
+        "signals",
+        "plotting",
+        "callers",
+        "words",
+        "thresholds",
+    },  # beside, below all
     {"kernels", "_C", "_cuda"},
     {"ops", "partition"},
     {"runtime"},

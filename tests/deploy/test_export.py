@@ -35,6 +35,12 @@ def opened() -> cet.EarlyExit:
     return model
 
 
+def hooked() -> cet.EarlyExit:
+    model = opened()
+    model.register_forward_hook(lambda _module, _args, logits: 2 * logits)
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> cet.EarlyExit:
     return opened()
@@ -102,6 +108,10 @@ def test_one_row_by_entropy_a_class_that_is_ruled_out_and_a_nan(tmp_path: Path) 
         ((np.zeros((1, 4)),), "input is float64 but the file takes float32; convert it"),
         ((torch.zeros(1, 4, dtype=torch.float16),), "input is float16 but the file takes float32"),
         (([[0.0] * 4],), r"input is list; give a NumPy array or a tensor"),
+        ((torch.zeros(1, 4, device="meta"),), r"input has no array of numbers \(.*\); give a dense tensor"),
+        ((torch.zeros(1, 4).to_sparse(),), r"input has no array of numbers \(.*\); give a dense tensor"),
+        ((np.ma.masked_array(np.zeros((1, 4), np.float32)),), "input is a masked array, whose mask would be lost"),
+        (({"input": np.zeros((1, 4), np.float32)},), r"input is dict; give .* by name, as in predict\(\*\*batch\)"),
         ((), "input is missing"),
         ((np.zeros((1, 4), np.float32), 1), "2 inputs are given by position; the model takes input"),
     ],
@@ -131,6 +141,13 @@ def test_wrong_names_are_refused(file: Path) -> None:
         ({"thresholds": "fixed"}, ValueError, "thresholds is 'fixed'"),
         ({"format": "tflite"}, ValueError, "format 'tflite' is unknown; choose of 'onnx'"),
         ({"path": "m.bin"}, ValueError, r"m.bin ends in '.bin', which is no known format"),
+        ({"path": "m.pte", "format": "onnx"}, ValueError, r"m.pte ends in '.pte', which is not 'onnx'; choose of"),
+        ({"path": None}, TypeError, "path is None; give the name of a file"),
+        ({"path": b"m.onnx"}, TypeError, "path is b'm.onnx'; give the name of a file"),
+        ({"path": "m\0.onnx"}, TypeError, "give the name of a file"),
+        ({"quantize": True}, TypeError, "quantize: loader is True; give an iterable of batches"),
+        ({"example_inputs": torch.full((2, 4), torch.nan)}, ValueError, "no answer to the example is finite"),
+        ({"model": hooked()}, cet.ExportError, "a hook stands on the EarlyExit itself, which no file would run"),
         ({"path": "nowhere/m.onnx"}, OSError, "m.onnx cannot be written"),
         ({"class_labels": ["a"]}, ValueError, "class_labels has 1 entries for 3 classes"),
         ({"class_labels": "abc"}, TypeError, "class_labels is 'abc'; give a list of one string for each class"),
@@ -158,6 +175,18 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(
     with pytest.raises(error, match=message):
         cet.export(**arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_within_autocast_nothing_is_exported(tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="leave it before export"):
+        cet.export(opened(), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("threads", ["2", 0, -1, True])
+def test_what_is_no_number_of_threads_is_refused(file: Path, threads: Any) -> None:
+    with pytest.raises(ValueError, match=r"threads is .*; give a whole number from 1 on, or None"):
+        cet.load_exported(file, threads=threads)
 
 
 class Branches(nn.Module):
@@ -204,8 +233,15 @@ def test_explicit_stages_and_what_changes_in_place(tmp_path: Path) -> None:
         torch.testing.assert_close(got.logits, expected.logits)
     with pytest.raises(ValueError, match="1 thresholds were given but the model has 2 early exits"):
         loaded.thresholds = (0.5,)
-    with pytest.raises(ValueError, match="a threshold is NaN"):
-        loaded.thresholds = (0.5, np.nan)
+    for thresholds, error, message in (
+        ((0.5, np.nan), ValueError, r"thresholds\[1\] is NaN"),
+        ((0.5, 40), ValueError, r"thresholds\[1\] is 40.0, but confidence is at most 1; give a fraction, 0.4 for 40 %"),
+        ((0.5, "a"), TypeError, r"thresholds\[1\] is 'a'; give a number"),
+        (0.5, TypeError, r"thresholds is 0.5; give a sequence of numbers"),
+        (None, TypeError, r"thresholds is None; give a sequence of numbers"),
+    ):
+        with pytest.raises(error, match=message):
+            loaded.thresholds = thresholds  # type: ignore[assignment]
 
 
 def test_a_file_that_would_answer_otherwise_is_not_written(

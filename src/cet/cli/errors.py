@@ -48,7 +48,7 @@ def one_sentence(error: BaseException) -> str:
     """What to tell the user, on one line."""
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "cet"
-        return f"{error.format_message()} See '{command} --help'."
+        return f"{error.format_message().removesuffix('.')}. See '{command} --help'."
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror and not isinstance(error, OutputError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from cet.cli.errors import debug_option
-from cet.cli.parameters import PATH, FiniteRange
+from cet.cli.parameters import PATH, FiniteRange, is_checkpoint
 from cet.files import OutputError
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ def command(
         if not os.path.lexists(model) and ":" not in model:
             raise FileNotFoundError(f"{model} is not there; make a run with: cet train --output {model}")
         raise click.UsageError("--int8 is for a run of cet train, which keeps samples; in Python give quantize=")
+    if backbone is not None and not is_checkpoint(model):
+        raise click.UsageError(f"--backbone is for a file of EarlyExit.save, and {model} is none; leave it out")
+    if ":" not in model and not os.path.lexists(model):
+        raise FileNotFoundError(f"{model} is not there; give a run of cet train, MODULE:NAME or a file")
     loaded, labels = _load(model, backbone)
     rows: Literal["dynamic", 1] = 1 if batch == "1" else "dynamic"
     drop = 0.01 if max_drop is None else max_drop

@@ -64,7 +64,7 @@ def run(args: Sequence[str], commands: Sequence[str]) -> int:
 
 def _context_of(args: Sequence[str]) -> click.Context:
     """The context of the command that the arguments name, which click leaves out of some errors."""
-    context = click.Context(cli, info_name="cet")
+    context = click.Context(cli, info_name="cet", **cli.context_settings)
     for name in args:
         group = context.command
         if isinstance(group, click.Group) and name in group.commands:

@@ -17,6 +17,7 @@ from cet.deploy.description import KEY, Description, ExportError, reason_of
 from cet.deploy.host_loop import MethodsModel
 from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
 from cet.deploy.manifest import Manifest
+from cet.deploy.seal import check_sealed
 from cet.partition.export import quiet
 
 NESTED = "one_row"
@@ -42,6 +43,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedMode
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> LoadedModel:
     """The model in a ``.pt2`` file, whose path is for errors."""
+    check_sealed(content, path)
     archive = read(content, path, threads)
     if KEY not in archive.extra_files:
         raise ExportError(f"{path} was not written by cet.export; give a file that was")

@@ -18,6 +18,7 @@ from cet.deploy.aoti import NESTED
 from cet.deploy.description import KEY, ExportError, reason_of
 from cet.deploy.manifest import Manifest
 from cet.deploy.nested import NestedStages
+from cet.deploy.seal import SEAL_BYTES, sealed
 from cet.deploy.stage_modules import StageModule, write_naming_stages
 from cet.partition.export import CUTTING, quiet
 
@@ -66,4 +67,6 @@ def _package(models: Mapping[str, tuple[ExportedProgram, tuple[Tensor, ...]]], d
             for name, (graph, example) in models.items()
         }
         package_pt2(package, aoti_files=files, extra_files=None if described is None else {KEY: described})
-    return package.getvalue()
+    content = package.getvalue()
+    # A ZIP archive ends in the length of its comment, which comes last.
+    return content if described is None else sealed(content[:-2] + SEAL_BYTES.to_bytes(2, "little"))

@@ -90,10 +90,11 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
 
     Raises:
         AnswerMismatchError: naming the exit at which the first row differs.
+        ValueError: where no answer to the example is finite.
     """
     description, dtype = loaded.description, coarsest_dtype(stages.model)
     own = loaded.thresholds
-    rows, near, largest = 0, 0, 0.0
+    rows, near, largest, is_finite = 0, 0, 0.0, False
     by_exit = [0] * len(description.exits)
     for inputs in _probes(stages, description):
         args, kwargs = stages.input_format.unflatten(copied(inputs))
@@ -119,9 +120,12 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
                 by_exit[k] += int(chosen.sum())
             rows, near = rows + int(sure.sum()), near + int(is_near.sum())
             if bool(sure.any()):
+                is_finite |= bool(logits[sure].isfinite().any())
                 largest = max(largest, float((got.logits[sure] - logits[sure]).abs().nan_to_num(0).max()))
     if description.thresholds_are_input:
         loaded.thresholds = own
+    if not is_finite:
+        raise ValueError("no answer to the example is finite, and nothing can be compared; give other example_inputs")
     return Comparison(rows, near, tuple(by_exit), largest)
 
 

@@ -15,6 +15,7 @@ from cet.deploy.description import KEY, ExportError
 from cet.deploy.host_loop import MethodsModel
 from cet.deploy.loaded import Array, check_is_file
 from cet.deploy.manifest import Manifest
+from cet.deploy.seal import check_sealed
 from cet.measure.host import require
 from cet.partition.export import quiet
 
@@ -37,6 +38,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsMod
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
     """The model in a ``.pte`` file, whose path is for errors."""
+    require("a .pte file", ["executorch"], extra="executorch")
+    check_sealed(content, path)
     program = read(content, path, threads)
     if KEY not in program.method_names:
         raise ExportError(f"{path} was not written by cet.export; give a file that was")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from cet.deploy.description import KEY
 from cet.deploy.executorch_int8 import quantized
 from cet.deploy.manifest import Manifest
+from cet.deploy.seal import sealed
 from cet.deploy.stage_modules import StageModule, write_naming_stages
 from cet.deploy.stage_samples import Taken
 from cet.partition.export import CUTTING, quiet
@@ -30,7 +31,8 @@ def write(
     """
     if feeds is not None:
         stages = quantized(stages, feeds)
-    return write_naming_stages("ExecuTorch", stages, lambda some: _lowered(some, manifest))
+    content = write_naming_stages("ExecuTorch", stages, lambda some: _lowered(some, manifest))
+    return content if manifest is None else sealed(content)
 
 
 def _lowered(stages: Sequence[StageModule], manifest: Manifest | None) -> bytes:

@@ -101,7 +101,7 @@ def export(
         AnswerMismatchError: where the file would answer otherwise than the model.
         ValueError, TypeError: for other arguments than these; for a policy whose exits are all closed, or whose score
             is a function, or patience, in another format than ONNX.
-        RuntimeError: in train mode.
+        RuntimeError: in train mode, and within ``torch.autocast``.
         ModuleNotFoundError: where a package that writes the format is not installed.
         OSError: where the file cannot be written.
     """
@@ -109,6 +109,10 @@ def export(
         raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
     if model.training:
         raise RuntimeError("model is in train mode; call model.eval() before export")
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ExportError("a hook stands on the EarlyExit itself, which no file would run; remove it before export")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError("export runs within torch.autocast, whose dtypes no file would have; leave it before export")
     name = format_of(path, format)
     if batch not in ("dynamic", 1):
         raise ValueError(f"batch is {batch!r}; give 'dynamic' or 1")
@@ -182,11 +186,11 @@ def _samples(stages: ExportedStages, loader: Iterable[Any]) -> Samples:
     """
     if {tensor.dtype for tensor in stages.model.parameters()} != {torch.float32}:
         raise ExportError("the weights are not of float32, which quantize starts from; export model.float()")
-    samples = [
-        (pytree.tree_map_only(Tensor, Tensor.cpu, x), y)
-        for x, y in read_batches(loader, stages.model.num_classes)
-        if len(y)
-    ]
+    try:
+        batches = [(x, y) for x, y in read_batches(loader, stages.model.num_classes) if len(y)]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"quantize: {error}") from error
+    samples = [(pytree.tree_map_only(Tensor, Tensor.cpu, x), y) for x, y in batches]
     calls = [stages.input_format.flatten(*as_call(x)) for x, _ in samples]  # for its own errors
     if not samples:
         raise ValueError("quantize yields no batches; give samples like those to come")
@@ -227,7 +231,8 @@ def _onnx(
     stages: ExportedStages, description: Description, samples: Samples | None
 ) -> tuple[bytes, Comparison | Agreement, Timings[str]]:
     """The file, what came of comparing it, and its speed."""
-    from cet.deploy.onnx import OnnxModel, sealed, session_of
+    from cet.deploy.onnx import BEFORE_SEAL, OnnxModel, session_of
+    from cet.deploy.seal import sealed
 
     writer = _writer(stages, description, samples)
     content = writer.with_exits(description)
@@ -238,7 +243,7 @@ def _onnx(
     loaded = OnnxModel(session_of(content if movable == description else writer.with_exits(movable)), "the model")
     comparison = compare(loaded, stages) if samples is None else agreement(loaded, stages, samples)
     full = session_of(writer.without_exits(description))
-    return sealed(content), comparison, time_exits(loaded, partial(full.run, None), stages)
+    return sealed(content, BEFORE_SEAL), comparison, time_exits(loaded, partial(full.run, None), stages)
 
 
 def _onnx_stages(

@@ -12,6 +12,7 @@ from cet.deploy.description import KEY, ExportError, reason_of
 from cet.deploy.host_loop import MethodsModel
 from cet.deploy.loaded import Array, check_is_file
 from cet.deploy.manifest import Manifest
+from cet.deploy.seal import check_sealed
 from cet.measure.host import require
 
 
@@ -33,6 +34,8 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsMod
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
     """The model in a ``.tflite`` file, whose path is for errors."""
+    require("a .tflite file", ["ai-edge-litert"], extra="litert")
+    check_sealed(content, path)
     interpreter = read(content, path, threads)
     from ai_edge_litert.schema_py_generated import Model
 

@@ -10,6 +10,7 @@ import torch
 from cet.deploy.description import KEY, ExportError
 from cet.deploy.litert_int8 import quantized
 from cet.deploy.manifest import Manifest
+from cet.deploy.seal import sealed
 from cet.deploy.stage_modules import StageModule, write_naming_stages
 from cet.deploy.stage_samples import Taken
 from cet.partition.export import CUTTING, quiet
@@ -40,7 +41,7 @@ def write(
     content = write_naming_stages("LiteRT", stages, _converted)
     if feeds is not None:
         content = quantized(content, stages, feeds)
-    return content if manifest is None else _with_metadata(content, manifest.to_json().encode())
+    return content if manifest is None else sealed(_with_metadata(content, manifest.to_json().encode()))
 
 
 def _converted(stages: Sequence[StageModule]) -> bytes:

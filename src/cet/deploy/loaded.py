@@ -13,11 +13,14 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from cet.deploy.description import BATCH, Description, Input
+from cet.deploy.description import BATCH, Description, Input, reason_of
 from cet.model.output import ExitOutput
+from cet.thresholds import as_numbers, check_thresholds
 
 Array = npt.NDArray[Any]
 Thresholds = tuple[float | None, ...]
+
+_AS_NAMES = "give the entries of a dict by name, as in predict(**batch)"
 
 
 class LoadedModel(ABC):
@@ -145,20 +148,21 @@ class LoadedModel(ABC):
     def thresholds(self, thresholds: Sequence[float | None]) -> None:
         if not self.description.thresholds_are_input:
             raise ValueError("the thresholds are part of this file; export the model with thresholds='input'")
-        chosen = tuple(None if threshold is None else float(threshold) for threshold in thresholds)
+        chosen = as_numbers("thresholds", thresholds, optional=True)
         if len(chosen) != len(self.exit_names) - 1:
             raise ValueError(
                 f"{len(chosen)} thresholds were given but the model has {len(self.exit_names) - 1} early exits; give "
                 "one each, None for a closed one"
             )
-        if any(threshold is not None and math.isnan(threshold) for threshold in chosen):
-            raise ValueError("a threshold is NaN; give a number, or None to close the exit")
+        if self.description.own_is_low is None:
+            check_thresholds(self.description.score, chosen)
         self._thresholds = chosen
 
     def _threshold_array(self, thresholds: Thresholds) -> Array:
         """``(E - 1,)`` float32, with numbers at which no sample leaves where an exit is closed."""
         closed = -math.inf if self.description.is_low_when_sure else math.inf
-        return np.array([closed if threshold is None else threshold for threshold in thresholds], np.float32)
+        with np.errstate(over="ignore"):  # to infinity
+            return np.array([closed if threshold is None else threshold for threshold in thresholds], np.float32)
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The tensors of a call, in the order of the file's inputs."""
@@ -169,7 +173,10 @@ class LoadedModel(ABC):
         tensors = []
         for expected in known.inputs:
             if expected.name not in given:
-                raise TypeError(f"{expected.name} is missing; give {', '.join(tensor.name for tensor in known.inputs)}")
+                fix = f"give {', '.join(tensor.name for tensor in known.inputs)}"
+                if args and isinstance(args[0], Mapping):
+                    fix = _AS_NAMES
+                raise TypeError(f"{expected.name} is missing; {fix}")
             tensors.append(given.pop(expected.name))
         for name, value in given.items():
             if name in known.constants:
@@ -232,14 +239,20 @@ def _other_shape(expected: Input, array: Array) -> ValueError:
 
 def _to_array(expected: Input, value: Any) -> Array:
     """A tensor's memory as an array."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{expected.name} is a masked array, whose mask would be lost; fill it")
     if isinstance(value, np.ndarray):
         return value
     if type(value).__module__.partition(".")[0] != "torch" or not hasattr(value, "detach"):
-        raise TypeError(f"{expected.name} is {type(value).__name__}; give a NumPy array or a tensor")
+        fix = _AS_NAMES if isinstance(value, Mapping) else "give a NumPy array or a tensor"
+        raise TypeError(f"{expected.name} is {type(value).__name__}; {fix}")
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != expected.dtype:
         raise TypeError(f"{expected.name} is {dtype} but the file takes {expected.dtype}; convert it")
-    return cast(Array, value.detach().cpu().numpy())
+    try:
+        return cast(Array, value.detach().cpu().numpy())
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, nested, or on the meta device
+        raise TypeError(f"{expected.name} has no array of numbers ({reason_of(error)}); give a dense tensor") from error
 
 
 def _by_parameter(

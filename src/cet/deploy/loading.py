@@ -23,16 +23,20 @@ def format_of(path: str | os.PathLike[str], wanted: str | None = None) -> str:
     """The format of a file: the one that is wanted, or that of its suffix.
 
     Raises:
-        ValueError: for an unknown format or suffix.
+        ValueError: for an unknown format or suffix, and where they contradict each other.
     """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise TypeError(f"path is {path!r}; give the name of a file, as a string or pathlib.Path")
     known = ", ".join(f"{name!r} ({suffix})" for suffix, name in FORMATS.items())
+    suffix = Path(path).suffix
     if wanted is None:
-        suffix = Path(path).suffix
         if suffix not in FORMATS:
             raise ValueError(f"{os.fspath(path)} ends in {suffix!r}, which is no known format; choose of {known}")
         return FORMATS[suffix]
     if wanted not in FORMATS.values():
         raise ValueError(f"format {wanted!r} is unknown; choose of {known}")
+    if FORMATS.get(suffix, wanted) != wanted:
+        raise ValueError(f"{os.fspath(path)} ends in {suffix!r}, which is not {wanted!r}; choose of {known}")
     return wanted
 
 
@@ -52,9 +56,12 @@ def load_exported(
 
     Raises:
         ExportError: where the file is damaged, of another kind or of a newer format.
+        TypeError, ValueError: for what is no path, an unknown format, and for no number of threads.
         ModuleNotFoundError: where its runtime is not installed.
         OSError: where it cannot be read.
     """
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads is {threads!r}; give a whole number from 1 on, or None for the runtime's own choice")
     reader = import_module(f"cet.deploy.{format_of(path, format).replace('-', '_')}")
     loaded: LoadedModel = reader.load(path, threads)
     return loaded

@@ -5,11 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any
 
 from cet.deploy.description import KEY, OUTPUTS, THRESHOLDS, Description, ExportError, reason_of
 from cet.deploy.loaded import Array, LoadedModel, Thresholds, check_is_file
+from cet.deploy.seal import SEAL, VALUE_BYTES, check_unless_edited
 from cet.measure.host import require
 
 
@@ -67,7 +67,9 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> OnnxModel:
     name = os.fspath(path)
     check_is_file(path)
     with open(path, "rb") as file:
-        _check_seal(file.fileno(), name)
+        if os.fstat(file.fileno()).st_size:  # what is empty cannot be mapped
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+                check_unless_edited(content, name, BEFORE_SEAL)
     return OnnxModel(read_session(name, name, threads), name)
 
 
@@ -86,46 +88,11 @@ def read_session(model: str | bytes, name: str, threads: int | None = None) -> A
         raise ExportError(f"ONNX Runtime cannot read {name} ({reason_of(error)}); export it again") from error
 
 
-SEAL = "cet.sha256"
-"""The last of a file's metadata: how many bytes come before it, and their hash."""
-
-_DIGITS = 12
-
-
-def sealed(content: bytes) -> bytes:
-    """A file with its seal, since ONNX Runtime takes flipped bytes among the weights for weights."""
-    return content + _seal(content)
+def _before_seal() -> bytes:
+    """What makes the seal a message of the field ``metadata_props``, which may stand anywhere in a model: two strings,
+    each behind its length."""
+    name = bytes([0x0A, len(SEAL)]) + SEAL.encode() + bytes([0x12, VALUE_BYTES])
+    return bytes([0x72, len(name) + VALUE_BYTES]) + name
 
 
-def _seal(content: bytes | memoryview) -> bytes:
-    """A message of the field ``metadata_props``, which may stand anywhere in a model, its length and two strings."""
-    value = f"{len(content):0{_DIGITS}}:{sha256(content).hexdigest()}"
-    pair = b"".join(bytes([tag, len(text)]) + text.encode() for tag, text in ((0x0A, SEAL), (0x12, value)))
-    return bytes([0x72, len(pair)]) + pair
-
-
-_SEAL_BYTES = len(_seal(b""))
-_VALUE_BYTES = len(f"{0:0{_DIGITS}}:{sha256().hexdigest()}")
-
-
-def _check_seal(file: int, name: str) -> None:
-    """Refuse a sealed file whose bytes have changed while their number has not: a tool that edits models changes that
-    too, or writes its own metadata behind.
-
-    Raises:
-        ExportError: then.
-    """
-    size = os.fstat(file).st_size - _SEAL_BYTES
-    if size < 0:
-        return
-    with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-        found = bytes(content[size:])
-        expected = _seal(b"")[:-_VALUE_BYTES] + f"{size:0{_DIGITS}}:".encode()
-        if not found.startswith(expected):
-            return
-        with content[:size] as body:
-            if _seal(body) != found:
-                raise ExportError(
-                    f"{name} is damaged: its bytes are not those that were written; export it again, or remove its "
-                    f"metadata {SEAL!r} where it was edited on purpose"
-                )
+BEFORE_SEAL = _before_seal()

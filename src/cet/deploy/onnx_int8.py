@@ -54,18 +54,20 @@ def quantized(graph: ir.Graph, exit_logits: Sequence[ir.Value], feeds: Iterable[
         model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"  # or it warns that this was not done
         ir.save(model, plain)
         try:
-            quantize_static(
-                plain,
-                small,
-                Feeds(),
-                quant_format=QuantFormat.QDQ,
-                nodes_to_quantize=chosen,
-                per_channel=True,
-                extra_options={"DedicatedQDQPair": True},  # values that several nodes share are not fused
-                activation_type=QuantType.QUInt8,  # of signed ones ONNX Runtime leaves most convolutions unfused
-                weight_type=QuantType.QInt8,
-                reduce_range=True,  # 7 bits: sums of two products of 8 overflow on x86 without VNNI
-            )
+            # Of constants such as -Inf, a mask's, it finds that they have no scale, and leaves them.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                quantize_static(
+                    plain,
+                    small,
+                    Feeds(),
+                    quant_format=QuantFormat.QDQ,
+                    nodes_to_quantize=chosen,
+                    per_channel=True,
+                    extra_options={"DedicatedQDQPair": True},  # values that several nodes share are not fused
+                    activation_type=QuantType.QUInt8,  # of signed ones ONNX Runtime leaves most convolutions unfused
+                    weight_type=QuantType.QInt8,
+                    reduce_range=True,  # 7 bits: sums of two products of 8 overflow on x86 without VNNI
+                )
         except ExportError:
             raise
         except Exception as error:

@@ -355,39 +355,39 @@ class _Model:
 
     def _packed(self, depth: int, values: Sequence[Value], seen: Sequence[Value] = ()) -> tuple[Block, Value]:
         """Logits, score or its negative, and exit index of any number of rows, ``(n, K + 2)``, from a segment on."""
-        block, packed, staying = self._packed_stage(depth, values, seen)
-        if staying is None:
+        block, packed, kept = self._packed_stage(depth, values, seen)
+        if kept is None:
             return block, packed
-        deeper, answers = self._packed(depth + 1, staying.crossing, staying.seen)
-        (answered,) = self._if(block, staying.somebody, (deeper, [answers]), self._nobody(block))
-        return block, block.op("ScatterND", packed, staying.places, answered)
+        deeper, answers = self._packed(depth + 1, kept.crossing, kept.seen)
+        (answered,) = self._if(block, kept.somebody, (deeper, [answers]), self._nobody(block))
+        return block, block.op("ScatterND", packed, kept.places, answered)
 
     def _rows_by_stages(self) -> tuple[Block, Value]:
         """As :meth:`_packed`, with the branches one behind the other."""
-        top, packed, staying = self._packed_stage(0, self._entry, ())
+        top, packed, kept = self._packed_stage(0, self._entry, ())
         for depth in range(1, len(self._segments)):
-            assert staying is not None
-            block, answers, further = self._packed_stage(depth, staying.crossing, staying.seen)
+            assert kept is not None
+            block, answers, further = self._packed_stage(depth, kept.crossing, kept.seen)
             made, crossing, seen = [answers], list[Value](), list[Value]()
             nobody, none = self._nobody(block)
             if further is not None:
-                made += [further.somebody, block.op("Gather", staying.places, further.rows, axis=0)]
+                made += [further.somebody, block.op("Gather", kept.places, further.rows, axis=0)]
                 none += [
-                    nobody.op("Identity", staying.somebody),
+                    nobody.op("Identity", kept.somebody),
                     nobody.op("ConstantOfShape", nobody.integers(0, 1), value=_zero(INT64)),
                 ]
                 crossing, seen = further.crossing, further.seen
             made, crossing, seen = self._stage_or_not(
-                top, staying.somebody, (nobody, none), (block, made, crossing, seen), True
+                top, kept.somebody, (nobody, none), (block, made, crossing, seen), True
             )
-            packed = top.op("ScatterND", packed, staying.places, made[0])
+            packed = top.op("ScatterND", packed, kept.places, made[0])
             if further is not None:
-                staying = _Staying(made[1], made[2], further.rows, crossing, seen)
+                kept = _Kept(made[1], made[2], further.rows, crossing, seen)
         return top, packed
 
     def _packed_stage(
         self, depth: int, values: Sequence[Value], seen: Sequence[Value]
-    ) -> tuple[Block, Value, _Staying | None]:
+    ) -> tuple[Block, Value, _Kept | None]:
         """A segment with the answers of all its rows, ``(n, K + 2)``, and the rows that it has go on."""
         block, logits, score, crossing, seen = self._scored(depth, values, seen)
         exit_index = self._segments[depth].exit_index
@@ -404,7 +404,7 @@ class _Model:
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
         seen = [block.op("Gather", value, rows, axis=0) for value in seen]
-        return block, packed, _Staying(somebody, block.op("Transpose", index), rows, going_on, seen)
+        return block, packed, _Kept(somebody, block.op("Transpose", index), rows, going_on, seen)
 
     def _nobody(self, block: Block) -> tuple[Block, list[Value]]:
         """The answers of no rows."""
@@ -568,7 +568,7 @@ def _rearranges(node: ir.Node) -> bool | None:
     return True if node.op_type in ("Concat", "Gather", "Transpose", "Unsqueeze") else None
 
 
-class _Staying(NamedTuple):
+class _Kept(NamedTuple):
     """The rows that go on behind a segment."""
 
     somebody: Value

@@ -31,12 +31,10 @@ class Score(NamedTuple):
     Attributes:
         definition: log-probabilities ``(B, K)`` to scores ``(B,)``, differentiable.
         is_low_when_sure: whether a sample leaves at or below the threshold; else at or above it.
-        is_fraction: whether it is in [0, 1].
     """
 
     definition: Callable[[Tensor], Tensor]
     is_low_when_sure: bool
-    is_fraction: bool
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -54,9 +52,9 @@ def _margin(log_p: Tensor) -> Tensor:
 
 
 SCORES: dict[ScoreName, Score] = {
-    "entropy": Score(_entropy, is_low_when_sure=True, is_fraction=False),
-    "confidence": Score(_confidence, is_low_when_sure=False, is_fraction=True),
-    "margin": Score(_margin, is_low_when_sure=False, is_fraction=True),
+    "entropy": Score(_entropy, is_low_when_sure=True),
+    "confidence": Score(_confidence, is_low_when_sure=False),
+    "margin": Score(_margin, is_low_when_sure=False),
 }
 
 

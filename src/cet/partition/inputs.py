@@ -192,7 +192,8 @@ class InputFormat:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"the inputs do not fit the backbone's forward{self._signature}: {error}") from None
+            fix = f"; {_AS_NAMES}" if args and isinstance(args[0], Mapping) else ""
+            raise TypeError(f"the inputs do not fit the backbone's forward{self._signature}: {error}{fix}") from None
         parameters = self._signature.parameters
         return {
             name: _in_key_order(value)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cet.ops.definitions import SCORE_NAMES, SCORES
+from cet.ops.definitions import SCORE_NAMES
 from cet.runtime.scores import PolicyScore, ScoreFunction, check_score, has_kernel
+from cet.thresholds import as_numbers, check_thresholds
 from cet.words import counted
 
 
@@ -47,19 +47,11 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         check_score(self.score)
-        object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds, optional=True))
-        for index, threshold in enumerate(self.thresholds):
-            if threshold is None or not math.isfinite(threshold):
-                continue
-            if self.score == "patience" and threshold != int(threshold):
-                raise ValueError(f"thresholds[{index}] is {threshold}, but patience counts exits; give a whole number")
-            if has_kernel(self.score) and SCORES[self.score].is_fraction and abs(threshold) > 2:
-                raise ValueError(
-                    f"thresholds[{index}] is {threshold}, but {self.score} is at most 1; give a fraction, "
-                    f"{threshold / 100:g} for {threshold:g} %"
-                )
+        object.__setattr__(self, "thresholds", as_numbers("thresholds", self.thresholds, optional=True))
+        if not isinstance(self.score, ScoreFunction):
+            check_thresholds(self.score, self.thresholds)
         if self.survival is not None:
-            object.__setattr__(self, "survival", _numbers("survival", self.survival, optional=False))
+            object.__setattr__(self, "survival", as_numbers("survival", self.survival, optional=False))
             if len(self.survival) != len(self.thresholds):
                 raise ValueError(
                     f"survival has {len(self.survival)} entries for {len(self.thresholds)} thresholds; give one each"
@@ -68,7 +60,7 @@ class ExitPolicy:
                 raise ValueError(f"survival is {self.survival}; give fractions in [0, 1]")
         if self.temperatures is None:
             return
-        object.__setattr__(self, "temperatures", _numbers("temperatures", self.temperatures, optional=False))
+        object.__setattr__(self, "temperatures", as_numbers("temperatures", self.temperatures, optional=False))
         for index, temperature in enumerate(self.temperatures):
             if not 1e-30 <= temperature <= 1e30:  # what float32 can divide by
                 raise ValueError(f"temperatures[{index}] is {temperature}; give a positive, finite number")
@@ -167,21 +159,3 @@ def policy_from_tensor(numbers: Tensor, own: PolicyScore = "entropy") -> ExitPol
         )
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the policy in the state dict is damaged ({error}); save the model again") from error
-
-
-def _numbers(name: str, values: Sequence[float | None], *, optional: bool) -> tuple[float | None, ...]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} is {values!r}; give a sequence of numbers")
-    numbers: list[float | None] = []
-    for index, value in enumerate(values):
-        if value is None and optional:
-            numbers.append(None)
-            continue
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise TypeError(f"{name}[{index}] is {value!r}; give a number") from None
-        if math.isnan(number):
-            raise ValueError(f"{name}[{index}] is NaN; give a number" + (" or None to close the exit" * optional))
-        numbers.append(number)
-    return tuple(numbers)
