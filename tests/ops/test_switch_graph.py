@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import triton
 
+from thinned import slow
+
 COMPILER = shutil.which("g++") or shutil.which("clang++") or "g++"
 HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"
 
 
-@pytest.mark.parametrize("fault", [None, "counts[1] = 0;", "segment ? &last : nullptr"])
+@pytest.mark.parametrize("fault", [None, "counts[1] = 0;", slow("segment ? &last : nullptr")])
 def test_a_linked_graph_runs_each_segment_for_its_least_bucket(tmp_path: Path, fault: str | None) -> None:
     """And what is left out of the code is missed."""
     root, tests = Path(__file__).parents[2], tmp_path / "tests/ops"

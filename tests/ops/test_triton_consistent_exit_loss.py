@@ -27,7 +27,7 @@ from test_consistent_exit_loss import (  # noqa: F401
 
 from cet import ops
 from conftest import triton_backend as backend  # noqa: F401
-from thinned import sampled
+from thinned import sampled, slow
 
 
 @given(data=st.data())
@@ -45,7 +45,7 @@ def test_any_size(backend: str, data: st.DataObject) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("switches", sampled(SWITCHES[::5], 2))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 def test_more_classes_than_fit_in_registers(backend: str, dtype: torch.dtype, switches: dict[str, Any]) -> None:  # noqa: F811
     labels = torch.tensor([0, 4999, -100])
     clean, perturbed = ([(2 * torch.randn(3, 5000)).to(dtype) for _ in range(3)] for _ in range(2))

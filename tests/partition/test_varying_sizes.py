@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import cet
 from oracle import assert_answers_of_eager_backbone
+from thinned import slow
 
 R = torch.randn
 K = 4
@@ -113,7 +114,7 @@ GUARDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("where", ["early", "late"])
+@pytest.mark.parametrize("where", ["early", slow("late")])
 @pytest.mark.parametrize("name", GUARDED)
 def test_code_that_depends_on_the_length_is_right_at_every_length(name: str, where: str) -> None:
     model = cet.EarlyExit(Net(GUARDED[name], where).eval(), ["a", "b"], (R(4, 3, 20),)).eval()

@@ -59,9 +59,12 @@ def _package(models: Mapping[str, tuple[ExportedProgram, tuple[Tensor, ...]]], d
     package = io.BytesIO()
     with CUTTING, quiet(), torch.no_grad():
         from torch._inductor import aot_compile
+        from torch._inductor import config as inductor
 
         # With weights in the machine code, laid out for it, and as many threads as the process has.
         options = {"aot_inductor.package": True, "freezing": True, "cpp.dynamic_threads": True}
+        if hasattr(inductor.aot_inductor, "enable_line_tables"):  # for profilers, at two megabytes a file
+            options["aot_inductor.enable_line_tables"] = False
         files: dict[str, list[Any]] = {
             name: list(aot_compile(graph.module(), example, options=options))  # type: ignore[arg-type]
             for name, (graph, example) in models.items()
