@@ -194,12 +194,99 @@ def test_with_its_branches_one_behind_the_other_a_file_is_as_good(
         torch.testing.assert_close(out.score[0], expected.score[row], rtol=1e-3, atol=1e-4)
 
 
+def branches_of(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    return [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+
+
 def check_is_chain(path: Any, num_exits: int) -> None:
     graph = onnx.load(path).graph
-    branches = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    branches = branches_of(graph)
     assert len(branches) == 2 * (num_exits - 1)
     assert not [node for branch in branches for node in branch.node if node.op_type == "If"]
     assert not [weight for branch in branches for weight in branch.initializer if len(weight.raw_data) > 64]
+
+
+class SharedWeight(nn.Module):
+    """All its layers use one matrix, which is computed from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](x)
+        for norm in self.norms[1:]:
+            x = norm(nn.functional.linear(x, torch.softmax(self.matrix.weight, 1)).relu())
+        answer: Tensor = self.classifier(x)
+        return answer
+
+
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_several_stages_compute_from_weights_stands_around_a_chain(
+    chain: None, batch: Any, int8: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 8)
+    model = cet.EarlyExit(SharedWeight().eval(), ["norms.0", "norms.1", "norms.2"], (x,)).eval()
+    model.policy = cet.ExitPolicy("entropy", (0.9, 0.95, 1.0))
+    labelled = [(x, torch.full((32,), -100))]
+    cet.export(model, tmp_path / "m.onnx", batch=batch, quantize=labelled if int8 else None)
+    check_is_chain(tmp_path / "m.onnx", 4)
+    loaded, expected = cet.load_exported(tmp_path / "m.onnx"), model.predict(x)
+    got = torch.cat([loaded.predict(rows).exit_index for rows in ([x] if batch == "dynamic" else x.split(1))])
+    assert (got == expected.exit_index).float().mean() >= (0.7 if int8 else 1)
+
+
+class WidePlanes(nn.Module):
+    """Little to compute on much."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 4, 28, stride=28), nn.Conv2d(3, 32, 1)
+        self.layers = nn.ModuleList(nn.ReLU() for _ in range(8))
+        self.classifier = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.wide(x) + self.stem(x).mean((1, 2, 3), keepdim=True)
+        for layer in self.layers:
+            h = layer(h)
+        answer: Tensor = self.classifier(h.mean((2, 3)))
+        return answer
+
+
+def test_who_has_left_passes_a_chain_without_large_tensors(chain: None, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 112, 112)
+    exits = ["stem", *(f"layers.{index}" for index in range(7))]
+    model = cet.EarlyExit(WidePlanes().eval(), exits, (x,)).eval()
+    model.policy = cet.ExitPolicy("entropy", (9.0,) * 8)
+    cet.export(model, tmp_path / "m.onnx", batch=1)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    made = [node for node in nodes_of(graph) if node.op_type == "ConstantOfShape"]
+    held = [weight for branch in branches_of(graph) for weight in branch.initializer] + [*graph.initializer]
+    sizes = {weight.name: onnx.numpy_helper.to_array(weight) for weight in held}
+    assert len(made) == 7
+    assert all(np.prod(sizes[node.input[0]]) == 1 for node in made)
+
+
+@pytest.mark.parametrize("batch", ["dynamic", 1])
+@pytest.mark.parametrize("size", [8, 9])
+def test_where_the_runtime_is_wrong_at_other_sizes_a_file_takes_those_of_the_example(
+    batch: Any, size: int, tmp_path: Path
+) -> None:
+    """Adaptive pooling to several positions has in ONNX a form that is right for their multiples alone."""
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 8, 1))
+    backbone = nn.Sequential(pool, nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(32, 3)).eval()
+    x = torch.randn(4, 3, size, size)
+    model = cet.EarlyExit(backbone, ["0"], (x,), policy=cet.ExitPolicy("entropy", (1.05,))).eval()
+    cet.export(model, tmp_path / "m.onnx", batch=batch)
+    loaded = cet.load_exported(tmp_path / "m.onnx")
+    assert not loaded.description.ranges
+    for row in x.split(1):
+        torch.testing.assert_close(loaded.predict(row).logits, model.predict(row).logits)
+    with pytest.raises(ValueError, match=r"input has shape \(1, 3, 7, 7\) but the file takes"):
+        loaded.predict(torch.randn(1, 3, 7, 7))
 
 
 @pytest.mark.parametrize("layers", [3, 9])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cet.data.batches import UNLABELLED, as_call
-from cet.deploy.description import BATCH, Description
+from cet.deploy.description import BATCH, Description, ExportError, reason_of
 from cet.deploy.loaded import LoadedModel
 from cet.deploy.segments import ExportedStages, with_rows
 from cet.model.check import AnswerMismatchError
+from cet.model.output import ExitOutput
 from cet.partition.inputs import copied
 from cet.partition.verify import coarsest_dtype, is_close
 
+T = TypeVar("T")
 Thresholds = tuple[float | None, ...]
 
 NEAR = 1e-4
@@ -105,7 +107,7 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
         for thresholds in (own, *forced):
             if description.thresholds_are_input:
                 loaded.thresholds = thresholds
-            got = loaded.answer(tensors)
+            got = _answer(loaded, tensors)
             logits, exit_index, score, is_near = _expected(every_exit, thresholds, description)
             sure = ~is_near
             for k, exit_name in enumerate(description.exits):
@@ -127,6 +129,33 @@ def compare(loaded: LoadedModel, stages: ExportedStages) -> Comparison:
     if not is_finite:
         raise ValueError("no answer to the example is finite, and nothing can be compared; give other example_inputs")
     return Comparison(rows, near, tuple(by_exit), largest)
+
+
+def of_right_sizes(write: Callable[[bool], T], sizes_vary: bool) -> T:
+    """What ``write`` makes, which takes whether sizes besides the batch may vary: with those of the example alone where
+    a runtime answers otherwise at others, as some do that pool to several positions.
+
+    Raises:
+        AnswerMismatchError: where it answers otherwise at those of the example.
+    """
+    try:
+        return write(sizes_vary)
+    except AnswerMismatchError:
+        if not sizes_vary:
+            raise
+    return write(False)
+
+
+def _answer(loaded: LoadedModel, tensors: Sequence[Any]) -> ExitOutput:
+    try:
+        return loaded.answer(tensors)
+    except ExportError:
+        raise
+    except Exception as error:  # each runtime has errors of its own
+        raise AnswerMismatchError(
+            f"the exported model fails where the model answers ({reason_of(error)}); nothing was written: report the "
+            "backbone, or export it in another format"
+        ) from error
 
 
 def _expected(
@@ -190,12 +219,14 @@ def _probes(stages: ExportedStages, description: Description) -> Iterator[list[A
             yield _chosen(given, is_batched, slice(row, row + 1))
         for row in range(4):
             yield _chosen(many, is_batched, slice(row, row + 1))
-        return
-    yield _chosen(given, is_batched, slice(rows))
-    yield many
-    yield _chosen(given, is_batched, slice(1))
+    else:
+        yield _chosen(given, is_batched, slice(rows))
+        yield many
+        yield _chosen(given, is_batched, slice(1))
     if description.ranges:
-        yield _shortened(_chosen(many, is_batched, slice(5)), stages, description)
+        few = _chosen(many, is_batched, slice(description.batch or 5))
+        for shorter in _SHORTER:
+            yield _shortened(few, stages, description, shorter)
 
 
 def parts_of(inputs: Sequence[Any], is_batched: Sequence[bool], most: int | None) -> Iterator[list[Any]]:
@@ -209,13 +240,19 @@ def _chosen(inputs: Sequence[Any], is_batched: Sequence[bool], rows: slice) -> l
     return [value[rows] if batched else value for value, batched in zip(inputs, is_batched, strict=True)]
 
 
-def _shortened(inputs: Sequence[Any], stages: ExportedStages, description: Description) -> list[Any]:
-    """The inputs with every size that may vary cut to about two thirds."""
+_SHORTER: tuple[Callable[[int], int], ...] = (lambda n: n * 2 // 3, lambda n: n - 1, lambda n: n - 2)
+"""Sizes to try instead of the example's. Of two successive ones at most one is a multiple of anything."""
+
+
+def _shortened(
+    inputs: Sequence[Any], stages: ExportedStages, description: Description, shorter: Callable[[int], int]
+) -> list[Any]:
+    """The inputs with every size that may vary cut."""
     shortened = []
     for value, shape in zip(inputs, stages.shapes, strict=True):
         for dim, size in enumerate(shape or ()):
             if isinstance(size, str) and size != BATCH:
                 length = value.shape[dim]
-                value = value.narrow(dim, 0, min(length, max(description.ranges[size].least, length * 2 // 3)))
+                value = value.narrow(dim, 0, min(length, max(description.ranges[size].least, shorter(length))))
         shortened.append(value)
     return shortened

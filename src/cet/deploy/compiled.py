@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cet.deploy.check import compare
+from cet.deploy.check import compare, of_right_sizes
 from cet.deploy.description import ExportError
 from cet.deploy.export import as_call, describe
 from cet.deploy.loaded import LoadedModel
@@ -230,9 +230,13 @@ def _in_onnx_runtime(model: EarlyExit, call: Call) -> LoadedModel:
     way, inputs = model.bind(*call)
     rows = 1 if way.input_format.num_rows(inputs) == 1 else None
     opened = model.policy.thresholds
-    stages = export_segments(model, call, opened, rows)
-    description = describe(stages, rows, False, None)
-    writer = OnnxWriter(stages)
-    movable = OnnxModel(session_of(writer.with_exits(replace(description, thresholds_are_input=True))), "the model")
-    compare(movable, stages)
-    return OnnxModel(session_of(writer.with_exits(description), torch.get_num_threads()), "the model")
+
+    def write(sizes_vary: bool) -> OnnxModel:
+        stages = export_segments(model, call, opened, rows, sizes_vary=sizes_vary)
+        description = describe(stages, rows, False, None)
+        writer = OnnxWriter(stages)
+        movable = OnnxModel(session_of(writer.with_exits(replace(description, thresholds_are_input=True))), "the model")
+        compare(movable, stages)
+        return OnnxModel(session_of(writer.with_exits(description), torch.get_num_threads()), "the model")
+
+    return of_right_sizes(write, True)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from cet.data.batches import read_batches
 from cet.deploy.c_source import HEADER, SOURCE
-from cet.deploy.check import Agreement, Comparison, agreement, compare
+from cet.deploy.check import Agreement, Comparison, agreement, compare, of_right_sizes
 from cet.deploy.description import Description, ExportError, Input
 from cet.deploy.host_loop import Method
 from cet.deploy.loaded import LoadedModel
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cet.deploy.onnx_writer import OnnxWriter
 
 Samples = Sequence[tuple[Any, Tensor]]
+Written = tuple[bytes | dict[str, bytes], Comparison | Agreement, Timings[str]]
 
 _NUMPY_DTYPES = {
     getattr(torch, name): name
@@ -137,10 +138,14 @@ def export(
     call = model.example_inputs if example_inputs is None else as_call(example_inputs)
     rows = None if batch == "dynamic" else batch
     opened = model.policy.thresholds if thresholds == "baked" else (0.0,) * (model.num_exits - 1)
-    stages = export_segments(model, call, opened, rows, sizes_vary=target.sizes_vary)
-    description = describe(stages, rows, thresholds == "input", class_labels, target.packages)
-    samples = None if quantize is None else _samples(stages, quantize)
-    content, comparison, timings = target.write(stages, description, samples)
+
+    def write(sizes_vary: bool) -> tuple[Description, Written]:
+        stages = export_segments(model, call, opened, rows, sizes_vary=sizes_vary)
+        description = describe(stages, rows, thresholds == "input", class_labels, target.packages)
+        samples = None if quantize is None else _samples(stages, quantize)
+        return description, target.write(stages, description, samples)
+
+    description, (content, comparison, timings) = of_right_sizes(write, target.sizes_vary)
     if isinstance(content, bytes):
         write_atomically(path, content)
     else:
@@ -308,10 +313,7 @@ class _Target(NamedTuple):
     extra: str
     packages: tuple[str, ...]
     sizes_vary: bool
-    write: Callable[
-        [ExportedStages, Description, Samples | None],
-        tuple[bytes | dict[str, bytes], Comparison | Agreement, Timings[str]],
-    ]
+    write: Callable[[ExportedStages, Description, Samples | None], Written]
     quantizes: bool = False
 
 

@@ -160,6 +160,11 @@ class _Model:
         self._score, self._own = stages.model.policy.score, own
         self._graph = graph.clone()
         self._parts = _split(self._graph, segments, len(stages.sized))
+        held = set(self._graph.initializers.values())
+        copied = sum(depth * _num_bytes(part, held) for depth, part in enumerate(self._parts))
+        self._is_chain = copied > _MOST_COPIED
+        if self._is_chain:
+            self._parts = _split(self._graph, segments, len(stages.sized), is_chain=True)
         self._graph.outputs.clear()
         self._shapes = {value: value.shape for part in self._parts for value in part.outputs}  # nodes forget them
         self._weights = Weights()
@@ -179,11 +184,8 @@ class _Model:
         self._thresholds = np.array([never if t is None else t for t in description.thresholds], np.float32)
         self._given_thresholds = _value(THRESHOLDS, FLOAT, self._thresholds.shape)
         self._given_thresholds.const_value = ir.tensor(self._thresholds, name=THRESHOLDS)
-        self._is_chain = False
 
     def with_exits(self) -> bytes:
-        copied = sum(depth * self._num_bytes(part) for depth, part in enumerate(self._parts))
-        self._is_chain = copied > _MOST_COPIED
         if self.description.batch is None:
             block, answers = self._any_rows()
         else:
@@ -191,11 +193,6 @@ class _Model:
         thresholds = [self._given_thresholds] if self.description.thresholds_are_input else []
         outputs = [*zip(OUTPUTS, answers, self._kinds, strict=True)]
         return self._to_bytes(block, [*self._inputs, *thresholds], outputs, thresholds)
-
-    def _num_bytes(self, part: _Part) -> int:
-        """Of the weights that a segment reads."""
-        read = {value for node in part.nodes for value in _read_by(node)} & set(self._weights.values)
-        return sum(weight.const_value.nbytes for weight in read if weight.const_value is not None)
 
     def without_exits(self) -> bytes:
         whole = Block(self._weights, "")
@@ -453,12 +450,9 @@ class _Model:
         )
 
     def _sizes_of_none(self, value: Value) -> list[int]:
-        """Of a tensor that nobody reads: those of the one in its place, where they are known, and no rows."""
+        """Of a tensor that nobody reads: one number, in as many dimensions as the one in its place."""
         shape = self._shapes.get(value, value.shape)
-        rows = self.description.batch or 0
-        if shape is None:  # what a score has to have seen
-            return [rows, 1]
-        return [size if isinstance(size, int) else rows for size in shape]
+        return [1] * (2 if shape is None else len(shape))  # what a score has to have seen is (n, 1)
 
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
@@ -598,20 +592,29 @@ def _own_values(
     return taken, [next(outputs) for _ in ("logits", *made)]
 
 
-def _split(graph: ir.Graph, segments: Sequence[SegmentModule], num_sized: int) -> list[_Part]:
-    """The segments in a graph; what several of them read belongs to the first, which stands around the others."""
+def _num_bytes(part: _Part, weights: set[Value]) -> int:
+    """Of the weights that a segment reads."""
+    read = {value for node in part.nodes for value in _read_by(node)} & weights
+    return sum(weight.const_value.nbytes for weight in read if weight.const_value is not None)
+
+
+def _split(graph: ir.Graph, segments: Sequence[SegmentModule], num_sized: int, is_chain: bool = False) -> list[_Part]:
+    """The segments in a graph; what several of them compute from weights alone belongs to the first of them, which
+    stands around the others, in a chain to the first of all, which alone does."""
     inputs, outputs = iter(graph.inputs), iter(graph.outputs)
     parts: list[_Part] = []
     owner: dict[ir.Node, int] = {}
     for depth, segment in enumerate(segments):
         taken, made = _own_values(segment, num_sized, inputs, outputs)
         own = _Part(taken, [], made)
-        pending = [value.producer() for value in own.outputs]
+        pending, reached = [value.producer() for value in own.outputs], set[ir.Node]()
         while pending:
             node = pending.pop()
-            if node is not None and node not in owner:
-                owner[node] = depth
+            if node is not None and node not in reached:
+                reached.add(node)
                 pending += [value.producer() for value in _read_by(node)]
+        for node in reached:
+            owner[node] = 0 if is_chain and node in owner else owner.get(node, depth)
         parts.append(own)
     for node in graph:
         if node in owner:
