@@ -15,8 +15,7 @@ and all weights around them; who has left passes through the rest, which costs m
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ from cet.deploy.manifest import StageEntry
 from cet.deploy.onnx_int8 import feeds_of, quantized
 from cet.deploy.onnx_nodes import IR_VERSION, Block, Value, Weights
 from cet.deploy.onnx_operators import TRANSLATIONS
+from cet.deploy.onnx_parts import num_bytes, own_values, place_weights, split
 from cet.deploy.onnx_scores import negated, own_score, patience, scores
 from cet.deploy.segments import ExportedStages, SegmentModule
 from cet.partition.export import CUTTING, quiet
@@ -41,8 +41,6 @@ Kind = tuple[ir.DataType, Sequence[int | str]]
 
 OPSET = 20
 
-_SMALL = 64
-"""Bytes."""
 _LARGEST = 2_000_000_000
 """Bytes that a protocol buffer holds."""
 _MOST_COPIED = 64_000_000
@@ -80,7 +78,7 @@ class OnnxWriter:
         stages = self._stages
         taken = [str(value.name) for value in self._graph.inputs]
         inputs, outputs = iter(self._graph.inputs), iter(self._graph.outputs)
-        logits = [_own_values(segment, len(stages.sized), inputs, outputs)[1][0] for segment in stages.segments]
+        logits = [own_values(segment, len(stages.sized), inputs, outputs)[1][0] for segment in stages.segments]
         self._graph = quantized(self._graph, logits, feeds_of(stages, taken, batches, batch))
 
     def with_exits(self, description: Description) -> bytes:
@@ -97,7 +95,7 @@ class OnnxWriter:
         written = []
         inputs, outputs = iter(self._graph.inputs), iter(self._graph.outputs)
         for segment, (taken, made) in zip(stages.segments, stages.tensor_names, strict=True):
-            own = ir.convenience.extract(self._graph, *_own_values(segment, len(stages.sized), inputs, outputs))
+            own = ir.convenience.extract(self._graph, *own_values(segment, len(stages.sized), inputs, outputs))
             written.append(_Model(stages, own, description, [segment]).stage(taken, made))
         return written
 
@@ -159,14 +157,14 @@ class _Model:
         self._segments = segments
         self._score, self._own = stages.model.policy.score, own
         self._graph = graph.clone()
-        self._parts = _split(self._graph, segments, len(stages.sized))
+        self._parts = split(self._graph, segments, len(stages.sized))
         held = set(self._graph.initializers.values())
-        copied = sum(depth * _num_bytes(part, held) for depth, part in enumerate(self._parts))
+        copied = sum(depth * num_bytes(part, held) for depth, part in enumerate(self._parts))
         self._is_chain = copied > _MOST_COPIED
         if self._is_chain:
-            self._parts = _split(self._graph, segments, len(stages.sized), is_chain=True)
+            self._parts = split(self._graph, segments, len(stages.sized), is_chain=True)
         self._graph.outputs.clear()
-        self._shapes = {value: value.shape for part in self._parts for value in part.outputs}  # nodes forget them
+        self._ranks = {value: len(value.shape or ()) for part in self._parts for value in part.outputs}
         self._weights = Weights()
         self._constants: dict[Value, Value] = {}
         for value in self._graph.initializers.values():
@@ -397,9 +395,10 @@ class _Model:
         somebody = block.op("Cast", block.op("Size", index), to=ir.DataType.BOOL)
         rows = block.op("Squeeze", index, block.integers(0))
         going_on = [
-            value if dim is None else self._like(block.op("Gather", value, rows, axis=dim), value)
+            value if dim is None else block.op("Gather", value, rows, axis=dim)
             for value, dim in zip(crossing, self._segments[depth].row_dims, strict=True)
         ]
+        self._ranks |= {made: self._rank(value) for made, value in zip(going_on, crossing, strict=True)}
         seen = [block.op("Gather", value, rows, axis=0) for value in seen]
         return block, packed, _Kept(somebody, block.op("Transpose", index), rows, going_on, seen)
 
@@ -409,11 +408,6 @@ class _Model:
         # OpenVINO reads an initialiser without rows as a scalar.
         width = nobody.integers(0, self.description.num_classes + 2)
         return nobody, [nobody.op("ConstantOfShape", width, value=_zero(_dtype(self._width)))]
-
-    def _like(self, made: Value, value: Value) -> Value:
-        """Note that one value has the sizes of another, but for the number of rows."""
-        self._shapes[made] = self._shapes.get(value, value.shape)
-        return made
 
     def _stage_or_not(
         self,
@@ -429,8 +423,8 @@ class _Model:
         block, made, crossing, seen = stage
         own = set(block.nodes)
         carried = [value for value in dict.fromkeys([*crossing, *seen]) if value.producer() in own]
-        none = [
-            passed.op("ConstantOfShape", passed.integers(*self._sizes_of_none(value)), value=_zero(_dtype_of(value)))
+        none = [  # which nobody reads
+            passed.op("ConstantOfShape", passed.integers(*[1] * self._rank(value)), value=_zero(_dtype_of(value)))
             for value in carried
         ]
         outputs = [
@@ -441,18 +435,18 @@ class _Model:
         for value, inside in zip(values, [*made, *carried], strict=True):
             value.type = inside.type
         behind = dict(zip(carried, values[len(made) :], strict=True))
-        for inside, value in behind.items():
-            self._like(value, inside)
+        self._ranks |= {value: self._rank(inside) for inside, value in behind.items()}
         return (
             values[: len(made)],
             [behind.get(value, value) for value in crossing],
             [behind.get(value, value) for value in seen],
         )
 
-    def _sizes_of_none(self, value: Value) -> list[int]:
-        """Of a tensor that nobody reads: one number, in as many dimensions as the one in its place."""
-        shape = self._shapes.get(value, value.shape)
-        return [1] * (2 if shape is None else len(shape))  # what a score has to have seen is (n, 1)
+    def _rank(self, value: Value) -> int:
+        """How many dimensions a tensor has that goes to a later stage."""
+        if value in self._ranks:
+            return self._ranks[value]
+        return 2 if value.shape is None else len(value.shape)  # what a score has to have seen is (n, 1)
 
     def _if(
         self, block: Block, condition: Value, then: tuple[Block, list[Value]], otherwise: tuple[Block, list[Value]]
@@ -489,9 +483,7 @@ class _Model:
             opset_imports={"": OPSET},
             name="model",
         )
-        for branch in _branches(graph):
-            _own_small_weights(branch, self._weights)
-        _place(graph, set(self._weights.values), self._is_chain)
+        place_weights(graph, self._weights, self._is_chain)
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="cet")
         model.metadata_props[KEY] = self.description.to_json()
         RemoveUnusedNodesPass()(model)
@@ -513,49 +505,8 @@ def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-def _branches(graph: ir.Graph) -> Iterator[ir.Graph]:
-    for node in graph:
-        yield from (a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH)
-
-
-def _is_large(weight: Value) -> bool:
-    assert weight.const_value is not None
-    return weight.const_value.nbytes > _SMALL
-
-
 def _zero(dtype: ir.DataType) -> ir.TensorProtocol:
     return ir.tensor(np.zeros(1, dtype.numpy()), dtype=dtype)
-
-
-def _own_small_weights(branch: ir.Graph, weights: Weights) -> None:
-    """Give a branch, and those within it, a copy of each small weight that it reads. ONNX Runtime fuses int8 nodes only
-    where zero points are the branch's own, and to read from around a branch costs at each call."""
-    shared, own = set(weights.values), dict[Value, Value]()
-    for node in branch:
-        for index, value in enumerate(node.inputs):
-            if value in shared and not _is_large(value):
-                if value not in own:
-                    own[value] = weights.copy(value)
-                node.replace_input_with(index, own[value])
-    for inner in _branches(branch):
-        _own_small_weights(inner, weights)
-
-
-def _place(graph: ir.Graph, weights: set[Value], is_chain: bool) -> None:
-    """Put each weight into the innermost branch that reads it: reading from around a branch costs at each call. In a
-    chain the large ones stay around the branches, where there is one of each; ONNX Runtime lays out for its kernels
-    those of a branch and of the graph around it."""
-    branches = list(_branches(graph))
-    read_in = [{value for node in branch for value in _read_by(node)} & weights for branch in branches]
-    here = {value for node in graph for value in node.inputs if value in weights}
-    here |= {value for value in graph.outputs if value in weights}
-    here |= {value for a, b in itertools.combinations(read_in, 2) for value in a & b}
-    if is_chain:
-        here |= {value for read in read_in for value in read if _is_large(value)}
-    for value in sorted(here, key=lambda value: value.name or ""):
-        graph.register_initializer(value)
-    for branch, read in zip(branches, read_in, strict=True):
-        _place(branch, read - here, False)
 
 
 def _rearranges(node: ir.Node) -> bool | None:
@@ -573,59 +524,3 @@ class _Kept(NamedTuple):
     """``(m,)``: which they are, of the rows of the segment."""
     crossing: list[Value]
     seen: list[Value]
-
-
-class _Part(NamedTuple):
-    """The part of a graph that is one segment."""
-
-    inputs: list[Value]
-    nodes: list[ir.Node]
-    outputs: list[Value]
-
-
-def _own_values(
-    segment: SegmentModule, num_sized: int, inputs: Iterator[Value], outputs: Iterator[Value]
-) -> tuple[list[Value], list[Value]]:
-    """The next inputs and outputs of a graph of all segments, which are those of this one."""
-    made = [kind for kind, _ in segment.handed_on if kind == "made"]
-    taken = [next(inputs) for _ in range(num_sized + len(segment.taken_row_dims))]
-    return taken, [next(outputs) for _ in ("logits", *made)]
-
-
-def _num_bytes(part: _Part, weights: set[Value]) -> int:
-    """Of the weights that a segment reads."""
-    read = {value for node in part.nodes for value in _read_by(node)} & weights
-    return sum(weight.const_value.nbytes for weight in read if weight.const_value is not None)
-
-
-def _split(graph: ir.Graph, segments: Sequence[SegmentModule], num_sized: int, is_chain: bool = False) -> list[_Part]:
-    """The segments in a graph; what several of them compute from weights alone belongs to the first of them, which
-    stands around the others, in a chain to the first of all, which alone does."""
-    inputs, outputs = iter(graph.inputs), iter(graph.outputs)
-    parts: list[_Part] = []
-    owner: dict[ir.Node, int] = {}
-    for depth, segment in enumerate(segments):
-        taken, made = _own_values(segment, num_sized, inputs, outputs)
-        own = _Part(taken, [], made)
-        pending, reached = [value.producer() for value in own.outputs], set[ir.Node]()
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in reached:
-                reached.add(node)
-                pending += [value.producer() for value in _read_by(node)]
-        for node in reached:
-            owner[node] = 0 if is_chain and node in owner else owner.get(node, depth)
-        parts.append(own)
-    for node in graph:
-        if node in owner:
-            parts[owner[node]].nodes.append(node)
-    return parts
-
-
-def _read_by(node: ir.Node) -> Iterator[Value]:
-    """What a node reads, in its own branches too."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _read_by(inner)
