@@ -68,6 +68,7 @@ def test_version(run: Any) -> None:
         (("demo", "--output", ""), "'--output': the path is empty"),
         (("demo", "--data", ""), "'--data': the path is empty"),
         (("energy", "run", "--output", "", "--", "true"), "'--output': the path is empty"),
+        (("export", "net:build", "--backbone", "net:other", "--output", "m.onnx"), "net:build is none; leave it out"),
         (("energy", "run", "--prometheus=", "--", "true"), "'--prometheus': the path is empty"),
     ],
 )
