@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
@@ -241,6 +242,22 @@ def test_optional_keys_may_be_missing_or_new() -> None:
         with torch.no_grad():
             expected = model.backbone(**given).logits
         torch.testing.assert_close(model.predict(**given).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(ROWS, 12), (10, 16), (1, 5)])
+@pytest.mark.parametrize("new", ["token_type_ids", "inputs_embeds"])
+def test_the_first_call_may_have_a_key_and_sizes_that_the_example_had_not(new: str, rows: int, length: int) -> None:
+    model = cet.EarlyExit.from_transformers(bert(4))  # whose example is made up, without either
+    mask = torch.ones(rows, length, dtype=torch.long)
+    given: dict[str, Tensor] = {"attention_mask": mask}
+    if new == "token_type_ids":
+        given |= {"input_ids": torch.randint(2, 40, (rows, length)), "token_type_ids": torch.randint(2, (rows, length))}
+    else:
+        given["inputs_embeds"] = torch.randn(rows, length, model.backbone.config.hidden_size)
+    for wrapped in (model, copy.deepcopy(model)):
+        with torch.no_grad():
+            expected = wrapped.backbone(**given).logits
+        torch.testing.assert_close(wrapped.predict(**given).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_key_that_is_needed_is_named_where_it_is_missing() -> None:

@@ -210,6 +210,13 @@ def test_compact_refuses(backend: str, wrong: dict[str, Any], error: type[Except
         ops.compact(**{"exit_mask": torch.zeros(3, dtype=torch.bool), "tensors": [torch.zeros(3, 2)], **wrong})
 
 
+def test_scattered_rows_may_be_those_of_the_output(backend: str) -> None:
+    output = torch.arange(12.0).view(4, 3)
+    expected = output[[1, 0, 2, 3]]
+    ops.scatter_rows(output, output[:3], torch.tensor([0, 1]), torch.tensor([1, 0, 2]))
+    assert torch.equal(output, expected)
+
+
 def test_scatter_rows_refuses(backend: str) -> None:
     output, index = torch.zeros(4, 2), torch.tensor([0])
     with pytest.raises(ValueError, match=r"^scatter_rows: rows are \(3, 5\), output is \(4, 2\)"):

@@ -179,6 +179,44 @@ def test_frozen_backbone_and_backbone_without_weights():
     assert_right(cet.EarlyExit(Fixed(), ["a"], (R(3, 4),)).eval(), R(9, 4))
 
 
+class AsksForAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h * 2 if torch.is_autocast_enabled("cpu") else h)
+
+
+class LeavesAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        with torch.autocast("cpu", enabled=False):
+            h = self.b(h.float())
+        return self.c(h)
+
+
+@pytest.mark.parametrize("first_within", [True, False])
+@pytest.mark.parametrize("net", [AsksForAutocast, LeavesAutocast])
+def test_what_depends_on_autocast_is_answered_by_the_backbone_within_it(net, first_within):
+    x = torch.randn(12, 6)
+    model = cet.EarlyExit(net(), ["a"], (x[:2],)).eval()
+    if not first_within:
+        model.predict(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with pytest.warns(cet.UncutWarning, match=r"within torch\.autocast its stages, .* answer otherwise"):
+            assert torch.equal(model.predict(x).logits, model.backbone(x))
+        assert "within torch.autocast" in str(model.explain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model.predict(x).logits, model.backbone(x))
+    assert str(model.explain(x)).startswith("stages up to a, final")
+
+
 def test_autocast_gives_what_the_backbone_gives_under_autocast():
     model = build()
     for size in (8, 12):  # 12 is cut under autocast

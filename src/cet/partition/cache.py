@@ -23,6 +23,7 @@ from cet.partition.stages import CutError, Program, Stages, check_classes, evalu
 from cet.partition.verify import (
     DependentRowsError,
     ObservedError,
+    answers_alike,
     has_same_gradients,
     refuse_mixed_rows,
     refuse_observed,
@@ -33,6 +34,10 @@ MAX_PROGRAMS = 8
 """How many programs are kept for one state of the backbone."""
 
 _MIXES = "its code mixes them"
+_UNDER_AUTOCAST = (
+    "within torch.autocast its stages, which are cut outside of it, answer otherwise, as where forward asks whether it "
+    "is on or leaves it for a block; predict outside of it, or give cet.Stages"
+)
 _UNSEEN = "no program has been cut for inputs of these sizes, as that takes long and pays only where they recur"
 
 _MAX_STATES = 4
@@ -70,6 +75,8 @@ class _State:
     """The sizes of inputs for which rows were seen not to depend on each other."""
     refusals: dict[Any, str] = field(default_factory=dict)
     """Why inputs of some sizes are refused: their rows depend on each other."""
+    serves_autocast: dict[tuple[int, torch.dtype], bool] = field(default_factory=dict)
+    """By the identity of the program and the dtype of autocast, whether it answers within it as the backbone does."""
     differentiable: dict[int, bool] = field(default_factory=dict)
     """By the identity of the program, whether it has the gradients of the backbone."""
 
@@ -128,7 +135,25 @@ class StageCache:
             program = self._new_program(inputs)
         if program is None:
             self._refuse_mixed_rows(self._states[0], inputs)
+        elif not self._serves_autocast(program, inputs):
+            return None
         return program
+
+    def _serves_autocast(self, program: Program, inputs: Sequence[Any]) -> bool:
+        """Whether a program, which is cut outside of autocast, answers as the backbone in the caller's mode."""
+        device = self.input_format.device(inputs).type
+        if not torch.is_autocast_enabled(device):
+            return True
+        state, dtype = self._states[0], torch.get_autocast_dtype(device)
+        if (id(program), dtype) not in state.serves_autocast:
+            with torch.inference_mode(False), torch.no_grad():
+                rows = self._example_rows(inputs)
+                serves = answers_alike(program, self.backbone, self.input_format, rows, dtype)
+            state.serves_autocast[id(program), dtype] = serves
+        if not state.serves_autocast[id(program), dtype]:
+            _warn_once(state, _UNDER_AUTOCAST)
+            return False
+        return True
 
     def has_gradients(self, program: Program, inputs: Sequence[Any]) -> bool:
         """Whether a program has the backbone's gradients, which an autograd function or hooks of its own may change."""
@@ -199,7 +224,10 @@ class StageCache:
     def reason(self, inputs: Sequence[Any]) -> str | None:
         """Why no program serves such inputs now; None where one does."""
         state = self._current_state()
-        if state.obstacle is not None or _matching(state, inputs):
+        program = _matching(state, inputs)
+        if state.obstacle is None and program is not None and not self._serves_autocast(program, inputs):
+            return _UNDER_AUTOCAST
+        if state.obstacle is not None or program is not None:
             return state.obstacle
         return state.failures.get(self._kind(state, inputs), _UNSEEN)
 

@@ -109,9 +109,23 @@ class InputFormat:
             batched.get(name, isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] in rows)
             for name, value in zip(names, inputs, strict=True)
         ]
-        variant.example = [example.get(name, value) for name, value in zip(names, inputs, strict=True)]
+        if any(name not in example for name in names):  # all of one call, or their sizes might not fit together
+            example = dict(zip(names, variant._first_rows(inputs, example), strict=True))
+        variant.example = [example[name] for name in names]
         variant._example_arguments = pytree.tree_unflatten(variant.example, structure)
         return variant
+
+    def _first_rows(self, inputs: Sequence[Any], example: Mapping[str, Any]) -> Iterator[Any]:
+        """As many rows of a call as the example has, in the dtypes that they would have had when it was given."""
+        pairs = [(value, example.get(name)) for name, value in zip(self.names, inputs, strict=True)]
+        of_weights = {value.dtype for value, known in pairs if _has_dtype(known, self._weight_dtype)}
+        for (value, _), batched in zip(pairs, self.is_batched, strict=True):
+            if isinstance(value, Tensor):
+                if batched:
+                    value = value[torch.arange(self.batch_size, device=value.device).clamp(max=len(value) - 1)]
+                dtype = self._weight_dtype if value.dtype in of_weights else value.dtype
+                value = value.detach().to(dtype, copy=True)
+            yield value
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Those names that the backbone's forward does not take."""
@@ -211,7 +225,7 @@ class InputFormat:
                     got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
                     fix = _AS_NAMES if isinstance(value, Mapping) else "give a tensor with as many dimensions"
                     raise TypeError(
-                        f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in example_inputs; {fix}"
+                        f"{self.names[index]} has {got} but had shape {tuple(example.shape)} in {self._origin}; {fix}"
                     )
                 if batched:
                     rows = value.shape[0] if rows is None else rows
@@ -225,6 +239,10 @@ class InputFormat:
                     f"{self.names[index]} is {value!r} but was {example!r} in {self._origin}, where the stages were "
                     "cut with it as a constant; make another cet.EarlyExit for other constants"
                 )
+
+
+def _has_dtype(value: Any, dtype: torch.dtype | None) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
 
 
 def _names(arguments: Mapping[str, Any]) -> list[str]:

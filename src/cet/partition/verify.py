@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,26 @@ def _logits(backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any
     return logits_of(backbone(*args, **kwargs))
 
 
+def _by_stages(program: Program, inputs: Sequence[Any]) -> Tensor:
+    sizes, values = program.input_sizes(inputs), program.entry_values(inputs)
+    for stage in program.stages[:-1]:
+        values = list(stage.run(EXAMPLE_ROWS, *sizes, *values)[1:])
+    logits: Tensor = program.stages[-1].run(EXAMPLE_ROWS, *sizes, *values)
+    return logits
+
+
+def answers_alike(
+    program: Program, backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any], dtype: torch.dtype
+) -> bool:
+    """Whether stages and backbone agree in their logits in the caller's mode, which computes in ``dtype``."""
+    expected = _logits(backbone, input_format, inputs, slice(None))
+    try:
+        got = _by_stages(program, [value.clone() if isinstance(value, Tensor) else value for value in inputs])
+    except RuntimeError:
+        return False
+    return is_close(got, expected, dtype)
+
+
 def has_same_gradients(program: Program, backbone: nn.Module, input_format: InputFormat, inputs: Sequence[Any]) -> bool:
     """Whether stages and backbone agree in their logits and in the gradients of inputs and parameters."""
 
@@ -169,20 +190,13 @@ def has_same_gradients(program: Program, backbone: nn.Module, input_format: Inpu
         weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits)
         return [logits, *torch.autograd.grad((logits * weights).sum(), sources, allow_unused=True)]
 
-    def by_stages(given: Sequence[Any]) -> Tensor:
-        sizes, values = program.input_sizes(given), program.entry_values(given)
-        for stage in program.stages[:-1]:
-            values = list(stage.run(EXAMPLE_ROWS, *sizes, *values)[1:])
-        logits: Tensor = program.stages[-1].run(EXAMPLE_ROWS, *sizes, *values)
-        return logits
-
     def by_backbone(given: Sequence[Any]) -> Tensor:
         args, kwargs = input_format.unflatten(given)
         return logits_of(backbone(*args, **kwargs))
 
     try:
         with torch.enable_grad():
-            pairs = list(zip(answer(by_stages), answer(by_backbone), strict=True))
+            pairs = list(zip(answer(partial(_by_stages, program)), answer(by_backbone), strict=True))
     except RuntimeError:  # of a backbone without gradients, who asks for them is told by itself
         return False
     for got, expected in pairs:

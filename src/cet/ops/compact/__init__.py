@@ -185,6 +185,8 @@ def scatter_rows(output: Tensor, rows: Tensor, index: Tensor, positions: Tensor 
     """
     _check_scatter(output, rows, index, positions)
     if not is_tracing():
+        if rows.untyped_storage().data_ptr() == output.untyped_storage().data_ptr():
+            rows = rows.clone()  # or some would be overwritten before they are read
         _scatter_rows(output, rows, index, positions)
     elif traced_backend(output.device.type) != "reference" and not needs_grad((output, rows)):
         SCATTER_ROWS.recorded(output, rows, index, positions)
