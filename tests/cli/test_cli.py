@@ -69,6 +69,8 @@ def test_version(run: Any) -> None:
         (("demo", "--data", ""), "'--data': the path is empty"),
         (("energy", "run", "--output", "", "--", "true"), "'--output': the path is empty"),
         (("export", "net:build", "--backbone", "net:other", "--output", "m.onnx"), "net:build is none; leave it out"),
+        (("calibrate", "runs/x", "--any-drop"), "--any-drop needs a budget"),
+        (("calibrate", "runs/x", "--any-drop", "--mean-budget", "1", "--max-drop", "0.1"), "--max-drop exclude each"),
         (("energy", "run", "--prometheus=", "--", "true"), "'--prometheus': the path is empty"),
     ],
 )

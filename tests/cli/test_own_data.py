@@ -200,7 +200,7 @@ class TestTrain:
         [
             (
                 ("--perturb", "none", "--recipe", "consistent"),
-                "there is no perturbation; give --perturb, or --recipe joint",
+                "there is no perturbation; give --perturb, or leave out what compares",
             ),
             (("--target", "hard"), "target 'hard' with min_confidence 0 teaches guesses as if they were certain"),
         ],

@@ -157,6 +157,14 @@ def test_groups_in_two_parts_are_refused() -> None:
         check_disjoint([("train", ["b", "a"]), ("calibration", ["c"]), ("test", ["a"])])
 
 
+def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+    for groups in (None, list(range(100))):
+        with pytest.raises(ValueError, match=r"0\.5 and 0\.5, leave nothing to train on; give less than 1"):
+            split_parts(samples([0] * 100, groups), 0.5, 0.5, 0)
+    with pytest.raises(ValueError, match="2 samples with a label are too few for 3 parts; give more"):
+        split_parts(samples(["walk", "stand"]), 0.2, 0.2, 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8)), min_size=12, max_size=60),

@@ -384,3 +384,11 @@ def test_report_says_plainly_whether_it_pays(report: Report, low: float, high: f
     text = time_verdict({**report, "timing": {**report["timing"], "throughput": speeds, "latency": speeds}})
     for part in says:
         assert part in text
+
+
+def test_where_nobody_leaves_early_no_time_is_called_its_merit(report: Report) -> None:
+    recipes: Any = copy.deepcopy(report["recipes"])
+    for recipe in recipes.values():
+        for row in recipe["severities"]:
+            row["early"]["exit_shares"] = [0.0] * (len(row["early"]["exit_shares"]) - 1) + [1.0]
+    assert time_verdict({**report, "recipes": recipes}).startswith("No sample leaves early: ")

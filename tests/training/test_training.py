@@ -88,6 +88,18 @@ def differ(a: nn.Module, b: nn.Module) -> bool:
     return any(not torch.equal(value, tensors_of(b)[name]) for name, value in tensors_of(a).items())
 
 
+def test_what_lightning_could_not_train_is_refused_when_it_is_given(split: Split) -> None:
+    model, loss = build(JOINT, split, 0), cet.ConsistentExitLoss(None, 0.0)
+    for wrong, error, message in (
+        ((nn.Linear(2, 2), loss), TypeError, "model is Linear; give a cet.EarlyExit"),
+        ((model, nn.CrossEntropyLoss()), TypeError, "loss is CrossEntropyLoss; give a cet.ConsistentExitLoss"),
+    ):
+        with pytest.raises(error, match=message):
+            MultiExitTraining(*wrong)
+    with pytest.raises(ValueError, match="seed is -1; give a whole number from 0 on"):
+        MultiExitTraining(model, loss, seed=-1)
+
+
 def test_the_recipes_differ_in_the_objective_alone() -> None:
     objective = {"name", "consistency_weight", "supervise_perturbed", "labelled_share"}
     assert list(RECIPES) == ["joint", "augmentation", "consistent", "noisy-labels"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cet.cli.demo import NEEDED
 from cet.cli.errors import debug_option
@@ -100,6 +101,11 @@ def command(run: Path, data: str | None, quick: bool, severity: float, **options
       cet calibrate runs/mine --cost ms --mean-budget 0.2 --any-drop
       cet calibrate runs/mine --no-guarantee
     """
+    if options["any_drop"]:
+        if click.get_current_context().get_parameter_source("max_drop") is not ParameterSource.DEFAULT:
+            raise click.UsageError("--any-drop and --max-drop exclude each other; leave one out")
+        if options["mean_budget"] is None and options["worst_budget"] is None:
+            raise click.UsageError("--any-drop needs a budget to keep; give --mean-budget or --worst-budget")
     from rich.console import Console
 
     from cet.cli.progress import show

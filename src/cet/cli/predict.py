@@ -69,7 +69,7 @@ def _predict(folder: Any, data: str, output: Path, progress: Any) -> str:
     """Write the answers; what they are, in a few lines."""
     import torch
 
-    from cet.cli.runs import load_run
+    from cet.cli.runs import CALIBRATION, load_run
     from cet.data.arrays import Arrays
     from cet.files import write_atomically
     from cet.report.figures import threads
@@ -103,7 +103,10 @@ def _predict(folder: Any, data: str, output: Path, progress: Any) -> str:
     elif y is not None:
         lines.append(f"accuracy {(torch.tensor(predicted) == y).double().mean().item():.2%}")
     if not any(threshold is not None for threshold in run.model.policy.thresholds):
-        lines.append(f"every exit is closed: the run is not calibrated; cet calibrate {folder.path}")
+        if (folder.path / CALIBRATION).is_file():
+            lines.append(f"every exit is closed, as calibration found best; {folder.path / CALIBRATION} says why")
+        else:
+            lines.append(f"every exit is closed: the run is not calibrated; cet calibrate {folder.path}")
     return "\n".join(lines)
 
 

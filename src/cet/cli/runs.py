@@ -110,7 +110,7 @@ class Settings:
         if self.preset is None and (recipe.consistency_weight > 0 or recipe.supervise_perturbed > 0):
             raise ValueError(
                 f"recipe {self.recipe!r} compares samples with perturbed ones, but there is no perturbation; give "
-                "--perturb, or --recipe joint"
+                "--perturb, or leave out what compares with it, as --recipe joint does"
             )
         return recipe.loss(None if self.preset is None else self.preset(self.severity))
 

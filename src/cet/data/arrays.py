@@ -133,6 +133,8 @@ def read_arrays(path: Path) -> Arrays:
                 raise ValueError("it holds something else")
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         reason = "it holds objects, not numbers or strings" if "allow_pickle" in str(error) else str(error)
+        if not zipfile.is_zipfile(path):
+            reason = "it is no archive"
         raise ValueError(
             f"{path} is no .npz file of plain arrays ({reason}); write it by numpy.savez(path, x=x, y=y, group=group)"
         ) from error
@@ -174,12 +176,18 @@ def split_parts(data: Arrays, calibration_share: float, test_share: float, seed:
         seed: of the draw.
 
     Raises:
-        ValueError: when there are fewer groups with a label than parts, and where no sample has a label.
+        ValueError: when there are fewer groups or samples with a label than parts, where no sample has a label, and for
+            shares that leave nothing to train on.
     """
     data.classes()
     has_label = data._has_label()
     rng = np.random.default_rng(seed)
     shares = [share for share in (calibration_share, test_share) if share > 0]
+    if sum(shares) >= 1:
+        raise ValueError(
+            f"the shares for calibration and testing, {calibration_share:g} and {test_share:g}, leave nothing to train "
+            "on; give less than 1 together"
+        )
     if data.group is not None:
         groups = np.array(data.labelled().groups())
         if len(groups) <= len(shares):
@@ -193,7 +201,13 @@ def split_parts(data: Arrays, calibration_share: float, test_share: float, seed:
     labels = data._labels()
     of_classes = [_cut(rng.permutation(np.flatnonzero(labels == label)), shares) for label in data.classes()]
     of_classes.append([np.flatnonzero(~has_label), *(np.empty(0, dtype=np.int64) for _ in shares)])
-    return tuple(data.rows(np.sort(np.concatenate(part))) for part in zip(*of_classes, strict=True))
+    parts = [np.sort(np.concatenate(part)) for part in zip(*of_classes, strict=True)]
+    if not all(has_label[part].any() for part in parts):
+        raise ValueError(
+            f"{data.source}: {int(has_label.sum())} samples with a label are too few for {len(parts)} parts; give "
+            "more, or files of their own for calibration and testing"
+        )
+    return tuple(data.rows(part) for part in parts)
 
 
 def check_classes(part: Arrays, name: str, classes: Classes) -> None:

@@ -114,6 +114,9 @@ def class_warnings(report: Report) -> list[str]:
 
 def time_verdict(report: Report) -> str:
     """In one or two sentences, whether early exit paid on this machine."""
+    rows = [row for recipe in report["recipes"].values() for row in recipe["severities"]]
+    if all(row["early"]["exit_shares"][-1] == 1 for row in rows):
+        return "No sample leaves early: what differs in time is how the network is run, in stages or whole."
     cases: dict[str, list[str]] = {"faster": [], "no clear difference": [], "slower": []}
     for what, name, condition, speed in speeds(report):
         cases[verdict(speed)].append(f"{what} of {name} on {condition} input ({_ratio(speed)})")

@@ -57,6 +57,12 @@ class MultiExitTraining(LightningModule):
         identity: Mapping[str, Any] | None = None,
         batch_fn: BatchFn | None = None,
     ) -> None:
+        if not isinstance(model, EarlyExit):
+            raise TypeError(f"model is {type(model).__name__}; give a cet.EarlyExit")
+        if not isinstance(loss, ConsistentExitLoss):
+            raise TypeError(f"loss is {type(loss).__name__}; give a cet.ConsistentExitLoss")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed is {seed!r}; give a whole number from 0 on")
         super().__init__()
         self.model = model
         self.loss = loss

@@ -52,7 +52,7 @@ class ConsistentExitLoss:
     other models those are shared that do not have as many rows as ``y``. ``x`` is a tensor, a tuple of positional
     inputs or a dict of keyword inputs, and ``y`` the class indices, ``(B,)`` int64, -100 for rows without a label;
     :func:`cet.data.batches.split_batch` takes other batches apart, and :func:`cet.data.batches.class_indices` tells
-    which other labels are taken. Returns the scalar float32 loss and :class:`cet.ops.ExitLosses` parts.
+    which other labels are taken. Returns the scalar float32 loss and its parts, float32 each, as ``ExitLosses``.
 
     Raises:
         ValueError: for arguments out of range, labels of wrong shape or range, a model in eval mode or partly so, a
