@@ -12,17 +12,8 @@ import cet
 
 ROOT = Path(cet.__file__).parent
 LEVELS = (
-    {
-        "data",
-        "perturb",
-        "measure",
-        "files",
-        "signals",
-        "plotting",
-        "callers",
-        "words",
-        "thresholds",
-    },  # beside, below all
+    # Beside, below all.
+    {"data", "perturb", "measure", "files", "signals", "plotting", "callers", "words", "thresholds"},
     {"kernels", "_C", "_cuda"},
     {"ops", "partition"},
     {"runtime"},

@@ -326,6 +326,9 @@ class TestCalibrate:
         assert (certificate["certified"], certificate["unit"], certificate["bound"]) == (False, "groups", 0.1)
         assert load_run(TrainingFolder(mine)).model.policy.thresholds == (None, None, None)
         assert certificate["promise"] in (mine / "report.md").read_text()
+        assert "No sample leaves early: " in (mine / "report.md").read_text()
+        _, out, _ = run("predict", mine, "--data", files / "new.npz", "--output", mine / "a.csv")
+        assert f"every exit is closed, as calibration found best; {mine / 'calibration.json'} says why" in out
 
     def test_a_budget_in_measured_milliseconds(self, run: Any, mine: Path, files: Path) -> None:
         options = ("--quick", "--data", files / "val.npz", "--cost", "ms", "--any-drop")

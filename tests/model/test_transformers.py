@@ -257,7 +257,11 @@ def test_the_first_call_may_have_a_key_and_sizes_that_the_example_had_not(new: s
     for wrapped in (model, copy.deepcopy(model)):
         with torch.no_grad():
             expected = wrapped.backbone(**given).logits
-        torch.testing.assert_close(wrapped.predict(**given).logits, expected, rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():
+            torch.testing.assert_close(wrapped.predict(**given).logits, expected, rtol=1e-4, atol=1e-4)
+        answer = wrapped(**given)  # whose gradients the example of the call before must not be in the way of
+        answer.sum().backward()
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_key_that_is_needed_is_named_where_it_is_missing() -> None:

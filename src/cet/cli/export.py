@@ -90,14 +90,12 @@ def command(
 
     if not int8 and (max_drop is not None or no_guarantee):
         raise click.UsageError("--max-drop and --no-guarantee are for --int8; calibrate a run by cet calibrate")
+    if ":" not in model and not os.path.lexists(model):
+        raise FileNotFoundError(f"{model} is not there; make a run with: cet train --output {model}")
     if int8 and not Path(model).is_dir():
-        if not os.path.lexists(model) and ":" not in model:
-            raise FileNotFoundError(f"{model} is not there; make a run with: cet train --output {model}")
         raise click.UsageError("--int8 is for a run of cet train, which keeps samples; in Python give quantize=")
     if backbone is not None and not is_checkpoint(model):
         raise click.UsageError(f"--backbone is for a file of EarlyExit.save, and {model} is none; leave it out")
-    if ":" not in model and not os.path.lexists(model):
-        raise FileNotFoundError(f"{model} is not there; give a run of cet train, MODULE:NAME or a file")
     loaded, labels = _load(model, backbone)
     rows: Literal["dynamic", 1] = 1 if batch == "1" else "dynamic"
     drop = 0.01 if max_drop is None else max_drop

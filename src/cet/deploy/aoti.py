@@ -38,12 +38,13 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> LoadedMode
         OSError: where the file cannot be read.
     """
     check_is_file(path)
-    return model_of(Path(path).read_bytes(), os.fspath(path), threads)
+    content = Path(path).read_bytes()
+    check_sealed(content, os.fspath(path))
+    return model_of(content, os.fspath(path), threads)
 
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> LoadedModel:
     """The model in a ``.pt2`` file, whose path is for errors."""
-    check_sealed(content, path)
     archive = read(content, path, threads)
     if KEY not in archive.extra_files:
         raise ExportError(f"{path} was not written by cet.export; give a file that was")

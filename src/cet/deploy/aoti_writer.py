@@ -71,5 +71,5 @@ def _package(models: Mapping[str, tuple[ExportedProgram, tuple[Tensor, ...]]], d
         }
         package_pt2(package, aoti_files=files, extra_files=None if described is None else {KEY: described})
     content = package.getvalue()
-    # A ZIP archive ends in the length of its comment, which comes last.
+    assert described is None or content.endswith(b"\0\0")  # the length of the archive's comment, which comes last
     return content if described is None else sealed(content[:-2] + SEAL_BYTES.to_bytes(2, "little"))

@@ -33,13 +33,14 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsMod
         OSError: where the file cannot be read.
     """
     check_is_file(path)
-    return model_of(Path(path).read_bytes(), os.fspath(path), threads)
+    require("a .pte file", ["executorch"], extra="executorch")
+    content = Path(path).read_bytes()
+    check_sealed(content, os.fspath(path))
+    return model_of(content, os.fspath(path), threads)
 
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
     """The model in a ``.pte`` file, whose path is for errors."""
-    require("a .pte file", ["executorch"], extra="executorch")
-    check_sealed(content, path)
     program = read(content, path, threads)
     if KEY not in program.method_names:
         raise ExportError(f"{path} was not written by cet.export; give a file that was")
@@ -52,9 +53,7 @@ def read(content: bytes, path: str, threads: int | None = None) -> Any:
 
     Raises:
         ExportError: where it is damaged, naming ``path``.
-        ModuleNotFoundError: where ExecuTorch is not installed.
     """
-    require("a .pte file", ["executorch"], extra="executorch")
     with quiet():
         from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime

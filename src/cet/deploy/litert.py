@@ -29,13 +29,14 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> MethodsMod
         OSError: where the file cannot be read.
     """
     check_is_file(path)
-    return model_of(Path(path).read_bytes(), os.fspath(path), threads)
+    require("a .tflite file", ["ai-edge-litert"], extra="litert")
+    content = Path(path).read_bytes()
+    check_sealed(content, os.fspath(path))
+    return model_of(content, os.fspath(path), threads)
 
 
 def model_of(content: bytes, path: str, threads: int | None = None) -> MethodsModel:
     """The model in a ``.tflite`` file, whose path is for errors."""
-    require("a .tflite file", ["ai-edge-litert"], extra="litert")
-    check_sealed(content, path)
     interpreter = read(content, path, threads)
     from ai_edge_litert.schema_py_generated import Model
 
@@ -53,9 +54,7 @@ def read(content: bytes, path: str, threads: int | None = None) -> Any:
 
     Raises:
         ExportError: where the file is damaged, naming ``path``.
-        ModuleNotFoundError: where LiteRT is not installed.
     """
-    require("a .tflite file", ["ai-edge-litert"], extra="litert")
     from ai_edge_litert.interpreter import Interpreter
 
     try:

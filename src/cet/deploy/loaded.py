@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from cet.deploy.description import BATCH, Description, Input, reason_of
+from cet.deploy.description import BATCH, Description, Input
 from cet.model.output import ExitOutput
 from cet.thresholds import as_numbers, check_thresholds
 
@@ -249,10 +249,10 @@ def _to_array(expected: Input, value: Any) -> Array:
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != expected.dtype:
         raise TypeError(f"{expected.name} is {dtype} but the file takes {expected.dtype}; convert it")
-    try:
-        return cast(Array, value.detach().cpu().numpy())
-    except (NotImplementedError, RuntimeError, TypeError) as error:  # sparse, nested, or on the meta device
-        raise TypeError(f"{expected.name} has no array of numbers ({reason_of(error)}); give a dense tensor") from error
+    if value.is_meta or value.is_nested or str(value.layout) != "torch.strided":
+        kind = "on the meta device" if value.is_meta else f"nested or {str(value.layout).removeprefix('torch.')}"
+        raise TypeError(f"{expected.name} is {kind}; give a dense tensor that holds numbers")
+    return cast(Array, value.detach().cpu().resolve_neg().numpy())
 
 
 def _by_parameter(

@@ -320,15 +320,14 @@ class _Model:
             flat = block.op("Squeeze", score, block.integers(1))
             made = [logits, block.op("Identity", block.integers(segment.exit_index)), flat]
             if depth + 1 < len(self._segments):
-                made.append(self._leaves(block, flat, segment.exit_index))
+                made.append(block.op("Not", self._leaves(block, flat, segment.exit_index)))
             if depth == 0:
                 top, answers = block, made
                 continue
             passed = Block(self._weights, f"{block.prefix}passed/")
             same = [passed.op("Identity", value) for value in answers[: len(made)]]
-            answers, crossing, seen = self._stage_or_not(
-                top, answers[3], (passed, same), (block, made, crossing, seen), False
-            )
+            answers, behind = self._stage_if(top, answers[3], (block, made), (passed, same), [*crossing, *seen])
+            crossing, seen = ([behind.get(value, value) for value in values] for values in (crossing, seen))
         return top, answers
 
     def _any_rows(self) -> tuple[Block, list[Value]]:
@@ -372,11 +371,10 @@ class _Model:
                     nobody.op("ConstantOfShape", nobody.integers(0, 1), value=_zero(INT64)),
                 ]
                 crossing, seen = further.crossing, further.seen
-            made, crossing, seen = self._stage_or_not(
-                top, kept.somebody, (nobody, none), (block, made, crossing, seen), True
-            )
+            made, behind = self._stage_if(top, kept.somebody, (block, made), (nobody, none), [*crossing, *seen])
             packed = top.op("ScatterND", packed, kept.places, made[0])
             if further is not None:
+                crossing, seen = ([behind.get(value, value) for value in values] for values in (crossing, seen))
                 kept = _Kept(made[1], made[2], further.rows, crossing, seen)
         return top, packed
 
@@ -409,38 +407,32 @@ class _Model:
         width = nobody.integers(0, self.description.num_classes + 2)
         return nobody, [nobody.op("ConstantOfShape", width, value=_zero(_dtype(self._width)))]
 
-    def _stage_or_not(
+    def _stage_if(
         self,
         top: Block,
         condition: Value,
-        skipped: tuple[Block, list[Value]],
-        stage: tuple[Block, list[Value], list[Value], list[Value]],
-        runs_if: bool,
-    ) -> tuple[list[Value], list[Value], list[Value]]:
-        """A branch with one stage, and one with what stands for its answers where it is skipped; what the stage makes,
-        hands on and has seen, as values behind both."""
-        passed, answers = skipped
-        block, made, crossing, seen = stage
+        stage: tuple[Block, list[Value]],
+        passed: tuple[Block, list[Value]],
+        going_on: Sequence[Value],
+    ) -> tuple[list[Value], dict[Value, Value]]:
+        """A branch with a stage, and one with what stands for its answers where the stage is passed by: the answers
+        behind both, and what stands there for those of the values going on that the stage makes."""
+        (block, made), (around, answers) = stage, passed
         own = set(block.nodes)
-        carried = [value for value in dict.fromkeys([*crossing, *seen]) if value.producer() in own]
-        none = [  # which nobody reads
-            passed.op("ConstantOfShape", passed.integers(*[1] * self._rank(value)), value=_zero(_dtype_of(value)))
-            for value in carried
-        ]
+        carried = [value for value in dict.fromkeys(going_on) if value.producer() in own]
         outputs = [
             value if value.producer() in own and value not in carried else block.op("Identity", value) for value in made
         ]
-        branches = [(block, [*outputs, *carried]), (passed, [*answers, *none])]
-        values = self._if(top, condition, *(branches if runs_if else reversed(branches)))
+        none = [  # which nobody reads
+            around.op("ConstantOfShape", around.integers(*[1] * self._rank(value)), value=_zero(_dtype_of(value)))
+            for value in carried
+        ]
+        values = self._if(top, condition, (block, [*outputs, *carried]), (around, [*answers, *none]))
         for value, inside in zip(values, [*made, *carried], strict=True):
             value.type = inside.type
         behind = dict(zip(carried, values[len(made) :], strict=True))
         self._ranks |= {value: self._rank(inside) for inside, value in behind.items()}
-        return (
-            values[: len(made)],
-            [behind.get(value, value) for value in crossing],
-            [behind.get(value, value) for value in seen],
-        )
+        return values[: len(made)], behind
 
     def _rank(self, value: Value) -> int:
         """How many dimensions a tensor has that goes to a later stage."""

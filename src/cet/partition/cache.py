@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +76,10 @@ class _State:
     """The sizes of inputs for which rows were seen not to depend on each other."""
     refusals: dict[Any, str] = field(default_factory=dict)
     """Why inputs of some sizes are refused: their rows depend on each other."""
-    serves_autocast: dict[tuple[int, torch.dtype], bool] = field(default_factory=dict)
-    """By the identity of the program and the dtype of autocast, whether it answers within it as the backbone does."""
-    differentiable: dict[int, bool] = field(default_factory=dict)
-    """By the identity of the program, whether it has the gradients of the backbone."""
+    serves_autocast: WeakKeyDictionary[Program, dict[torch.dtype, bool]] = field(default_factory=WeakKeyDictionary)
+    """By the dtype of autocast, whether a program answers within it as the backbone does."""
+    differentiable: WeakKeyDictionary[Program, bool] = field(default_factory=WeakKeyDictionary)
+    """Whether a program has the gradients of the backbone."""
 
 
 class StageCache:
@@ -145,28 +146,27 @@ class StageCache:
         if not torch.is_autocast_enabled(device):
             return True
         state, dtype = self._states[0], torch.get_autocast_dtype(device)
-        if (id(program), dtype) not in state.serves_autocast:
+        known = state.serves_autocast.setdefault(program, {})
+        if dtype not in known:
             with torch.inference_mode(False), torch.no_grad():
                 rows = self._example_rows(inputs)
-                serves = answers_alike(program, self.backbone, self.input_format, rows, dtype)
-            state.serves_autocast[id(program), dtype] = serves
-        if not state.serves_autocast[id(program), dtype]:
+                known[dtype] = answers_alike(program, self.backbone, self.input_format, rows, dtype)
+        if not known[dtype]:
             _warn_once(state, _UNDER_AUTOCAST)
-            return False
-        return True
+        return known[dtype]
 
     def has_gradients(self, program: Program, inputs: Sequence[Any]) -> bool:
         """Whether a program has the backbone's gradients, which an autograd function or hooks of its own may change."""
         known = self._states[0].differentiable
-        if id(program) not in known:
+        if program not in known:
             tensors = (value for value in inputs if isinstance(value, Tensor))
             if not any(tensor.requires_grad for tensor in (*self.backbone.parameters(), *tensors)):
                 return True
             device = inputs[self.input_format.is_batched.index(True)].device
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
                 rows = self._example_rows(inputs)
-                known[id(program)] = has_same_gradients(program, self.backbone, self.input_format, rows)
-        return known[id(program)]
+                known[program] = has_same_gradients(program, self.backbone, self.input_format, rows)
+        return known[program]
 
     def cut_now(self, inputs: Sequence[Any]) -> Program:
         """The program for such inputs, cut if need be.

@@ -121,10 +121,11 @@ class InputFormat:
         of_weights = {value.dtype for value, known in pairs if _has_dtype(known, self._weight_dtype)}
         for (value, _), batched in zip(pairs, self.is_batched, strict=True):
             if isinstance(value, Tensor):
-                if batched:
-                    value = value[torch.arange(self.batch_size, device=value.device).clamp(max=len(value) - 1)]
                 dtype = self._weight_dtype if value.dtype in of_weights else value.dtype
-                value = value.detach().to(dtype, copy=True)
+                with torch.inference_mode(False):  # of a tensor that is made within it no gradient can be taken later
+                    if batched:
+                        value = value[torch.arange(self.batch_size, device=value.device).clamp(max=len(value) - 1)]
+                    value = value.detach().to(dtype, copy=True)
             yield value
 
     def unknown(self, names: Iterable[str]) -> list[str]:

@@ -35,7 +35,7 @@ class Stage:
     """The Python source of ``run`` where it was generated."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A backbone as stages, for inputs of certain dtypes and shapes."""
 
